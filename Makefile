@@ -1,0 +1,34 @@
+# make demo: all set-up, then the whole loop on this machine. make test: all set-up, then every test.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint compose-test clean
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("Bellwether needs Python 3.11 or newer, not " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (PyTorch is large: minutes on a slow line)"
+	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m simulator.demo
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest
+
+compose-test: $(VENV)/.installed-dev
+	$(BIN)/pytest -m docker tests/test_compose.py
+
+clean:
+	rm -rf $(VENV) .bellwether .kafka .pytest_cache .mypy_cache .ruff_cache
