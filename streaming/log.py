@@ -63,7 +63,7 @@ class RecordBatch(NamedTuple):
         """Record i's bytes as they came; None for a tombstone."""
         return None if self.null[i] else self.data[self.bounds[i] : self.bounds[i + 1]].tobytes()
 
-    def __len__(self) -> int:  # type: ignore[override]  # rows, not fields
+    def __len__(self) -> int:  # rows, not fields
         return len(self.offset)
 
 
