@@ -1,0 +1,446 @@
+"""Strings ↔ small ids, and the hash map below them: numba functions over plain arrays, for every hot loop.
+
+`HashMap` maps uint64 keys to non-negative int64 values by open addressing with linear probing; a NamedTuple of
+three arrays, it can be passed into any `@njit` function. `map_reserve` may return a new map, so keep what it
+returns. `Vocabulary` is the append-only table of item ids: strings ↔ 1, 2, 3, ...; 0 is "unknown".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, Final, NamedTuple, cast
+
+import numpy as np
+import numpy.typing as npt
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from streaming.jit import jit
+
+MISSING: Final = -1  # what a lookup gives for a key that is not there
+_M: Final = np.uint64(0xC6A4A7935BD1E995)  # murmur2's 64-bit multiplier
+_SEED: Final = np.uint64(0x42656C6C77657468)
+_GOLDEN: Final = np.uint64(0x9E3779B97F4A7C15)
+
+
+# --- hashing ---------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def _load64(typingctx: Any, data: Any, at: Any) -> Any:
+    """The 8 bytes of a uint8 array from index `at` as one little-endian uint64; unchecked."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, args[0])
+        pointer = builder.gep(array.data, [args[1]])
+        word = ir.IntType(64)
+        return builder.load(builder.bitcast(pointer, cgutils.voidptr_t), typ=word, align=1)
+
+    return types.uint64(data, types.intp), codegen
+
+
+load64: Callable[[npt.NDArray[np.uint8], int], np.uint64] = cast(Any, _load64)
+
+
+@jit
+def hash_bytes(data: npt.NDArray[np.uint8], start: int, end: int) -> np.uint64:
+    """64-bit hash of data[start:end]: MurmurHash64A with a fixed seed, never 0 (which stands for "none").
+
+    Stored in checkpoints: never change it.
+    """
+    h = _SEED ^ (np.uint64(end - start) * _M)
+    at = start
+    while at + 8 <= end:
+        k = load64(data, at) * _M
+        k = (k ^ (k >> np.uint64(47))) * _M
+        h = (h ^ k) * _M
+        at += 8
+    if at < end:
+        tail = np.uint64(0)
+        for i in range(end - at):
+            tail |= np.uint64(data[at + i]) << np.uint64(8 * i)
+        h = (h ^ tail) * _M
+    h = (h ^ (h >> np.uint64(47))) * _M
+    h ^= h >> np.uint64(47)
+    return h if h != 0 else np.uint64(1)
+
+
+def hash_string(text: str) -> int:
+    """The hash that a decoded column holds for this string; 0 for the empty one.
+
+    >>> hash_string("")
+    0
+    >>> hash_string("a") == hash_string("a") != hash_string("b")
+    True
+    """
+    data, cuts = _join([text])
+    return int(hash_bytes(data, 0, cuts[1])) if text else 0
+
+
+@jit
+def combine(a: np.uint64, b: np.uint64) -> np.uint64:
+    """One hash of two (order matters), never 0; for composite keys."""
+    h = (a ^ (a >> np.uint64(32))) * _GOLDEN + b
+    h = (h ^ (h >> np.uint64(29))) * _M
+    h ^= h >> np.uint64(32)
+    return h if h != 0 else np.uint64(1)
+
+
+# --- the map ---------------------------------------------------------------------------------------------
+
+
+class HashMap(NamedTuple):
+    """uint64 → int64 ≥ 0, C slots (a power of two), at most half of them taken."""
+
+    keys: npt.NDArray[np.uint64]  # [C]
+    values: npt.NDArray[np.int64]  # [C] MISSING where the slot is free
+    size: npt.NDArray[np.int64]  # [1] entries
+
+
+@jit
+def map_new(entries: int = 8) -> HashMap:
+    """An empty map with room for so many entries."""
+    slots = 16
+    while slots < 2 * entries:
+        slots *= 2
+    return HashMap(np.zeros(slots, np.uint64), np.full(slots, MISSING, np.int64), np.zeros(1, np.int64))
+
+
+@jit
+def _home(key: np.uint64, mask: int) -> int:
+    """Where the search for a key starts; keys need not be hashes (offsets, counters are fine)."""
+    h = key * _GOLDEN
+    return int(h ^ (h >> np.uint64(32))) & mask
+
+
+@jit
+def _find(table: HashMap, key: np.uint64) -> int:
+    """The slot that holds the key, or the free one where it belongs."""
+    mask = len(table.keys) - 1
+    slot = _home(key, mask)
+    while table.values[slot] != MISSING and table.keys[slot] != key:
+        slot = (slot + 1) & mask
+    return slot
+
+
+@jit
+def map_get(table: HashMap, key: np.uint64) -> int:
+    """The key's value, or MISSING (-1)."""
+    return table.values[_find(table, key)]
+
+
+@jit
+def map_put(table: HashMap, key: np.uint64, value: int) -> int:
+    """Set the key's value; returns the one before, or MISSING. Room must be there: see `map_reserve`."""
+    slot = _find(table, key)
+    before = table.values[slot]
+    if before == MISSING:
+        table.keys[slot] = key
+        table.size[0] += 1
+    table.values[slot] = value
+    return before
+
+
+@jit
+def map_add(table: HashMap, key: np.uint64, value: int) -> int:
+    """The key's value if it is there, which stays; else put `value` and return MISSING. Room must be there."""
+    slot = _find(table, key)
+    there = table.values[slot]
+    if there == MISSING:
+        table.keys[slot] = key
+        table.values[slot] = value
+        table.size[0] += 1
+    return there
+
+
+@jit
+def map_remove(table: HashMap, key: np.uint64) -> int:
+    """Take the key out; returns its value, or MISSING. Leaves no tombstone: later entries move up."""
+    mask = len(table.keys) - 1
+    hole = _find(table, key)
+    value = table.values[hole]
+    if value == MISSING:
+        return MISSING
+    slot = hole
+    while True:
+        slot = (slot + 1) & mask
+        if table.values[slot] == MISSING:
+            break
+        home = _home(table.keys[slot], mask)
+        if ((slot - home) & mask) >= ((slot - hole) & mask):  # its search passes the hole: it may move there
+            table.keys[hole] = table.keys[slot]
+            table.values[hole] = table.values[slot]
+            hole = slot
+    table.values[hole] = MISSING
+    table.size[0] -= 1
+    return value
+
+
+@jit
+def map_reserve(table: HashMap, more: int) -> HashMap:
+    """A map of the same entries with room for `more` further ones: this very one, or a larger copy."""
+    needed = table.size[0] + more
+    if 2 * needed <= len(table.keys):
+        return table
+    larger = map_new(needed)
+    for slot in range(len(table.keys)):
+        if table.values[slot] != MISSING:
+            map_put(larger, table.keys[slot], table.values[slot])
+    return larger
+
+
+@jit
+def map_clear(table: HashMap) -> None:
+    """Forget every entry; the room stays."""
+    table.values[:] = MISSING
+    table.size[0] = 0
+
+
+@jit
+def map_get_all(table: HashMap, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+    """The value of each key, or MISSING; [N] → [N]."""
+    found = np.empty(len(keys), np.int64)
+    for i in range(len(keys)):
+        found[i] = map_get(table, keys[i])
+    return found
+
+
+def map_items(table: HashMap) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]:
+    """All keys, ascending, and their values: the same for equal maps, whatever their past. For checkpoints."""
+    taken = np.flatnonzero(table.values != MISSING)
+    order = taken[np.argsort(table.keys[taken])]
+    return table.keys[order], table.values[order]
+
+
+@jit
+def map_of(keys: npt.NDArray[np.uint64], values: npt.NDArray[np.int64]) -> HashMap:
+    """The map that `map_items` came from."""
+    table = map_new(len(keys))
+    for i in range(len(keys)):
+        map_put(table, keys[i], values[i])
+    return table
+
+
+# --- the vocabulary --------------------------------------------------------------------------------------
+
+
+@jit
+def _same(
+    a: npt.NDArray[np.uint8], a_start: int, b: npt.NDArray[np.uint8], b_start: int, length: int
+) -> bool:
+    for i in range(length):  # noqa: SIM110 (any() is slower under numba)
+        if a[a_start + i] != b[b_start + i]:
+            return False
+    return True
+
+
+@jit
+def _lookup(
+    table: HashMap,
+    text: npt.NDArray[np.uint8],
+    bounds: npt.NDArray[np.int64],
+    key: np.uint64,
+    data: npt.NDArray[np.uint8],
+    start: int,
+    length: int,
+) -> int:
+    """The id of data[start:start + length]; MISSING if new; 0 if another string has the same hash."""
+    found = map_get(table, key)
+    if found == MISSING:
+        return MISSING
+    begin = bounds[found]
+    if bounds[found + 1] - begin != length or not _same(text, begin, data, start, length):
+        return 0
+    return found
+
+
+@jit
+def _lookup_all(
+    table: HashMap,
+    text: npt.NDArray[np.uint8],
+    bounds: npt.NDArray[np.int64],
+    data: npt.NDArray[np.uint8],
+    cuts: npt.NDArray[np.int64],
+    ids: npt.NDArray[np.int32],
+) -> None:
+    """ids[i] = id of data[cuts[i]:cuts[i + 1]], 0 where unknown."""
+    for i in range(len(ids)):
+        start, length = cuts[i], cuts[i + 1] - cuts[i]
+        key = hash_bytes(data, start, cuts[i + 1])
+        ids[i] = max(0, _lookup(table, text, bounds, key, data, start, length))
+
+
+@jit
+def intern_spans(
+    table: HashMap,
+    text: npt.NDArray[np.uint8],
+    bounds: npt.NDArray[np.int64],
+    count: npt.NDArray[np.int64],
+    data: npt.NDArray[np.uint8],
+    starts: npt.NDArray[np.int64],
+    lengths: npt.NDArray[np.int64],
+    ids: npt.NDArray[np.int32],
+    begin: int,
+) -> int:
+    """Give spans begin.. of `data` their ids, new ones in order; returns where it had to stop for want of room.
+
+    count: [3] items known, items at most, spans refused so far (vocabulary full, or a clash of hashes).
+    """
+    for i in range(begin, len(starts)):
+        start, length = starts[i], lengths[i]
+        if length == 0:
+            ids[i] = 0
+            continue
+        key = hash_bytes(data, start, start + length)
+        found = _lookup(table, text, bounds, key, data, start, length)
+        if found == MISSING and count[0] < count[1]:
+            new = count[0] + 1
+            end = bounds[new] + length
+            if new + 2 > len(bounds) or end > len(text) or 2 * new > len(table.keys):
+                return i
+            text[bounds[new] : end] = data[start : start + length]
+            bounds[new + 1] = end  # the text first, the table last: other threads may be reading
+            map_put(table, key, new)
+            count[0] = new
+            found = new
+        if found <= 0:
+            count[2] += 1
+            found = 0
+        ids[i] = found
+    return len(starts)
+
+
+class Vocabulary:
+    """Item ids ↔ 1, 2, 3, ... in order of first sight; append-only, so an id once given stays.
+
+    0 stands for unknown items: those never interned, and those beyond `max_items` (counted in `refused`). One
+    thread may intern while others look up.
+
+    >>> vocabulary = Vocabulary(max_items=2)
+    >>> [vocabulary.intern(item) for item in ("phone", "case", "phone", "cable")], vocabulary.refused
+    ([1, 2, 1, 0], 1)
+    >>> vocabulary.item_id(2), vocabulary.id_of("cable")
+    ('case', 0)
+    """
+
+    def __init__(self, max_items: int = 10_000_000) -> None:
+        if not 1 <= max_items < 2**31 - 1:
+            raise ValueError(f"max_items must be within 1..{2**31 - 2}, not {max_items}")
+        self._table: HashMap = map_new(1024)
+        self._text = np.zeros(1 << 14, np.uint8)  # all item ids end to end
+        self._bounds = np.zeros(1026, np.int64)  # item i is text[bounds[i]:bounds[i + 1]]; item 0 is empty
+        self._count = np.array([0, max_items, 0], np.int64)  # see intern_spans
+
+    def __len__(self) -> int:
+        """How many items have an id; the largest id, too."""
+        return int(self._count[0])
+
+    @property
+    def max_items(self) -> int:
+        """Ids that may be given in all."""
+        return int(self._count[1])
+
+    @property
+    def refused(self) -> int:
+        """How often an item got 0 because the vocabulary was full (or by a clash of 64-bit hashes)."""
+        return int(self._count[2])
+
+    def intern(self, item_id: str) -> int:
+        """The item's id, given now if it is new; 0 for the empty string or when the vocabulary is full."""
+        return int(self.intern_all([item_id])[0])
+
+    def intern_all(self, item_ids: Sequence[str]) -> npt.NDArray[np.int32]:
+        """The ids of these items, [N]; new ones are given in order."""
+        data, cuts = _join(item_ids)
+        return self.intern_bytes(data, cuts[:-1], np.diff(cuts))
+
+    def intern_bytes(
+        self, data: npt.NDArray[np.uint8], starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int32]:
+        """The ids of data[starts[i]:starts[i] + lengths[i]], [N]; 0 for empty spans. For columns."""
+        ids = np.zeros(len(starts), np.int32)
+        done = 0
+        while True:
+            done = intern_spans(
+                self._table, self._text, self._bounds, self._count, data, starts, lengths, ids, done
+            )
+            if done == len(starts):
+                return ids
+            self._grow(int(lengths[done]))
+
+    def _grow(self, length: int) -> None:
+        """Double whatever is too small for one more item of this length."""
+        count = len(self)
+        self._table = map_reserve(self._table, 1)
+        if count + 3 > len(self._bounds):
+            self._bounds = _extended(self._bounds, 2 * len(self._bounds))
+        used = int(self._bounds[count + 1])
+        if used + length > len(self._text):
+            self._text = _extended(self._text, 2 * len(self._text) + length)
+
+    def id_of(self, item_id: str) -> int:
+        """The item's id, 0 if it has none."""
+        return int(self.ids([item_id])[0])
+
+    def ids(self, item_ids: Sequence[str]) -> npt.NDArray[np.int32]:
+        """The ids of these items, [N]; 0 where unknown. Gives no new ones."""
+        data, cuts = _join(item_ids)
+        ids = np.zeros(len(item_ids), np.int32)
+        table = self._table  # the table first: text and bounds read after it hold all that it names
+        _lookup_all(table, self._text, self._bounds, data, cuts, ids)
+        return ids
+
+    def item_id(self, i: int) -> str:
+        """The item's string. Raises IndexError for an id that was not given."""
+        if not 1 <= i <= len(self):
+            raise IndexError(f"item {i} of {len(self)}: ids run from 1")
+        bounds = self._bounds
+        return self._text[bounds[i] : bounds[i + 1]].tobytes().decode()
+
+    def item_ids(self, first: int = 1) -> list[str]:
+        """The strings of items first, first + 1, ... to the last."""
+        count, bounds = len(self), self._bounds
+        text = self._text[: bounds[count + 1]].tobytes()
+        cuts = bounds[first : count + 2].tolist()
+        return [text[a:b].decode() for a, b in pairwise(cuts)]
+
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """Everything, as arrays, for a checkpoint."""
+        bounds = self._bounds[: len(self) + 2].copy()
+        return {"text": self._text[: bounds[-1]].copy(), "bounds": bounds, "count": self._count.copy()}
+
+    def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Become what `state` was taken from; max_items may have been raised since, and stays as it is now.
+
+        Raises: ValueError if the state holds more items than max_items, or contradicts itself.
+        """
+        text, bounds = np.array(state["text"], np.uint8), np.array(state["bounds"], np.int64)
+        items = len(bounds) - 2
+        if items > self.max_items:
+            raise ValueError(
+                f"the state holds {items} items, max_items is {self.max_items}; raise it to {items} or more"
+            )
+        fresh = Vocabulary(self.max_items)
+        fresh.intern_bytes(text, bounds[1:-1].copy(), np.diff(bounds[1:]))
+        if len(fresh) != items or fresh.refused:
+            raise ValueError(f"damaged vocabulary: {items} items, but only {len(fresh)} distinct ones")
+        fresh._count[2] = state["count"][2]
+        self.__dict__.update(fresh.__dict__)
+
+
+def _join(strings: Iterable[str]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """The strings end to end in UTF-8, and the N + 1 cuts between them."""
+    encoded = [s.encode() for s in strings]
+    cuts = np.zeros(len(encoded) + 1, np.int64)
+    np.cumsum([len(e) for e in encoded], out=cuts[1:])
+    return np.frombuffer(bytearray(b"".join(encoded) or b"\0"), np.uint8), cuts  # writable, as numba knows it
+
+
+def _extended(array: npt.NDArray[Any], length: int) -> npt.NDArray[Any]:
+    """A copy with zeros up to `length`."""
+    longer = np.zeros(length, array.dtype)
+    longer[: len(array)] = array
+    return longer
