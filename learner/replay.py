@@ -37,4 +37,4 @@ class Batch(NamedTuple):
     policy_version: npt.NDArray[np.int64]  # [B] that made the decision; -1 for organic steps
     timestamp_ms: npt.NDArray[np.int64]  # [B] event time of `state`
     next_timestamp_ms: npt.NDArray[np.int64]  # [B] event time of `next_state`; 0 where discount is 0
-    index: npt.NDArray[np.int64]  # [B] sequence numbers, for `Replay.update_priorities`; never used twice
+    index: npt.NDArray[np.int64]  # type: ignore[assignment]  # [B] sequence numbers, for `Replay.update_priorities`; never used twice
