@@ -29,6 +29,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from streaming.log import Log, LogError, open_log
+from streaming.schemas import Codec, Registry, read_headers
 
 T = TypeVar("T")
 
@@ -127,7 +128,7 @@ def build(config: type[T], namespace: argparse.Namespace, **given: Any) -> T:
 
 
 def add_log(parser: argparse.ArgumentParser, default: str | None = DEFAULT_LOG) -> None:
-    """Add `--log URL` and `--kafka key=value`, which `log_from` reads. default None: no log unless it is named."""
+    """Add the flags that `log_from` and `codec_from` read. default None: no log unless it is named."""
     group = parser.add_argument_group("The log")
     shown = "none" if default is None else default
     group.add_argument(
@@ -143,6 +144,16 @@ def add_log(parser: argparse.ArgumentParser, default: str | None = DEFAULT_LOG) 
         default={},
         help="any librdkafka setting, passed untouched; repeatable",
     )
+    group.add_argument(
+        "--registry",
+        metavar="URL",
+        help="schema registry, http(s)://[user:password@]host:8081; records then carry Confluent's framing [none]",
+    )
+    group.add_argument(
+        "--registry-headers",
+        metavar="FILE",
+        help="`Name: value` lines sent with every request to the registry",
+    )
     parser.set_defaults(_parser=parser)
 
 
@@ -157,6 +168,14 @@ def log_from(namespace: argparse.Namespace) -> Log:
         ):
             parser.error(str(error))
         raise
+
+
+def codec_from(namespace: argparse.Namespace) -> Codec:
+    """The codec that `--registry` and `--registry-headers` ask for."""
+    if namespace.registry is None:
+        return Codec()
+    headers = read_headers(namespace.registry_headers) if namespace.registry_headers else None
+    return Codec(registry=Registry(namespace.registry, headers=headers))
 
 
 def run(command: Callable[[], int | None]) -> int:

@@ -8,8 +8,9 @@ from typing import Literal
 
 import pytest
 
-from streaming.commandline import Parser, add_config, add_log, build, log_from, run
+from streaming.commandline import Parser, add_config, add_log, build, codec_from, log_from, run
 from streaming.log import LogUnavailable
+from streaming.schemas import Codec, RegistryUnavailable
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,14 @@ def test_kafka_settings_are_collected() -> None:
     add_log(made)
     read = made.parse_args(["--kafka", "client.id=a", "--kafka", "linger.ms=2"])
     assert read.kafka == {"client.id": "a", "linger.ms": "2"}
+
+
+def test_a_registry_is_asked_for_by_flag() -> None:
+    made = Parser(prog="fish")
+    add_log(made)
+    assert codec_from(made.parse_args([])).decode(Codec().encode_item({"item_id": "a"}))[1]["item_id"] == "a"
+    with pytest.raises(RegistryUnavailable):
+        codec_from(made.parse_args(["--registry", "http://127.0.0.1:9"])).register()
 
 
 def test_a_log_that_cannot_be_reached_is_one_line_with_status_1(capsys: pytest.CaptureFixture[str]) -> None:
