@@ -61,6 +61,9 @@ class Columns(NamedTuple):
     epsilon: npt.NDArray[np.float32]  # [N]
     policy_version: npt.NDArray[np.int64]  # [N]
     misplaced: npt.NDArray[np.bool_]  # [N] murmur2(user_id) names another partition (False where unchecked)
+    candidates: npt.NDArray[
+        np.bool_
+    ]  # [N] a decision that carries its candidates; read that row with the codec
     item_bounds: npt.NDArray[np.int64]  # [N + 1]
     item: npt.NDArray[np.int32]  # [M]
     quantity: npt.NDArray[np.int32]  # [M] 1 for slots
