@@ -1,0 +1,512 @@
+"""The agent: a double DQN that learns from batches and hands out its weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from learner import dqn
+from learner.networks import (
+    MAX_SLOTS,
+    ItemTensors,
+    Keys,
+    NetworkSettings,
+    QNetwork,
+    Queries,
+    StateTensors,
+    score_all,
+    score_at,
+)
+from learner.replay import Batch, Histories
+
+
+def _setting(default: float | int | bool, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class AgentSettings:
+    """How the agent learns."""
+
+    gamma: float = _setting(0.9, "discount for each further step; 0..1, 1 excluded")
+    n_step: int = _setting(3, "steps of reward counted before bootstrapping; 1..32")
+    batch_size: int = _setting(256, "transitions in one update; 1..65536")
+    learning_rate: float = _setting(0.002, "of Adam; > 0")
+    target_sync_updates: int = _setting(200, "updates between target syncs; >= 1")
+    slate_size: int = _setting(
+        0,
+        "slots counted in the value of the next state; 1: the best alone; 0: as many as shown lately; 0..32",
+    )
+    sqn_weight: float = _setting(0.2, "weight of the next-item loss; >= 0")
+    reward_weight: float = _setting(0.1, "weight of the loss on what a choice earns; >= 0")
+    td_weight: float = _setting(0.1, "weight of the temporal-difference loss; >= 0")
+    cql_weight: float = _setting(0.0, "weight of the conservative loss; >= 0, 0: off")
+    huber_delta: float = _setting(20.0, "error beyond which losses grow linearly; reward units, > 0")
+    weight_decay: float = _setting(1e-4, "decoupled, of item ids and tables; >= 0")
+    forget: float = _setting(0.02, "share of items treated as new in each update; 0..1")
+    exact_items: int = _setting(
+        20_000, "catalogs up to this size are maximised over exactly, larger ones over candidates; >= 1"
+    )
+    candidates: int = _setting(
+        4096, "random candidates beside the batch's own items, in larger catalogs; >= 1"
+    )
+    dim: int = _setting(32, "size of item vectors; 1..1024")
+    hidden: int = _setting(64, "size of hidden layers; 1..4096")
+    history_length: int = _setting(32, "history entries in a state; 1..1000")
+    vector_dim: int = _setting(32, "dense catalog features used; 1..256")
+
+    def __post_init__(self) -> None:
+        bounds = {
+            "gamma": (0.0, 0.999999),
+            "n_step": (1, 32),
+            "batch_size": (1, 65536),
+            "learning_rate": (1e-9, 1.0),
+            "target_sync_updates": (1, 10**9),
+            "slate_size": (0, MAX_SLOTS),
+            "sqn_weight": (0, 1e6),
+            "reward_weight": (0, 1e6),
+            "td_weight": (0, 1e6),
+            "cql_weight": (0, 1e6),
+            "huber_delta": (1e-6, 1e6),
+            "weight_decay": (0, 1),
+            "forget": (0, 1),
+            "exact_items": (1, 10**7),
+            "candidates": (1, 10**6),
+            "dim": (1, 1024),
+            "hidden": (1, 4096),
+            "history_length": (1, 1000),
+            "vector_dim": (1, 256),
+        }
+        for name, (low, high) in bounds.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ValueError(f"{name}={value}: must be in {low}..{high}")
+
+    @property
+    def network(self) -> NetworkSettings:
+        """The shape of the network."""
+        return NetworkSettings(
+            dim=self.dim,
+            hidden=self.hidden,
+            history_length=self.history_length,
+            vector_dim=self.vector_dim,
+            gamma=self.gamma,
+        )
+
+
+class CatalogArrays(Protocol):
+    """What the agent reads of streaming.catalog.Catalog: arrays by vocabulary id."""
+
+    category: npt.NDArray[np.uint64]  # [N] hash, 0 unknown
+    brand: npt.NDArray[np.uint64]  # [N] hash, 0 unknown
+    price: npt.NDArray[np.float32]  # [N] NaN unknown
+    in_stock: npt.NDArray[np.bool_]  # [N]
+    gone: npt.NDArray[np.bool_]  # [N]
+    known: npt.NDArray[np.bool_]  # [N] is in the catalog; others are recommendable all the same
+    vector: npt.NDArray[np.float32]  # [N, >= vector_dim or less: padded]
+
+
+class Update(NamedTuple):
+    """What one update did."""
+
+    loss: float
+    td_error: npt.NDArray[np.float32]  # [B] target - Q(s, a): priorities
+    mean_q: float  # of the batch's own actions
+    losses: dict[str, float]  # by part: choice, reward, td, next_item, conservative
+
+
+class _Rows(NamedTuple):
+    """A batch as tensors; `here`, `there` and `action` are its items as rows of the keys in use."""
+
+    ids: Tensor | None  # [N] vocabulary ids behind the rows; None: row i is id i
+    on_offer: Tensor  # [N] bool
+    state: StateTensors
+    next_state: StateTensors
+    here: Tensor  # [B, H]
+    there: Tensor  # [B, H]
+    action: Tensor  # [B]
+    reward: Tensor  # [B]
+    slot_reward: Tensor  # [B]
+    step_reward: Tensor  # [B]
+    discount: Tensor  # [B]
+    weight: Tensor  # [B]
+    organic: Tensor  # [B] bool
+    slot: Tensor  # [B]
+
+
+class Agent:
+    """Learns Q from batches. One thread owns it; on CPU the same batches give the same weights, bit for bit.
+
+    Vocabulary ids are rows; row 0 is the unknown item, which is never on offer.
+    """
+
+    def __init__(self, settings: AgentSettings, device: str | torch.device = "cpu", seed: int = 0) -> None:
+        self.settings = settings
+        self.device = torch.device(device)
+        self.updates = 0
+        self.last_target_sync_update = 0
+        self.slots = 1.0  # shown in a slate, lately
+        self._generator = torch.Generator().manual_seed(seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.online = QNetwork(settings.network, 1024).to(self.device)
+        self.target = copy.deepcopy(self.online).requires_grad_(False)
+        self._optimiser = self._new_optimiser()
+        self._items = _unknown_items(1, settings.vector_dim, self.device)
+        self._on_offer = torch.zeros(1, dtype=torch.bool, device=self.device)
+        self._target_keys: Keys | None = None
+
+    @property
+    def rows(self) -> int:
+        """Vocabulary ids that can be learnt, the unknown item included."""
+        return len(self._on_offer)
+
+    def grow(self, items: int) -> None:
+        """Make room for vocabulary ids 1..items; ids are never taken back."""
+        more = items + 1 - self.rows
+        if more <= 0:
+            return
+        fresh = _unknown_items(more, self.settings.vector_dim, self.device)
+        self._items = ItemTensors(*(torch.cat(pair) for pair in zip(self._items, fresh, strict=True)))
+        self._on_offer = torch.cat((self._on_offer, self._on_offer.new_ones(more)))
+        self._on_offer[0] = False
+        self._target_keys = None
+        capacity = self.online.tower.id.num_embeddings
+        if self.rows > capacity:
+            while capacity < self.rows:
+                capacity *= 2
+            self._reserve(capacity)
+
+    def set_catalog(self, catalog: CatalogArrays) -> None:
+        """Take over the catalog as it stands: features, and what may be recommended. Grows as needed."""
+        known = np.asarray(catalog.known)
+        self.grow(len(known) - 1)
+        n = len(known)
+        price = np.nan_to_num(np.asarray(catalog.price, np.float32), nan=-1.0)
+        self._items.category[:n] = bucket(catalog.category, self.settings.network.category_buckets)
+        self._items.brand[:n] = bucket(catalog.brand, self.settings.network.brand_buckets)
+        self._items.price[:n] = torch.from_numpy(price)
+        width = min(self.settings.vector_dim, catalog.vector.shape[1])
+        self._items.vector[:n, :width] = torch.from_numpy(np.asarray(catalog.vector[:, :width], np.float32))
+        offer = ~np.asarray(catalog.gone) & (np.asarray(catalog.in_stock) | ~known)
+        self._on_offer[:n] = torch.from_numpy(offer)
+        self._on_offer[0] = False
+        self._target_keys = None
+
+    def update(self, batch: Batch) -> Update:
+        """One gradient step; see the losses in learner.dqn and the equation in learner.networks.
+
+        Raises: ValueError for a batch that names items beyond `grow`.
+        """
+        self._check(batch)
+        rows = self._rows(batch)
+        keys = self.online.keys(self._items, rows.ids, self._forgotten())
+        queries = self.online.queries(rows.state, keys.tower, rows.here)
+        target = dqn.n_step_target(rows.reward, rows.discount, self._next_value(rows, keys))
+        choice = score_at(queries.choice, keys.choice, rows.action.unsqueeze(1)).squeeze(1)
+        reward = score_at(queries.reward, keys.reward, rows.action.unsqueeze(1)).squeeze(1)
+        continuation = score_at(queries.continuation, keys.continuation, rows.action.unsqueeze(1)).squeeze(1)
+        losses = self._losses(rows, keys, queries, target, choice, reward, continuation)
+        q = self._q(queries, choice, reward, continuation)
+        loss = self._step(losses)
+        error = (target - q).cpu().numpy()
+        values = torch.stack([loss, q.mean(), *losses.values()]).tolist()
+        return Update(values[0], error, values[1], dict(zip(losses, values[2:], strict=True)))
+
+    def _losses(
+        self,
+        rows: _Rows,
+        keys: Keys,
+        queries: Queries,
+        target: Tensor,
+        choice: Tensor,
+        reward: Tensor,
+        continuation: Tensor,
+    ) -> dict[str, Tensor]:
+        """Each part's weighted loss; every one is learnt from just the rows that speak of it."""
+        settings, online = self.settings, self.online
+        chosen = rows.organic | (rows.slot_reward != 0)
+        shown = rows.weight * ~rows.organic
+        # another slot of the slate was chosen: says nothing about a visit in which nothing was
+        informative = rows.weight * (chosen | (rows.step_reward == 0))
+        later = dqn.continuation_target(target, rows.slot_reward, settings.gamma)
+        aside = online.aside * rows.organic.unsqueeze(1)
+        ahead = queries.unchosen + torch.where(chosen, continuation + aside[:, 1], 0.0)
+        position = online.position[rows.slot] * (rows.slot > 0)
+        losses = {
+            "choice": dqn.weighted_mean(dqn.choice_loss(choice + position, chosen), shown),
+            "reward": settings.reward_weight
+            * dqn.weighted_mean(
+                dqn.huber(reward + aside[:, 0], rows.slot_reward, settings.huber_delta), rows.weight * chosen
+            ),
+            "td": settings.td_weight
+            * dqn.weighted_mean(dqn.huber(ahead, later, settings.huber_delta), informative),
+        }
+        if settings.sqn_weight > 0:
+            losses["next_item"] = settings.sqn_weight * self._next_item_loss(rows, keys, queries)
+        if settings.cql_weight > 0:
+            q_all = online.q_all(queries, keys)
+            q_action = q_all.gather(1, rows.action.unsqueeze(1)).squeeze(1)
+            conservative = dqn.conservative_loss(q_all, q_action, rows.on_offer)
+            losses["conservative"] = settings.cql_weight * dqn.weighted_mean(conservative, rows.weight)
+        return losses
+
+    def _next_item_loss(self, rows: _Rows, keys: Keys, queries: Queries) -> Tensor:
+        """SQN's loss over the rows in which the user went to, or rewarded, the action. A part of the batch."""
+        label = torch.nonzero((rows.organic | (rows.slot_reward > 0)) & (rows.action > 0)).squeeze(1)
+        if not len(label):
+            return torch.zeros((), device=self.device)
+        query = queries.organic.rows(label)
+        loss = dqn.next_item_loss(score_all(query, keys.organic), rows.action[label])
+        return dqn.weighted_mean(loss, rows.weight[label]) * (len(label) / len(rows.action))
+
+    @torch.no_grad()
+    def _next_value(self, rows: _Rows, keys: Keys) -> Tensor:
+        """V(s'), [B], by double DQN: the online network chooses, the target network judges; 0 where nothing follows."""
+        value = torch.zeros(len(rows.discount), device=self.device)
+        goes_on = torch.nonzero(rows.discount > 0).squeeze(1)
+        if not len(goes_on) or not bool(rows.on_offer.any()):
+            return value
+        state, there = rows.next_state.rows(goes_on), rows.there[goes_on]
+        queries = self.online.queries(state, keys.tower, there)
+        slots = min(self.settings.slate_size or round(self.slots), int(rows.on_offer.sum()))
+        best = dqn.double_q_choice(self.online.advantage_all(queries, keys), rows.on_offer, slots)
+        judge = self._judge(rows.ids)
+        queries = self.target.queries(state, judge.tower, there)
+        value[goes_on] = dqn.slate_value(
+            self.target.value(queries), self.target.advantage_at(queries, judge, best)
+        )
+        return value
+
+    def _judge(self, ids: Tensor | None) -> Keys:
+        """The target network's keys; of the whole catalog they change at a sync only."""
+        if ids is not None:
+            return self.target.keys(self._items, ids)
+        if self._target_keys is None:
+            self._target_keys = self.target.keys(self._items)
+        return self._target_keys
+
+    def _step(self, losses: Mapping[str, Tensor]) -> Tensor:
+        """Adam on the sum, then the target network when its time has come."""
+        loss = torch.stack(list(losses.values())).sum()
+        self._optimiser.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._optimiser.step()
+        self.updates += 1
+        if self.updates - self.last_target_sync_update >= self.settings.target_sync_updates:
+            self.sync_target()
+        return loss.detach()
+
+    def sync_target(self) -> None:
+        """Make the target network equal to the online one."""
+        with torch.no_grad():
+            for mine, theirs in zip(self.target.parameters(), self.online.parameters(), strict=True):
+                mine.copy_(theirs)
+        self.last_target_sync_update = self.updates
+        self._target_keys = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a server needs, for the weight store: "online.*", "target.*" and "catalog.*"; copies, on the CPU."""
+        out = {}
+        for prefix, network in (("online", self.online), ("target", self.target)):
+            for name, tensor in network.state_dict().items():
+                out[f"{prefix}.{name}"] = (tensor[: self.rows] if name in BY_ITEM else tensor).cpu().clone()
+        for name, tensor in zip(ItemTensors._fields, self._items, strict=True):
+            out[f"catalog.{name}"] = tensor.cpu().clone()
+        out["catalog.on_offer"] = self._on_offer.cpu().clone()
+        return out
+
+    def shape(self) -> dict[str, Any]:
+        """The network's settings for the manifest, from which `Policy` rebuilds it."""
+        return asdict(self.settings.network)
+
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """Everything, exactly: networks, optimiser, catalog, generator, counters."""
+        out = {name: tensor.numpy() for name, tensor in self.tensors().items()}
+        for name, parameter in self.online.named_parameters():
+            for key, value in self._optimiser.state.get(parameter, {}).items():
+                kept = value[: self.rows] if name in BY_ITEM and value.ndim else value
+                out[f"adam.{key}.{name}"] = kept.cpu().numpy().copy()
+        out["generator"] = self._generator.get_state().numpy().copy()
+        out["counters"] = np.array([self.updates, self.last_target_sync_update], np.int64)
+        out["slots"] = np.array([self.slots])
+        return out
+
+    def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Go back to what `state` gave; an agent restored goes on as if it had never stopped.
+
+        Raises: ValueError when it is of a network of another shape.
+        """
+        on_offer = torch.from_numpy(state["catalog.on_offer"].copy())
+        capacity = self.online.tower.id.num_embeddings
+        while capacity < len(on_offer):
+            capacity *= 2
+        self._reserve(capacity)
+        self._items = ItemTensors(
+            *(
+                torch.from_numpy(state[f"catalog.{name}"].copy()).to(self.device)
+                for name in ItemTensors._fields
+            )
+        )
+        self._on_offer = on_offer.to(self.device)
+        for prefix, network in (("online", self.online), ("target", self.target)):
+            for name, parameter in network.named_parameters():
+                _fill(parameter, state[f"{prefix}.{name}"], name)
+        self._optimiser = self._new_optimiser()
+        for name, parameter in self.online.named_parameters():
+            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"adam.{key}.{name}" in state]
+            for key in keys:
+                like = torch.zeros((), device=self.device) if key == "step" else torch.zeros_like(parameter)
+                _fill(like, state[f"adam.{key}.{name}"], name)
+                self._optimiser.state[parameter][key] = like
+        self._generator.set_state(torch.from_numpy(state["generator"].copy()))
+        self.updates, self.last_target_sync_update = (int(n) for n in state["counters"])
+        self.slots = float(state["slots"][0])
+        self._target_keys = None
+
+    def _q(self, queries: Queries, choice: Tensor, reward: Tensor, continuation: Tensor) -> Tensor:
+        """Q(s, a) of the batch's own actions, [B], detached."""
+        gamma = self.settings.gamma
+        with torch.no_grad():
+            return gamma * queries.unchosen + torch.sigmoid(choice) * (reward + gamma * continuation)
+
+    def _check(self, batch: Batch) -> None:
+        top = max(int(batch.action.max()), int(batch.state.item.max()), int(batch.next_state.item.max()))
+        if top >= self.rows:
+            raise ValueError(
+                f"batch names vocabulary id {top}, agent has room for {self.rows - 1}; call grow"
+            )
+
+    def _rows(self, batch: Batch) -> _Rows:
+        """The batch on the device, its items as rows of the keys that this update will make."""
+        state, next_state = self._state(batch.state), self._state(batch.next_state)
+        action = self._to(batch.action, torch.int64)
+        self._items.seen[action] = True
+        self._items.seen[state.item] = True
+        self._items.seen[0] = False
+        slot = self._to(_extra(batch, "slot", 0), torch.int64).clamp(0, MAX_SLOTS - 1)
+        slots = _extra(batch, "slots", 1)[~batch.organic]
+        if len(slots):
+            self.slots += 0.01 * (float(slots.mean()) - self.slots)
+        ids, on_offer, here, there = None, self._on_offer, state.item, next_state.item
+        if self.rows > self.settings.exact_items:
+            drawn = torch.randint(self.rows, (self.settings.candidates,), generator=self._generator)
+            named = (drawn.to(self.device), action, here.flatten(), there.flatten(), action.new_zeros(1))
+            ids = torch.unique(torch.cat(named))
+            on_offer = self._on_offer[ids]
+            action, here, there = (torch.searchsorted(ids, part) for part in (action, here, there))
+        return _Rows(
+            ids,
+            on_offer,
+            state,
+            next_state,
+            here,
+            there,
+            action,
+            self._to(batch.reward),
+            self._to(batch.slot_reward),
+            self._to(_extra(batch, "step_reward", batch.slot_reward)),
+            self._to(batch.discount),
+            self._to(batch.weight),
+            self._to(batch.organic, torch.bool),
+            slot,
+        )
+
+    def _state(self, histories: Histories) -> StateTensors:
+        return StateTensors(
+            self._to(histories.item, torch.int64),
+            self._to(histories.name, torch.int64),
+            self._to(histories.age_s),
+            self._to(histories.value),
+        )
+
+    def _to(self, array: npt.NDArray[Any], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.as_tensor(array).to(self.device, dtype)
+
+    def _forgotten(self) -> Tensor | None:
+        """[N] bool: items that this update treats as new."""
+        if self.settings.forget == 0:
+            return None
+        return (torch.rand(self.rows, generator=self._generator) < self.settings.forget).to(self.device)
+
+    def _new_optimiser(self) -> torch.optim.AdamW:
+        tables = {name for name, _ in self.online.named_parameters() if name in BY_ITEM}
+        groups = [
+            {
+                "params": [p for name, p in self.online.named_parameters() if (name in tables) == decays],
+                "weight_decay": self.settings.weight_decay if decays else 0.0,
+            }
+            for decays in (False, True)
+        ]
+        return torch.optim.AdamW(groups, lr=self.settings.learning_rate, eps=1e-6, fused=True)
+
+    def _reserve(self, capacity: int) -> None:
+        """Grow the tables by id to this many rows; new rows start at zero, what was learnt stays."""
+        before = dict(self._optimiser.state)
+        renamed: dict[Tensor, Tensor] = {}
+        for network in (self.online, self.target):
+            for table in (network.tower.id, network.item_bias):
+                old = table.weight
+                weight = torch.zeros(capacity, old.shape[1], device=self.device)
+                weight[: len(old)] = old.detach()
+                table.num_embeddings = capacity
+                table.weight = torch.nn.Parameter(weight, requires_grad=old.requires_grad)
+                renamed[old] = table.weight
+        self._optimiser = self._new_optimiser()
+        for old, state in before.items():
+            new = renamed.get(old, old)
+            self._optimiser.state[new] = {key: _padded(value, new) for key, value in state.items()}
+
+
+BY_ITEM = ("tower.id.weight", "item_bias.weight")  # tables with one row for each vocabulary id
+
+
+def _padded(value: Tensor, like: Tensor) -> Tensor:
+    """An optimiser's moment, with zeros for the rows that `like` has more; its step count as it is."""
+    if value.ndim == 0 or value.shape == like.shape:
+        return value
+    wide = torch.zeros_like(like)
+    wide[: len(value)] = value
+    return wide.detach()
+
+
+@torch.no_grad()
+def _fill(tensor: Tensor, array: npt.NDArray[Any], name: str) -> None:
+    """Copy an array into a tensor, whose rows beyond it (room to grow) become zero."""
+    table = name in BY_ITEM and tensor.ndim > 0
+    if array.shape[1 if table else 0 :] != tuple(tensor.shape)[1 if table else 0 :]:
+        raise ValueError(f"{name} is {array.shape}, this agent's is {tuple(tensor.shape)}: settings differ")
+    if table:
+        tensor.zero_()
+        tensor[: len(array)] = torch.from_numpy(array.copy())
+    else:
+        tensor.copy_(torch.from_numpy(np.array(array)))
+
+
+def _unknown_items(count: int, vector_dim: int, device: torch.device) -> ItemTensors:
+    """Items of which nothing is known."""
+    nothing = torch.zeros(count, dtype=torch.int64, device=device)
+    return ItemTensors(
+        nothing,
+        nothing.clone(),
+        torch.full((count,), -1.0, device=device),
+        torch.zeros(count, vector_dim, device=device),
+        torch.zeros(count, dtype=torch.bool, device=device),
+    )
+
+
+def bucket(hashes: npt.NDArray[np.uint64], buckets: int) -> Tensor:
+    """[N] int64 in 1..buckets-1; 0 where the hash is 0 (unknown)."""
+    spread = np.asarray(hashes, np.uint64) % np.uint64(buckets - 1) + np.uint64(1)
+    return torch.from_numpy(np.where(np.asarray(hashes) == 0, np.uint64(0), spread).astype(np.int64))
+
+
+def _extra(batch: Batch, name: str, default: Any) -> npt.NDArray[Any]:
+    return np.broadcast_to(getattr(batch, name, default), batch.action.shape)

@@ -1,0 +1,256 @@
+"""A policy: one version of the weights, frozen, with everything needed to rank items for a user.
+
+    policy = Policy.from_weights(store.load(version))
+    policy.check()
+    states = policy.encode([history], [now_ms])          # entries oldest first -> padded columns
+    slates = policy.recommend(states, k=10, epsilon=0.05, rng=rng)
+
+Nothing in it changes after it was made: threads share one, and an answer comes from one version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from learner.agent import bucket
+from learner.exploration import epsilon_greedy_slate
+from learner.networks import ItemTensors, Keys, NetworkSettings, QNetwork, Query, StateTensors, score_at
+from learner.replay import Histories
+from learner.weights import Manifest, Weights
+from streaming.interning import hash_string
+from streaming.rewards import CODES, OTHER
+
+PROBES: Final = 16  # made-up histories that `check` ranks for
+
+
+class PolicyDamaged(Exception):
+    """These weights must not serve; the message says what is wrong with them."""
+
+
+class Entry(NamedTuple):
+    """One thing that a user did."""
+
+    item_id: str
+    name: str  # GA4 event name
+    timestamp_ms: int
+    value: float = 0.0  # price x quantity, 0 where unknown
+
+
+class Candidate(NamedTuple):
+    """An item with features of its own; None (or no vector): as in the catalog."""
+
+    item_id: str
+    category: str | None = None
+    brand: str | None = None
+    price: float | None = None
+    vector: Sequence[float] = ()
+
+
+class Recommendation(NamedTuple):
+    """One user's slate of K slots, best first; K may be smaller than asked where few items are eligible."""
+
+    ids: npt.NDArray[
+        np.int64
+    ]  # [K] vocabulary ids of this policy; positions in `candidates` where those were given
+    propensity: npt.NDArray[np.float64]  # [K] of this item in this slot, given the slots before it
+    q: npt.NDArray[np.float32]  # [K] Q(s, a), reward units
+    explored: npt.NDArray[np.bool_]  # [K] drawn uniformly
+
+
+class Policy:
+    """Ranks items by Q(s, a). Items are named by vocabulary ids of its own weights: 1..items; 0 is "unknown"."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        network: QNetwork,
+        items: ItemTensors,
+        on_offer: Tensor,
+        item_ids: Sequence[str],
+    ) -> None:
+        self.manifest = manifest
+        self.version = manifest.version
+        self.items = len(on_offer) - 1
+        self.history_length = network.settings.history_length
+        # [N] what the catalog allows to be recommended; row 0, the unknown item, is not
+        self.on_offer: npt.NDArray[np.bool_] = on_offer.numpy()
+        self._network = network.eval().requires_grad_(False)
+        self._items = items
+        self._item_ids = ["", *item_ids]
+        self._id_of = {item_id: i for i, item_id in enumerate(self._item_ids) if i}
+        with torch.inference_mode():
+            self._keys = network.keys(items)
+
+    @classmethod
+    def from_weights(cls, weights: Weights, network: Literal["online", "target"] = "online") -> Policy:
+        """The policy that these weights are. network: the newest one, or the steadier target.
+
+        Raises: PolicyDamaged where tensors are missing or do not fit together.
+        """
+        try:
+            settings = NetworkSettings.from_dict(weights.manifest.settings)
+            tensors = {name: torch.as_tensor(array) for name, array in weights.tensors.items()}
+            items = ItemTensors(*(tensors[f"catalog.{name}"] for name in ItemTensors._fields))
+            q_network = QNetwork(settings, len(items.seen))
+            q_network.load_state_dict(_under(tensors, f"{network}."))
+            vocabulary = list(weights.vocabulary[: len(items.seen) - 1])
+            if len(vocabulary) < len(items.seen) - 1:
+                raise ValueError(f"{len(items.seen) - 1} items, but {len(vocabulary)} item ids")
+            return cls(weights.manifest, q_network, items, tensors["catalog.on_offer"], vocabulary)
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise PolicyDamaged(f"version {weights.manifest.version}: {error}") from error
+
+    def item_id(self, i: int) -> str:
+        """Of vocabulary id i; 0 gives the empty string."""
+        return self._item_ids[i]
+
+    def ids(self, item_ids: Sequence[str]) -> npt.NDArray[np.int32]:
+        """Vocabulary ids, 0 where this policy does not know the item."""
+        return np.array([self._id_of.get(item_id, 0) for item_id in item_ids], np.int32)
+
+    def encode(self, histories: Sequence[Sequence[Entry]], now_ms: Sequence[int]) -> Histories:
+        """States of B users, for `q` and `recommend`, as training sees them.
+
+        histories: oldest entry first; the newest `history_length` count. now_ms: [B] event time of each request.
+        """
+        shape = (len(histories), self.history_length)
+        out = Histories(
+            np.zeros(shape, np.int32),
+            np.zeros(shape, np.uint8),
+            np.zeros(shape, np.float32),
+            np.zeros(shape, np.float32),
+        )
+        for b, (entries, now) in enumerate(zip(histories, now_ms, strict=True)):
+            for h, entry in enumerate(reversed(entries[-self.history_length :])):
+                out.item[b, h] = self._id_of.get(entry.item_id, 0)
+                out.name[b, h] = CODES.get(entry.name, OTHER)
+                out.age_s[b, h] = max(now - entry.timestamp_ms, 0) / 1000.0
+                out.value[b, h] = entry.value
+        return out
+
+    def q(self, states: Histories) -> npt.NDArray[np.float32]:
+        """Q(s, a) of all items, [B, items + 1], by vocabulary id; row 0 of the catalog (column 0) means nothing."""
+        with torch.inference_mode():
+            queries = self._network.queries(_tensors(states), self._keys.tower)
+            q: npt.NDArray[np.float32] = self._network.q_all(queries, self._keys).numpy()
+            return q
+
+    def q_candidates(self, state: Histories, candidates: Sequence[Candidate]) -> npt.NDArray[np.float32]:
+        """Q(s, a) of one user's candidates, [M]; items never seen score by the features that come with them."""
+        with torch.inference_mode():
+            keys, ids = self._candidate_keys(candidates)
+            queries = self._network.queries(_tensors(state), self._keys.tower)
+            rows = torch.arange(len(candidates)).unsqueeze(0)
+            item = queries.choice.item
+            log_odds = score_at(Query(queries.choice.vector, None, item), keys.choice, rows)
+            gain = score_at(queries.reward, keys.reward, rows)
+            gain += self._network.settings.gamma * score_at(queries.continuation, keys.continuation, rows)
+            copied = queries.choice.copy
+            assert copied is not None  # the choice head always has one
+            same = (item.unsqueeze(1) == ids.view(1, -1, 1)) & (ids > 0).view(1, -1, 1)  # [1, M, H]
+            log_odds += torch.where(same, copied.unsqueeze(1), 0.0).sum(dim=2)
+            q: npt.NDArray[np.float32] = (self._network.value(queries) + torch.sigmoid(log_odds) * gain)[
+                0
+            ].numpy()
+            return q
+
+    def recommend(
+        self,
+        states: Histories,
+        k: int,
+        epsilon: float,
+        rng: np.random.Generator,
+        eligible: npt.NDArray[np.bool_] | None = None,
+    ) -> list[Recommendation]:
+        """An ε-greedy slate of up to k items for each user.
+
+        eligible: [B, items + 1] or [items + 1], what may be shown; None: all that the catalog has on offer.
+        """
+        q = self.q(states)
+        allowed = np.broadcast_to(self.on_offer if eligible is None else eligible, q.shape)
+        return [self._slate(q[b], allowed[b], k, epsilon, rng) for b in range(len(q))]
+
+    def recommend_candidates(
+        self,
+        state: Histories,
+        candidates: Sequence[Candidate],
+        k: int,
+        epsilon: float,
+        rng: np.random.Generator,
+        eligible: npt.NDArray[np.bool_] | None = None,
+    ) -> Recommendation:
+        """As `recommend`, for one user and from these candidates alone; ids are positions in `candidates`.
+
+        eligible: [M]; None: all of them.
+        """
+        q = self.q_candidates(state, candidates)
+        return self._slate(q, np.ones(len(q), np.bool_) if eligible is None else eligible, k, epsilon, rng)
+
+    def check(self) -> None:
+        """Rank for made-up users. Raises: PolicyDamaged where a value comes out NaN or infinite."""
+        rng = np.random.default_rng(0)
+        shape = (PROBES, self.history_length)
+        states = Histories(
+            rng.integers(0, self.items + 1, shape, np.int32),
+            rng.integers(0, len(CODES) + 1, shape).astype(np.uint8),
+            rng.exponential(3600.0, shape).astype(np.float32),
+            rng.exponential(10.0, shape).astype(np.float32),
+        )
+        states.name[0] = 0  # a user of whom nothing is known
+        bad = int(np.count_nonzero(~np.isfinite(self.q(states))))
+        if bad:
+            raise PolicyDamaged(
+                f"version {self.version}: {bad} of {PROBES * (self.items + 1)} probe values not finite"
+            )
+
+    def _slate(
+        self,
+        q: npt.NDArray[np.float32],
+        eligible: npt.NDArray[np.bool_],
+        k: int,
+        epsilon: float,
+        rng: np.random.Generator,
+    ) -> Recommendation:
+        slate = epsilon_greedy_slate(q, eligible, k, epsilon, rng)
+        return Recommendation(slate.ids, slate.propensity, q[slate.ids], slate.explored)
+
+    def _candidate_keys(self, candidates: Sequence[Candidate]) -> tuple[Keys, Tensor]:
+        """Keys of items with features of their own, and their vocabulary ids, [M]."""
+        settings, base = self._network.settings, self._items
+        ids = torch.from_numpy(self.ids([c.item_id for c in candidates]).astype(np.int64))
+        items = ItemTensors(*(column[ids] for column in base))
+        for m, candidate in enumerate(candidates):
+            if candidate.category is not None:
+                items.category[m] = _bucket(candidate.category, settings.category_buckets)
+            if candidate.brand is not None:
+                items.brand[m] = _bucket(candidate.brand, settings.brand_buckets)
+            if candidate.price is not None:
+                items.price[m] = candidate.price
+            if len(candidate.vector):
+                width = min(settings.vector_dim, len(candidate.vector))
+                items.vector[m] = 0.0
+                items.vector[m, :width] = torch.tensor(candidate.vector[:width], dtype=torch.float32)
+        return self._network.keys_with(items, ids), ids
+
+
+def _bucket(text: str, buckets: int) -> int:
+    return int(bucket(np.array([hash_string(text)], np.uint64), buckets)[0])
+
+
+def _tensors(states: Histories) -> StateTensors:
+    return StateTensors(
+        torch.from_numpy(states.item.astype(np.int64)),
+        torch.from_numpy(states.name.astype(np.int64)),
+        torch.from_numpy(states.age_s),
+        torch.from_numpy(states.value),
+    )
+
+
+def _under(tensors: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
