@@ -1,0 +1,478 @@
+"""Public logs, in small files of the public layouts, become events of ours."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from streaming.importers import (
+    Bar,
+    Imported,
+    ImportFailed,
+    ImportSettings,
+    Refusal,
+    import_file,
+    read_events,
+)
+from streaming.log import Log, LogFull, open_log
+from streaming.schemas import Codec
+
+CODEC = Codec()
+RETAILROCKET = """timestamp,visitorid,event,itemid,transactionid
+1433221332117,257597,view,355908,
+1433224214164,992329,addtocart,248676,
+1433221999827,111016,transaction,318965,4000
+"""
+TAOBAO = """1,2268318,2520377,pv,1511544070
+1,2333346,2520771,fav,1511561733
+100,2576651,149192,cart,1511572885
+1,2268318,2520377,buy,1511544170
+"""
+REES46 = """event_time,event_type,product_id,category_id,category_code,brand,price,user_id,user_session
+2019-10-01 00:00:00 UTC,view,44600062,2103807459595387724,,shiseido,35.79,541312140,72d76fde
+2019-10-01 00:00:01 UTC,cart,3900821,2053013552326770905,appliances.water_heater,,33.20,554748717,9333dfbd
+2019-10-01 00:00:02 UTC,remove_from_cart,3900821,2053013552326770905,appliances.water_heater,,33.20,554748717,9333dfbd
+2019-10-01 00:00:05 UTC,purchase,44600062,2103807459595387724,cosmetics,,36.00,541312140,72d76fde
+"""
+OTTO = """{"session":42,"events":[{"aid":15,"ts":1659304800025,"type":"clicks"}]}
+{"session":42,"events":[{"aid":7,"ts":1659304904511,"type":"carts"}, {"aid":7,"ts":1659304904512,"type":"clicks"}]}
+{"session":43,"events":[{"aid":7,"ts":1659304800024,"type":"orders"}]}
+"""
+SAMPLES = {"retailrocket": RETAILROCKET, "taobao": TAOBAO, "rees46": REES46, "otto": OTTO}
+TAOBAO_HEADER = "user_id,item_id,category_id,behavior,ts\n"
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Iterator[Log]:
+    log = open_log(f"sqlite:///{tmp_path}/log.db")
+    yield log
+    log.close()
+
+
+def written(tmp_path: Path, text: str, name: str = "file") -> Path:
+    path = tmp_path / name
+    path.write_text(text)
+    return path
+
+
+def as_parquet(tmp_path: Path, layout: str, text: str) -> Path:
+    """What somebody who loaded the text with pandas would have saved."""
+    path = tmp_path / "file.parquet"
+    if layout == "otto":
+        table = pa.Table.from_pylist([json.loads(line) for line in text.splitlines()])
+    else:
+        from pyarrow import csv
+
+        table = csv.read_csv(io.BytesIO(((TAOBAO_HEADER if layout == "taobao" else "") + text).encode()))
+    pq.write_table(table, path)
+    return path
+
+
+def records(log: Log, topic: str = "events") -> list[dict[str, Any]]:
+    """All records of a topic, decoded, partition by partition."""
+    bounds = log.bounds(topic)
+    reader = log.reader(topic, {partition: ends.low for partition, ends in bounds.items()})
+    left = sum(ends.high - ends.low for ends in bounds.values())
+    found = []
+    while left > 0:
+        batch = reader.poll(10_000, 5.0)
+        left -= len(batch)
+        found += [CODEC.decode(batch.value(i) or b"")[1] for i in range(len(batch))]
+        assert len(batch), f"{left} records are missing"
+    reader.close()
+    return found
+
+
+def by_time(log: Log) -> list[dict[str, Any]]:
+    return sorted(records(log), key=lambda event: (event["timestamp"], event["event_id"]))
+
+
+def imported_events(layout: str, path: Path, folder: Path) -> list[dict[str, Any]]:
+    """What an import of the file leaves in a log of its own."""
+    folder.mkdir()
+    log = open_log(f"sqlite:///{folder}/log.db")
+    try:
+        import_file(layout, path, log, CODEC)
+        return by_time(log)
+    finally:
+        log.close()
+
+
+def ms(event: dict[str, Any]) -> int:
+    stamp = event["timestamp"]
+    return stamp if isinstance(stamp, int) else round(stamp.timestamp() * 1000)
+
+
+def summary(event: dict[str, Any]) -> tuple[int, str, str, list[str]]:
+    return ms(event), event["name"], event["user_id"], [item["item_id"] for item in event["items"]]
+
+
+def test_retailrocket_rows_become_events_in_order_of_time(log: Log, tmp_path: Path) -> None:
+    import_file("retailrocket", written(tmp_path, RETAILROCKET), log, CODEC)
+    assert [summary(event) for event in by_time(log)] == [
+        (1433221332117, "view_item", "257597", ["355908"]),
+        (1433221999827, "purchase", "111016", ["318965"]),
+        (1433224214164, "add_to_cart", "992329", ["248676"]),
+    ]
+    assert [event["params"] for event in by_time(log)] == [{}, {"transaction_id": "4000"}, {}]
+
+
+def test_taobao_seconds_become_ms_and_its_categories_the_catalog(log: Log, tmp_path: Path) -> None:
+    imported = import_file("taobao", written(tmp_path, TAOBAO), log, CODEC)
+    assert [summary(event) for event in by_time(log)] == [
+        (1511544070000, "view_item", "1", ["2268318"]),
+        (1511544170000, "purchase", "1", ["2268318"]),
+        (1511561733000, "add_to_wishlist", "1", ["2333346"]),
+        (1511572885000, "add_to_cart", "100", ["2576651"]),
+    ]
+    catalog = {item["item_id"]: item["category"] for item in records(log, "catalog")}
+    assert catalog == {"2268318": "2520377", "2333346": "2520771", "2576651": "149192"}
+    assert (imported.events, imported.items) == (4, 3)
+
+
+def test_rees46_prices_ride_on_events_and_changes_reach_the_catalog(log: Log, tmp_path: Path) -> None:
+    import_file("rees46", written(tmp_path, REES46), log, CODEC)
+    first, *_, last = by_time(log)
+    assert summary(first) == (1569888000000, "view_item", "541312140", ["44600062"])
+    assert (first["items"][0]["price"], first["session_id"]) == (35.79, "72d76fde")
+    assert last["name"] == "purchase"
+    told = [item for item in records(log, "catalog") if item["item_id"] == "44600062"]
+    # the purchase tells a category and a new price, and no brand: the brand known before stays
+    assert [(item["category"], item["brand"], item["price"]) for item in told] == [
+        ("2103807459595387724", "shiseido", 35.79),
+        ("cosmetics", "shiseido", 36.0),
+    ]
+
+
+def test_otto_sessions_become_users(log: Log, tmp_path: Path) -> None:
+    import_file("otto", written(tmp_path, OTTO), log, CODEC)
+    assert [summary(event) for event in by_time(log)] == [
+        (1659304800024, "purchase", "43", ["7"]),
+        (1659304800025, "view_item", "42", ["15"]),
+        (1659304904511, "add_to_cart", "42", ["7"]),
+        (1659304904512, "view_item", "42", ["7"]),
+    ]
+
+
+@pytest.mark.parametrize("layout", SAMPLES)
+def test_plain_gzip_and_parquet_give_the_same_events(layout: str, tmp_path: Path) -> None:
+    text = SAMPLES[layout]
+    packed = tmp_path / "file.gz"
+    packed.write_bytes(gzip.compress(text.encode()))
+    plain = imported_events(layout, written(tmp_path, text), tmp_path / "plain")
+    assert imported_events(layout, packed, tmp_path / "gz") == plain
+    assert imported_events(layout, as_parquet(tmp_path, layout, text), tmp_path / "parquet") == plain
+
+
+def test_windows_line_ends_a_byte_order_mark_and_quotes_change_nothing(tmp_path: Path) -> None:
+    quoted = "\n".join(",".join(f'"{c}"' for c in line.split(",")) for line in RETAILROCKET.splitlines())
+    odd = written(tmp_path, "\ufeff" + quoted.replace("\n", "\r\n"), "odd")
+    plain = imported_events("retailrocket", written(tmp_path, RETAILROCKET), tmp_path / "plain")
+    assert imported_events("retailrocket", odd, tmp_path / "odd-log") == plain
+
+
+def test_a_second_import_of_the_same_rows_in_another_order_has_the_same_ids(tmp_path: Path) -> None:
+    header, *rows = REES46.splitlines(keepends=True)
+    turned = written(tmp_path, header + "".join(reversed(rows)), "turned")
+    plain = imported_events("rees46", written(tmp_path, REES46), tmp_path / "plain")
+    assert imported_events("rees46", turned, tmp_path / "turned-log") == plain
+
+
+def test_two_identical_rows_are_two_events_with_ids_of_their_own(log: Log, tmp_path: Path) -> None:
+    row = "1,2268318,2520377,pv,1511544070\n"
+    import_file("taobao", written(tmp_path, row + row + row.replace("70", "71")), log, CODEC)
+    ids = [event["event_id"] for event in by_time(log)]
+    assert len(set(ids)) == 3
+    again = [event["event_id"] for event in imported_events("taobao", tmp_path / "file", tmp_path / "again")]
+    assert again == ids
+
+
+def test_a_file_larger_than_memory_comes_out_in_order_of_time(tmp_path: Path) -> None:
+    clock = random.Random(5)
+    rows = [(clock.randrange(1_511_544_000, 1_511_545_000), n) for n in range(90_000)]
+    text = "".join(f"{n},{n},1,pv,{second}\n" for second, n in rows)
+
+    class Tape:
+        """A log and its producer that keep what they are given, in order."""
+
+        def __init__(self) -> None:
+            self.users: list[int] = []
+
+        def partitions(self, topic: str) -> int:
+            return 1
+
+        def producer(self) -> Tape:
+            return self
+
+        def send(self, topic: str, key: bytes, value: bytes) -> None:
+            if topic == "events":
+                self.users.append(int(key))
+
+        def close(self) -> None: ...
+
+    tape = Tape()
+    path = written(tmp_path, text)
+    import_file("taobao", path, tape, CODEC, ImportSettings(run_rows=20_000))  # type: ignore[arg-type]
+    time_of = {n: second for second, n in rows}
+    assert sorted(tape.users) == list(range(90_000))
+    seconds = [time_of[user] for user in tape.users]
+    assert seconds == sorted(seconds)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ("1,2,3,pv", Refusal.COLUMNS),
+        ("1,2,3,pv,1511544070,6", Refusal.COLUMNS),
+        ("1,2,3,stare,1511544070", Refusal.NAME),
+        (",2,3,pv,1511544070", Refusal.USER),
+        ("u" * 1025 + ",2,3,pv,1511544070", Refusal.USER),
+        ("1,,3,pv,1511544070", Refusal.ITEM),
+        ("1,a\0b,3,pv,1511544070", Refusal.ITEM),
+        ("1,2,3,pv,", Refusal.TIMESTAMP),
+        ("1,2,3,pv,yesterday", Refusal.TIMESTAMP),
+        ("1,2,3,pv,-1511544070", Refusal.TIMESTAMP),
+        ("1,2,3,pv,99999999999999999999", Refusal.TIMESTAMP),
+        ("1,2,3,pv,315532800", Refusal.TIMESTAMP),  # 1980
+        ('1,"2,3,pv,1511544070', Refusal.COLUMNS),  # an open quote spoils its own line only
+    ],
+)
+def test_a_bad_row_is_refused_with_its_reason_and_the_others_stay(
+    row: str, reason: Refusal, log: Log, tmp_path: Path
+) -> None:
+    imported = import_file("taobao", written(tmp_path, TAOBAO + row + "\n" + TAOBAO), log, CODEC)
+    assert imported.refused == {reason: 1}
+    assert imported.examples[reason] == f"line 5: {row}"[: len("line 5: ") + 200]
+    assert imported.events == 8
+
+
+@pytest.mark.parametrize("price", ["cheap", "1e10", "nan", "inf"])
+def test_a_price_that_is_no_price_is_refused(price: str, log: Log, tmp_path: Path) -> None:
+    imported = import_file("rees46", written(tmp_path, REES46.replace("33.20", price)), log, CODEC)
+    assert (imported.refused, imported.events) == ({Refusal.NUMBER: 2}, 2)
+
+
+def test_bytes_that_are_no_text_spoil_their_line_only(log: Log, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(TAOBAO.encode() + b"1,\xff\xfe,3,pv,1511544070\n")
+    imported = import_file("taobao", path, log, CODEC)
+    assert (imported.refused, imported.events) == ({Refusal.UTF8: 1}, 4)
+
+
+def test_refusals_are_told_by_reason_with_the_first_of_each(log: Log, tmp_path: Path) -> None:
+    bad = "1,2,3,stare,1511544070\n1,2,3,sniff,1511544070\n"
+    told = str(import_file("taobao", written(tmp_path, TAOBAO + bad), log, CODEC))
+    assert told.splitlines() == [
+        "4 events and 3 catalog records written, 2017-11-24 17:21 to 2017-11-25 01:21",
+        "  refused 2: unknown event name (first: line 5: 1,2,3,stare,1511544070)",
+    ]
+
+
+def test_a_file_of_another_layout_says_which_columns_are_missing(log: Log, tmp_path: Path) -> None:
+    with pytest.raises(
+        ImportFailed, match="no column event_time, which rees46 files have; found event, itemid"
+    ):
+        import_file("rees46", written(tmp_path, RETAILROCKET), log, CODEC)
+    with pytest.raises(ImportFailed, match="nothing in it could be read as taobao"):
+        import_file("taobao", written(tmp_path, OTTO), log, CODEC)
+
+
+def test_broken_files_are_named(log: Log, tmp_path: Path) -> None:
+    torn = tmp_path / "torn.gz"
+    torn.write_bytes(gzip.compress(TAOBAO.encode() * 100)[:-20])
+    zipped = tmp_path / "archive.zip"
+    zipped.write_bytes(b"PK\x03\x04 and so on")
+    stub = tmp_path / "stub.parquet"
+    stub.write_bytes(b"PAR1 and nothing else")
+    for path, why in ((torn, "broken"), (zipped, "unpack it first"), (stub, "broken")):
+        with pytest.raises(ImportFailed, match=f"{path.name}.*{why}"):
+            import_file("taobao", path, log, CODEC)
+
+
+GA4_EXPORT = {
+    "event_name": "purchase",
+    "event_timestamp": "1611100800123456",
+    "user_pseudo_id": "77.88",
+    "user_id": None,
+    "event_params": [
+        {"key": "ga_session_id", "value": {"int_value": 5, "string_value": None}},
+        {"key": "page_title", "value": {"string_value": "Checkout"}},
+        {"key": "currency", "value": {"string_value": "EUR"}},
+    ],
+    "ecommerce": {"purchase_revenue": 30.0, "transaction_id": "T1"},
+    "items": [
+        {"item_id": "sku1", "quantity": "2", "price": 10.0, "item_brand": "Acme", "item_category": "Mugs"},
+        {"item_id": "(not set)"},
+        {"item_id": "sku2", "price": None, "quantity": None},
+    ],
+}
+
+
+def test_a_ga4_export_becomes_our_event(log: Log, tmp_path: Path) -> None:
+    import_file("ga4", written(tmp_path, json.dumps(GA4_EXPORT) + "\n"), log, CODEC)
+    (event,) = by_time(log)
+    assert summary(event) == (1611100800123, "purchase", "77.88", ["sku1", "sku2"])
+    assert (event["session_id"], event["value"], event["currency"]) == ("5", 30.0, "EUR")
+    assert [(item["quantity"], item["price"]) for item in event["items"]] == [(2, 10.0), (1, None)]
+    assert event["params"] == {"page_title": "Checkout", "transaction_id": "T1"}
+    (item,) = records(log, "catalog")
+    assert (item["item_id"], item["category"], item["brand"], item["price"]) == ("sku1", "Mugs", "Acme", 10.0)
+
+
+def test_ga4_from_parquet_equals_ga4_from_lines(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist([GA4_EXPORT]), tmp_path / "ga4.parquet")
+    lines = written(tmp_path, json.dumps(GA4_EXPORT))
+    plain = imported_events("ga4", lines, tmp_path / "plain")
+    assert imported_events("ga4", tmp_path / "ga4.parquet", tmp_path / "parquet") == plain
+
+
+def test_our_own_event_as_json_keeps_its_id(log: Log, tmp_path: Path) -> None:
+    own = {
+        "event_id": "e1",
+        "name": "select_item",
+        "user_id": "anna",
+        "timestamp": "2026-01-02T03:04:05+01:00",
+        "items": [{"item_id": "a", "index": 3}],
+        "recommendation_id": "r1",
+        "params": {"page": "home", "depth": 2, "bot": False},
+    }
+    search = {"name": "search", "user_id": "anna", "timestamp": 1767319446000}
+    import_file("ga4", written(tmp_path, f"{json.dumps(own)}\n{json.dumps(search)}\n"), log, CODEC)
+    first, second = by_time(log)
+    assert summary(first) == (1767319445000, "select_item", "anna", ["a"])
+    assert (first["event_id"], first["recommendation_id"]) == ("e1", "r1")
+    assert first["params"] == {"page": "home", "depth": "2", "bot": "false"}
+    assert first["items"][0]["index"] == 3
+    assert summary(second) == (1767319446000, "search", "anna", [])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"event_name": None}, Refusal.NAME),
+        ({"event_name": "n" * 65}, Refusal.NAME),
+        ({"user_pseudo_id": ""}, Refusal.USER),
+        ({"user_pseudo_id": "\ud800"}, Refusal.USER),
+        ({"items": [{"item_id": ""}]}, Refusal.ITEM),
+        ({"items": [{"item_id": "a", "price": "dear"}]}, Refusal.NUMBER),
+        ({"items": [{"item_id": "a", "quantity": -1}]}, Refusal.NUMBER),
+        ({"items": [{"item_id": "a", "price": float("nan")}]}, Refusal.NUMBER),
+        ({"items": [{"item_id": "a"}] * 1001}, Refusal.TOO_MANY),
+        ({"items": "a, b"}, Refusal.JSON),
+        ({"event_timestamp": None}, Refusal.TIMESTAMP),
+        ({"event_timestamp": "soon"}, Refusal.TIMESTAMP),
+        ({"event_timestamp": 10**30}, Refusal.TIMESTAMP),
+    ],
+)
+def test_a_bad_ga4_event_is_refused(change: dict[str, Any], reason: Refusal, tmp_path: Path) -> None:
+    imported = Imported()
+    path = written(tmp_path, json.dumps(GA4_EXPORT | change) + "\n" + json.dumps(GA4_EXPORT))
+    tables = list(read_events("ga4", path, imported))
+    assert (imported.refused, sum(table.num_rows for table in tables)) == ({reason: 1}, 1)
+
+
+@pytest.mark.parametrize("line", ["", "{", "[1]", "7", "[" * 100_000])
+@pytest.mark.parametrize("layout", ["ga4", "otto"])
+def test_a_line_that_is_no_object_is_refused(layout: str, line: str, tmp_path: Path) -> None:
+    imported = Imported()
+    assert sum(t.num_rows for t in read_events(layout, written(tmp_path, line + "\n"), imported)) == 0
+    assert imported.refused == ({Refusal.JSON: 1} if line else {})
+
+
+@pytest.mark.parametrize("events", [None, {}, ["a"], "x"])
+def test_an_otto_session_without_a_list_of_events_is_refused(events: Any, tmp_path: Path) -> None:
+    imported = Imported()
+    path = written(tmp_path, json.dumps({"session": 1, "events": events}))
+    assert sum(t.num_rows for t in read_events("otto", path, imported)) == 0
+    assert imported.refused == {Refusal.JSON: 1}
+
+
+def test_pandas_floats_for_ids_are_whole_again(log: Log, tmp_path: Path) -> None:
+    table = pa.table(
+        {
+            "timestamp": [1433221332117, 1433221332118],
+            "visitorid": [7.0, None],
+            "event": pa.array(["view", "view"]).dictionary_encode(),
+            "itemid": [8.0, 9.0],
+            "transactionid": [float("nan"), 1.0],
+        }
+    )
+    pq.write_table(table, tmp_path / "file.parquet")
+    imported = import_file("retailrocket", tmp_path / "file.parquet", log, CODEC)
+    assert [summary(event) for event in by_time(log)] == [(1433221332117, "view_item", "7", ["8"])]
+    assert imported.refused == {Refusal.USER: 1}
+
+
+def test_topics_that_are_there_keep_their_partitions(log: Log, tmp_path: Path) -> None:
+    log.create_topic("events", 3)  # growing it would move users to other partitions
+    import_file("taobao", written(tmp_path, TAOBAO), log, CODEC, ImportSettings(partitions=5))
+    assert (log.partitions("events"), log.partitions("catalog")) == (3, 5)
+
+
+def test_a_full_producer_queue_delays_and_loses_nothing(log: Log, tmp_path: Path) -> None:
+    class Narrow:
+        """A log whose producer takes one record between flushes."""
+
+        def __init__(self) -> None:
+            self.inner, self.room = log.producer(), 1
+
+        def partitions(self, topic: str) -> int:
+            return log.partitions(topic)
+
+        def create_topic(self, topic: str, partitions: int, *, compacted: bool) -> bool:
+            return log.create_topic(topic, partitions, compacted=compacted)
+
+        def producer(self) -> Narrow:
+            return self
+
+        def send(self, topic: str, key: bytes, value: bytes) -> None:
+            if self.room == 0:
+                raise LogFull("one at a time")
+            self.room = 0
+            self.inner.send(topic, key, value)
+
+        def flush(self, timeout_s: float) -> int:
+            self.room = 1
+            return self.inner.flush(timeout_s)
+
+        def close(self) -> None:
+            self.inner.close()
+
+    import_file("taobao", written(tmp_path, TAOBAO), Narrow(), CODEC)  # type: ignore[arg-type]
+    assert len(records(log)) == 4
+
+
+def test_progress_reaches_its_end_in_both_phases(log: Log, tmp_path: Path) -> None:
+    seen: dict[str, tuple[int, int]] = {}
+    path = written(tmp_path, TAOBAO)
+    import_file("taobao", path, log, CODEC, progress=lambda phase, *share: seen.update({phase: share}))
+    assert seen == {"reading": (len(TAOBAO), len(TAOBAO)), "writing": (4, 4)}
+
+
+def test_a_bar_on_a_terminal_redraws_one_line() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    seconds = iter(range(10))
+    out = Terminal()
+    bar = Bar(out, lambda: float(next(seconds)))
+    for done in range(3):
+        bar("reading", done, 2)
+    lines = out.getvalue().split("\r")
+    assert [line.split("]")[-1].strip() for line in lines[1:]] == ["50% 1 s", "100% 2 s"]
+    assert out.getvalue().count("\n") == 1
+
+
+def test_settings_name_their_range() -> None:
+    with pytest.raises(ValueError, match=r"run_rows must be within 1000\.\.100000000, not 3"):
+        ImportSettings(run_rows=3)
