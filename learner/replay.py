@@ -1,11 +1,38 @@
-"""The replay buffer: what was seen, amended in place, sampled with n-step returns worked out at sampling."""
+"""The replay buffer: what was seen, amended in place, sampled with n-step returns worked out at sampling.
+
+Steps are kept apart from their transitions: the K slots of a step share one state, and a step knows which one
+followed it. Sampling walks that chain, so a reward that arrives a day late is in every n-step return that it
+belongs to from then on. A step lives as long as a transition that is kept can reach it; then its slot is used
+again. So memory is bounded by `capacity` and no sample ever lacks a state.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from learner.checkpoint import KEEP, Arrays, Keep
+from learner.sum_tree import Tree, tree_fill, tree_find, tree_new, tree_repair, tree_set
+from streaming.jit import jit
+from streaming.transitions import Amendments, Joined, States, Transitions
+
+SEGMENT: Final = 8192  # rows of a checkpoint part: what one change makes the next checkpoint write again
+PRIORITY_SEGMENT: Final = 65536  # priorities change everywhere all the time: fewer, larger parts
+MAX_PARTITION: Final = 1 << 15
+MAX_OFFSET: Final = 1 << 48
+PRIORITY_FLOOR: Final = 1e-3  # added to |TD error|, so that nothing becomes unreachable
+
+# Places in Store.cursor.
+_HEAD, _TAIL, _USED, _FREE, _DUPLICATES, _AMENDED, _UNKNOWN = range(7)
+# Rows of Store.stamps.
+_HISTORY, _CHAIN, _ROWS, _REWARDS, _PRIORITIES = range(5)
+
+
+class ReplayError(Exception):
+    """The buffer cannot do what was asked; the message says what and what to do about it."""
 
 
 class Histories(NamedTuple):
@@ -26,9 +53,8 @@ class Batch(NamedTuple):
     state: Histories
     next_state: Histories  # where `reward` stops counting; padding where discount is 0
     action: npt.NDArray[np.int32]  # [B] vocabulary id of the item in the slot
-    reward: npt.NDArray[
-        np.float32
-    ]  # [B] n-step: the slot's own + gamma * all that the next step earned + ...
+    # [B] n-step: the slot's own + gamma * all that the next step earned + ...
+    reward: npt.NDArray[np.float32]
     slot_reward: npt.NDArray[np.float32]  # [B] the slot's own reward alone (what n = 1 gives)
     discount: npt.NDArray[np.float32]  # [B] gamma**m after m <= n steps; 0 where the session ended among them
     weight: npt.NDArray[np.float32]  # [B] importance-sampling weight, at most 1; all 1 when uniform
@@ -37,4 +63,775 @@ class Batch(NamedTuple):
     policy_version: npt.NDArray[np.int64]  # [B] that made the decision; -1 for organic steps
     timestamp_ms: npt.NDArray[np.int64]  # [B] event time of `state`
     next_timestamp_ms: npt.NDArray[np.int64]  # [B] event time of `next_state`; 0 where discount is 0
-    index: npt.NDArray[np.int64]  # type: ignore[assignment]  # [B] sequence numbers, for `Replay.update_priorities`; never used twice
+    # [B] sequence numbers, for `Replay.update_priorities`; never used twice
+    index: npt.NDArray[np.int64]  # type: ignore[assignment]
+
+
+def empty_batch(batch_size: int, history_length: int) -> Batch:
+    """A batch to be sampled into, again and again."""
+
+    def histories() -> Histories:
+        shape = (batch_size, history_length)
+        return Histories(
+            np.zeros(shape, np.int32),
+            np.zeros(shape, np.uint8),
+            np.zeros(shape, np.float32),
+            np.zeros(shape, np.float32),
+        )
+
+    dtypes = (np.int32, np.float32, np.float32, np.float32, np.float32, np.bool_, np.float32)
+    columns: list[npt.NDArray[Any]] = [np.zeros(batch_size, dtype) for dtype in (*dtypes, *[np.int64] * 4)]
+    return Batch(histories(), histories(), *columns)
+
+
+class _Steps(NamedTuple):
+    """S slots for steps; row 0.. in no order."""
+
+    key: npt.NDArray[np.int64]  # [S] partition << 48 | offset; -1: a free slot
+    next: npt.NDArray[np.int32]  # [S] slot of the step that followed; -1: none
+    discount: npt.NDArray[np.float32]  # [S] to the next step; 0 where the session ended
+    total: npt.NDArray[np.float64]  # [S] reward of all its slots, also of those no longer kept
+    first: npt.NDArray[np.int64]  # [S] sequence number of its first transition
+    slots: npt.NDArray[np.int32]  # [S] how many transitions it gave; 0: not complete yet
+    organic: npt.NDArray[np.bool_]  # [S]
+    policy_version: npt.NDArray[np.int64]  # [S]
+    refs: npt.NDArray[np.int32]  # [S] transitions kept + steps that this one followed (derived)
+    timestamp_ms: npt.NDArray[np.int64]  # [S]
+    item: npt.NDArray[np.int32]  # [S, H]
+    name: npt.NDArray[np.uint8]  # [S, H]
+    age_s: npt.NDArray[np.float32]  # [S, H]
+    value: npt.NDArray[np.float32]  # [S, H]
+
+
+class _Rows(NamedTuple):
+    """T transitions: a ring, sequence number n in row n % T."""
+
+    step: npt.NDArray[np.int32]  # [T] slot of its step
+    slot: npt.NDArray[np.int16]  # [T]
+    action: npt.NDArray[np.int32]  # [T]
+    propensity: npt.NDArray[np.float32]  # [T]
+    reward: npt.NDArray[np.float64]  # [T] the slot's own
+
+
+class _Store(NamedTuple):
+    """All of it, in one value that numba functions take."""
+
+    steps: _Steps
+    rows: _Rows
+    table: npt.NDArray[np.int32]  # [power of two >= 2 S] key -> slot, linear probing; -1: free
+    free: npt.NDArray[np.int32]  # [S] stack of freed slots, cursor[_FREE] of them
+    cursor: npt.NDArray[np.int64]  # [7]
+    stamps: npt.NDArray[np.int64]  # [5, segments] the clock at the last change; 0: never
+    tree: Tree  # priority**alpha of each row; empty where uniform
+    top: npt.NDArray[np.float64]  # [1] the largest value ever put into the tree
+
+
+_HISTORY_FIELDS: Final = ("timestamp_ms", "item", "name", "age_s", "value")
+_CHAIN_FIELDS: Final = ("key", "next", "discount", "total", "first", "slots", "organic", "policy_version")
+_ROW_FIELDS: Final = ("step", "slot", "action", "propensity")
+
+
+# --- key -> step -----------------------------------------------------------------------------------------
+
+
+@jit
+def _key(partition: int, offset: int) -> int:
+    return int((np.int64(partition) << 48) | np.int64(offset))
+
+
+@jit
+def _home(key: int, mask: int) -> int:
+    h = np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)
+    return int(h >> np.uint64(32)) & mask
+
+
+@jit
+def _place(store: _Store, key: int) -> int:
+    """Where the index holds this key, or the free place where it belongs."""
+    mask = len(store.table) - 1
+    at = _home(key, mask)
+    while store.table[at] >= 0 and store.steps.key[store.table[at]] != key:
+        at = (at + 1) & mask
+    return at
+
+
+@jit
+def _forget(store: _Store, key: int) -> None:
+    """Take the key out of the table; what probed past it moves up, so that no tombstones pile up."""
+    mask = len(store.table) - 1
+    hole = _place(store, key)
+    at = (hole + 1) & mask
+    while store.table[at] >= 0:
+        home = _home(store.steps.key[store.table[at]], mask)
+        if ((at - home) & mask) >= ((at - hole) & mask):
+            store.table[hole] = store.table[at]
+            hole = at
+        at = (at + 1) & mask
+    store.table[hole] = -1
+
+
+@jit
+def _index_all(store: _Store) -> None:
+    """Fill an empty table with every step there is."""
+    for slot in range(store.cursor[_USED]):
+        if store.steps.key[slot] >= 0:
+            store.table[_place(store, store.steps.key[slot])] = slot
+
+
+# --- insert ----------------------------------------------------------------------------------------------
+
+
+@jit
+def _stamp(store: _Store, group: int, row: int, clock: int) -> None:
+    store.stamps[group, row // (PRIORITY_SEGMENT if group == _PRIORITIES else SEGMENT)] = clock
+
+
+@jit
+def _resolve(store: _Store, states: States, row: int, clock: int) -> int:
+    """The slot of the step whose state is this row; a new one if it is not kept."""
+    key = _key(states.partition[row], states.offset[row])
+    at = _place(store, key)
+    if store.table[at] >= 0:
+        return int(store.table[at])
+    if store.cursor[_FREE] > 0:
+        store.cursor[_FREE] -= 1
+        slot = int(store.free[store.cursor[_FREE]])
+    else:
+        slot = int(store.cursor[_USED])
+        store.cursor[_USED] += 1
+    store.table[at] = slot
+    steps = store.steps
+    steps.key[slot] = key
+    steps.next[slot] = -1
+    steps.discount[slot] = 0.0
+    steps.total[slot] = 0.0
+    steps.first[slot] = 0
+    steps.slots[slot] = 0
+    steps.refs[slot] = 0
+    steps.timestamp_ms[slot] = states.timestamp_ms[row]
+    steps.item[slot] = states.item[row]
+    steps.name[slot] = states.name[row]
+    steps.age_s[slot] = states.age_s[row]
+    steps.value[slot] = states.value[row]
+    _stamp(store, _HISTORY, slot, clock)
+    _stamp(store, _CHAIN, slot, clock)
+    return slot
+
+
+@jit
+def _release(store: _Store, slot: int, clock: int) -> None:
+    """One reference less; a step that nothing kept can reach goes, and lets go of the one after it."""
+    while slot >= 0:
+        store.steps.refs[slot] -= 1
+        if store.steps.refs[slot] > 0:
+            return
+        _forget(store, store.steps.key[slot])
+        store.steps.key[slot] = -1
+        _stamp(store, _CHAIN, slot, clock)
+        store.free[store.cursor[_FREE]] = slot
+        store.cursor[_FREE] += 1
+        slot = int(store.steps.next[slot])
+
+
+@jit
+def _complete(store: _Store, states: States, transitions: Transitions, t: int, clock: int) -> int:
+    """Open row t's step for its transitions: what followed it, and with which discount. Returns its slot."""
+    steps = store.steps
+    step = _resolve(store, states, transitions.state[t], clock)
+    steps.refs[step] += 1  # held until its rows are in: making room for them must not take it
+    steps.first[step] = store.cursor[_HEAD]
+    steps.discount[step] = transitions.discount[t]
+    steps.organic[step] = transitions.organic[t]
+    steps.policy_version[step] = transitions.policy_version[t]
+    if transitions.next_state[t] >= 0:
+        following = _resolve(store, states, transitions.next_state[t], clock)
+        steps.next[step] = following
+        steps.refs[following] += 1
+    _stamp(store, _CHAIN, step, clock)
+    return step
+
+
+@jit
+def _append(store: _Store, transitions: Transitions, t: int, step: int, clock: int) -> None:
+    """Row t enters the ring; the oldest transition makes room."""
+    rows, steps, cursor = store.rows, store.steps, store.cursor
+    capacity = len(rows.step)
+    if cursor[_HEAD] - cursor[_TAIL] == capacity:
+        oldest = int(rows.step[cursor[_TAIL] % capacity])
+        cursor[_TAIL] += 1
+        _release(store, oldest, clock)
+    at = cursor[_HEAD] % capacity
+    cursor[_HEAD] += 1
+    rows.step[at] = step
+    rows.slot[at] = transitions.slot[t]
+    rows.action[at] = transitions.action[t]
+    rows.propensity[at] = transitions.propensity[t]
+    rows.reward[at] = transitions.reward[t]
+    steps.total[step] += transitions.reward[t]
+    steps.slots[step] += 1
+    steps.refs[step] += 1
+    _stamp(store, _ROWS, at, clock)
+    _stamp(store, _REWARDS, at, clock)
+
+
+@jit
+def _insert(store: _Store, states: States, transitions: Transitions, clock: int) -> None:
+    """Add every run of rows that share a step, unless that step is complete already."""
+    total = len(transitions.offset)
+    capacity = len(store.rows.step)
+    before = store.cursor[_HEAD]
+    t = 0
+    while t < total:
+        end = t + 1
+        while (
+            end < total
+            and transitions.offset[end] == transitions.offset[t]
+            and transitions.partition[end] == transitions.partition[t]
+        ):
+            end += 1
+        known = store.table[_place(store, _key(transitions.partition[t], transitions.offset[t]))]
+        if known >= 0 and store.steps.slots[known] > 0:
+            store.cursor[_DUPLICATES] += end - t
+        else:
+            step = _complete(store, states, transitions, t, clock)
+            for row in range(t, end):
+                _append(store, transitions, row, step, clock)
+            _release(store, step, clock)
+        t = end
+    if len(store.tree) > 0:
+        _prioritise_range(store, max(before, store.cursor[_HEAD] - capacity), store.cursor[_HEAD], clock)
+
+
+@jit
+def _prioritise_range(store: _Store, start: int, end: int, clock: int) -> None:
+    """Sequence numbers start..end, at most a ring's length of them, get the highest priority there is."""
+    if start == end:
+        return
+    capacity = len(store.rows.step)
+    low, high = start % capacity, (end - 1) % capacity + 1
+    if low < high:
+        _prioritise_rows(store, low, high, clock)
+    else:
+        _prioritise_rows(store, low, capacity, clock)
+        _prioritise_rows(store, 0, high, clock)
+
+
+@jit
+def _prioritise_rows(store: _Store, low: int, high: int, clock: int) -> None:
+    tree_fill(store.tree, low, high, store.top[0])
+    for segment in range(low // PRIORITY_SEGMENT, (high - 1) // PRIORITY_SEGMENT + 1):
+        store.stamps[_PRIORITIES, segment] = clock
+
+
+@jit
+def _find_row(store: _Store, step: int, slot: int) -> int:
+    """Sequence number of a step's slot; -1 where it is no longer kept; -2 where the step never had it."""
+    steps, rows = store.steps, store.rows
+    capacity = len(rows.step)
+    first, end = steps.first[step], steps.first[step] + steps.slots[step]
+    kept = max(first, store.cursor[_TAIL])
+    for n in range(kept, end):
+        if rows.slot[n % capacity] == slot:
+            return n
+    lost = kept > first and (kept >= end or slot < rows.slot[kept % capacity])
+    return -1 if lost else -2
+
+
+@jit
+def _amend(store: _Store, amendments: Amendments, clock: int) -> None:
+    """Add each reward to its slot and to its step's total, and make the transition worth sampling again."""
+    capacity = len(store.rows.step)
+    for a in range(len(amendments.offset)):
+        step = store.table[_place(store, _key(amendments.partition[a], amendments.offset[a]))]
+        n = -2
+        if step >= 0 and store.steps.slots[step] > 0:
+            n = _find_row(store, step, amendments.slot[a])
+        if n == -2:
+            store.cursor[_UNKNOWN] += 1
+            continue
+        store.steps.total[step] += amendments.reward[a]
+        store.cursor[_AMENDED] += 1
+        _stamp(store, _CHAIN, step, clock)
+        if n >= 0:
+            at = n % capacity
+            store.rows.reward[at] += amendments.reward[a]
+            _stamp(store, _REWARDS, at, clock)
+            if len(store.tree) > 0:
+                tree_set(store.tree, at, store.top[0])
+                _stamp(store, _PRIORITIES, at, clock)
+
+
+@jit
+def _check(states: States, transitions: Transitions, amendments: Amendments) -> tuple[int, int]:
+    """(0, row) of a good batch, else what is wrong and where; nothing is changed before this was asked."""
+    for m in range(len(states.offset)):
+        if not (0 <= states.partition[m] < MAX_PARTITION and 0 <= states.offset[m] < MAX_OFFSET):
+            return 1, m
+    for t in range(len(transitions.offset)):
+        state, following = transitions.state[t], transitions.next_state[t]
+        if not (0 <= state < len(states.offset) and following < len(states.offset)):
+            return 2, t
+        same = states.partition[state] == transitions.partition[t]
+        if not (same and states.offset[state] == transitions.offset[t]):
+            return 3, t
+        if not (np.isfinite(transitions.reward[t]) and 0.0 <= transitions.discount[t] <= 1.0):
+            return 4, t
+        if transitions.discount[t] > 0 and following < 0:
+            return 5, t
+        again = t > 0 and transitions.offset[t] == transitions.offset[t - 1]
+        again = again and transitions.partition[t] == transitions.partition[t - 1]
+        if again and transitions.slot[t] <= transitions.slot[t - 1]:
+            return 6, t
+    for a in range(len(amendments.offset)):
+        if not np.isfinite(amendments.reward[a]):
+            return 7, a
+    return 0, 0
+
+
+_WRONG: Final = {
+    1: f"states row {{}}: partition must be in 0..{MAX_PARTITION - 1} and offset in 0..{MAX_OFFSET - 1}",
+    2: "transition {}: state or next_state is no row of the states that came along",
+    3: "transition {}: its state row is that of another step",
+    4: "transition {}: reward must be finite and discount in [0, 1]",
+    5: "transition {}: a discount above 0 needs a next_state",
+    6: "transition {}: the slots of a step must ascend",
+    7: "amendment {}: reward must be finite",
+}
+
+
+# --- sample ----------------------------------------------------------------------------------------------
+
+
+@jit
+def _draw(store: _Store, uniform: npt.NDArray[np.float64], beta: float, out: Batch) -> None:
+    """Choose rows into out.index and their importance weights into out.weight.
+
+    Prioritised: stratified, row i with P(i) = value(i) / total (Schaul et al. 2016, eq. 1, appendix B.2.1), weight
+    (N P(i))**-beta, divided by the largest in the batch (section 3.4). Else each row alike, weight 1.
+    """
+    size = len(out.action)
+    capacity = len(store.rows.step)
+    head, tail = store.cursor[_HEAD], store.cursor[_TAIL]
+    kept = head - tail
+    if len(store.tree) == 0:
+        for b in range(size):
+            out.index[b] = tail + min(int(uniform[b] * kept), kept - 1)
+            out.weight[b] = 1.0
+        return
+    total = store.tree[1]
+    half = len(store.tree) // 2
+    smallest = np.inf
+    for b in range(size):
+        at = tree_find(store.tree, (b + uniform[b]) / size * total)
+        out.index[b] = head - 1 - (head - 1 - at) % capacity
+        smallest = min(smallest, store.tree[half + at])
+    for b in range(size):
+        out.weight[b] = (smallest / store.tree[half + out.index[b] % capacity]) ** beta
+
+
+@jit
+def _gather(store: _Store, n_step: int, gamma: float, out: Batch) -> None:
+    """Fill the batch for out.index: walk each step's chain for its n-step return.
+
+    reward = r_slot + d_0 R_1 + d_0 d_1 R_2 + ..., R_k the total of the k-th step after it, up to n_step terms. It
+    stops where a discount is 0 or the next step is not complete, and bootstraps from the last state there is.
+    gamma: taken for every discount above 0; negative: discounts as they were inserted.
+    """
+    rows, steps = store.rows, store.steps
+    capacity = len(rows.step)
+    for b in range(len(out.action)):
+        at = out.index[b] % capacity
+        step = int(rows.step[at])
+        reward, discount, last = float(rows.reward[at]), 1.0, step
+        for n in range(n_step):
+            if n > 0:
+                if steps.slots[last] == 0:
+                    break
+                reward += discount * steps.total[last]
+            scale = float(steps.discount[last])
+            discount *= gamma if gamma >= 0.0 and scale > 0.0 else scale
+            if discount == 0.0:
+                break
+            last = int(steps.next[last])
+        out.action[b] = rows.action[at]
+        out.reward[b] = reward
+        out.slot_reward[b] = rows.reward[at]
+        out.discount[b] = discount
+        out.organic[b] = steps.organic[step]
+        out.propensity[b] = rows.propensity[at]
+        out.policy_version[b] = steps.policy_version[step]
+        out.timestamp_ms[b] = steps.timestamp_ms[step]
+        _copy_state(steps, step, out.state, b)
+        if discount > 0.0:
+            out.next_timestamp_ms[b] = steps.timestamp_ms[last]
+            _copy_state(steps, last, out.next_state, b)
+        else:
+            out.next_timestamp_ms[b] = 0
+            out.next_state.item[b] = 0
+            out.next_state.name[b] = 0
+            out.next_state.age_s[b] = 0.0
+            out.next_state.value[b] = 0.0
+
+
+@jit
+def _copy_state(steps: _Steps, step: int, out: Histories, b: int) -> None:
+    for h in range(out.item.shape[1]):
+        out.item[b, h] = steps.item[step, h]
+        out.name[b, h] = steps.name[step, h]
+        out.age_s[b, h] = steps.age_s[step, h]
+        out.value[b, h] = steps.value[step, h]
+
+
+@jit
+def _reprioritise(
+    store: _Store, index: npt.NDArray[np.int64], value: npt.NDArray[np.float64], clock: int
+) -> int:
+    """Set priorities of the sequence numbers that are still kept; returns how many were."""
+    capacity = len(store.rows.step)
+    done = 0
+    for b in range(len(index)):
+        if store.cursor[_TAIL] <= index[b] < store.cursor[_HEAD]:
+            store.top[0] = max(store.top[0], value[b])
+            tree_set(store.tree, index[b] % capacity, value[b])
+            _stamp(store, _PRIORITIES, index[b] % capacity, clock)
+            done += 1
+    return done
+
+
+# --- the buffer ------------------------------------------------------------------------------------------
+
+
+class Replay:
+    """The newest `capacity` transitions. One thread at a time: threads that share it share a lock.
+
+    capacity: transitions kept, in 2..2**30; the oldest goes first.
+    history_length: entries of a state, H.
+    prioritised: draw in proportion to (|TD error| + PRIORITY_FLOOR)**alpha, else uniformly.
+    alpha: in [0, 1]; 0 is uniform.
+    """
+
+    def __init__(
+        self, capacity: int, history_length: int, *, prioritised: bool = True, alpha: float = 0.6
+    ) -> None:
+        if not 2 <= capacity <= 1 << 30:
+            raise ReplayError(f"capacity must be in 2..2**30 transitions, not {capacity}")
+        if not 1 <= history_length <= 1024:
+            raise ReplayError(f"history_length must be in 1..1024, not {history_length}")
+        if not 0.0 <= alpha <= 1.0:
+            raise ReplayError(f"alpha must be in [0, 1], not {alpha}")
+        self.capacity = capacity
+        self.history_length = history_length
+        self.prioritised = prioritised
+        self.alpha = alpha
+        self._clock = 1
+        self._store = _new_store(capacity, history_length, SEGMENT, prioritised)
+
+    def __len__(self) -> int:
+        """Transitions kept."""
+        return int(self._store.cursor[_HEAD] - self._store.cursor[_TAIL])
+
+    @property
+    def inserted(self) -> int:
+        """Transitions ever added, duplicates not counted; the count that `Band` paces by."""
+        return int(self._store.cursor[_HEAD])
+
+    def counters(self) -> dict[str, int]:
+        """Counts since the buffer was new, which survive a restore; and what it holds now."""
+        cursor = self._store.cursor
+        return {
+            "inserted": self.inserted,
+            "kept": len(self),
+            "steps": int(cursor[_USED] - cursor[_FREE]),
+            "duplicates": int(cursor[_DUPLICATES]),
+            "amended": int(cursor[_AMENDED]),
+            "amendments_unknown": int(cursor[_UNKNOWN]),
+        }
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allotted (the operating system provides those that were touched)."""
+        store = self._store
+        arrays: list[npt.NDArray[Any]] = [*store.steps, *store.rows, *store[2:]]
+        return sum(array.nbytes for array in arrays)
+
+    def insert(self, joined: Joined) -> int:
+        """Add the transitions, then the amendments; returns how many transitions were new.
+
+        A step's transitions come as adjacent rows with ascending slots, all at once. A step that is complete
+        already is counted as duplicates and left as it is. An amendment raises its transition to the highest
+        priority; one for a step no longer kept is counted as unknown.
+        Raises: ReplayError, naming the row, on arrays that contradict each other; then nothing was changed.
+        """
+        states, transitions, amendments = _typed(joined)
+        if states.item.shape[1] != self.history_length:
+            raise ReplayError(
+                f"states of {states.item.shape[1]} entries for a replay of {self.history_length}; "
+                "give both the same history_length"
+            )
+        wrong, row = _check(states, transitions, amendments)
+        if wrong:
+            raise ReplayError(_WRONG[wrong].format(row))
+        self._make_room(len(states.offset))
+        before = self.inserted
+        _insert(self._store, states, transitions, self._clock)
+        _amend(self._store, amendments, self._clock)
+        return self.inserted - before
+
+    def sample(
+        self,
+        batch_size: int,
+        rng: np.random.Generator,
+        beta: float = 0.4,
+        n_step: int = 1,
+        gamma: float | None = None,
+        out: Batch | None = None,
+    ) -> Batch:
+        """Draw transitions with replacement, each with its n-step return as of now.
+
+        beta: how far importance weights undo the priorities, in [0, 1]. gamma: replaces every discount above 0,
+        in (0, 1]; None: as inserted. out: arrays to fill (see `empty_batch`); the same ones are returned.
+        Raises: ReplayError when fewer than batch_size transitions are kept.
+        """
+        if len(self) < batch_size or batch_size < 1:
+            raise ReplayError(
+                f"asked for {batch_size} transitions, have {len(self)}; wait for more events or lower --min-replay"
+            )
+        if n_step < 1 or (gamma is not None and not 0.0 < gamma <= 1.0):
+            raise ReplayError(f"n_step must be >= 1 and gamma in (0, 1], not {n_step} and {gamma}")
+        batch = empty_batch(batch_size, self.history_length) if out is None else out
+        if batch.state.item.shape != (batch_size, self.history_length):
+            raise ReplayError(
+                f"out holds {batch.state.item.shape}, asked for {(batch_size, self.history_length)}"
+            )
+        _draw(self._store, rng.random(batch_size), beta, batch)
+        _gather(self._store, n_step, -1.0 if gamma is None else gamma, batch)
+        return batch
+
+    def update_priorities(self, index: npt.NDArray[np.int64], priority: npt.NDArray[Any]) -> int:
+        """Set the priorities of a batch's rows to |TD error| >= 0; returns how many are still kept.
+
+        Rows gone since are passed over; without priorities nothing is done.
+        Raises: ReplayError on NaN, Inf or a negative priority.
+        """
+        value = np.asarray(priority, np.float64)
+        if not (np.isfinite(value).all() and (value >= 0.0).all()):
+            raise ReplayError("priorities must be finite and >= 0; the loss has diverged")
+        if not self.prioritised:
+            return 0
+        scaled = (value + PRIORITY_FLOOR) ** self.alpha
+        return _reprioritise(self._store, np.asarray(index, np.int64), scaled, self._clock)
+
+    # --- checkpoints
+
+    def snapshot(self, since: int = 0) -> tuple[int, dict[str, Arrays | Keep]]:
+        """(token, parts): a copy of all that changed since the snapshot which gave that token; 0: of everything.
+
+        A part that did not change is KEEP. Take it under the lock, write it outside; once it is safe, its token
+        is the next `since`. If writing failed, go on with the token before.
+        """
+        token, store = self._clock, self._store
+        self._clock += 1
+        parts: dict[str, Arrays | Keep] = {"replay/state": self._state_part()}
+        for name, group, size, arrays in _groups(store):
+            for segment in np.flatnonzero(store.stamps[group]):
+                cut = slice(int(segment) * size, (int(segment) + 1) * size)
+                changed = store.stamps[group, segment] > since
+                parts[f"replay/{name}-{segment:06d}"] = (
+                    {field: array[cut].copy() for field, array in arrays.items()} if changed else KEEP
+                )
+        return token, parts
+
+    def restore(self, parts: Mapping[str, Arrays]) -> int:
+        """Become what was snapshot; other parts in the mapping are left alone. Returns the token for `snapshot`.
+
+        Another capacity keeps the newest transitions that fit; another alpha starts with equal priorities.
+        Raises: ReplayError when the histories have another length.
+        """
+        saved = parts["replay/state"]
+        if int(saved["history_length"]) != self.history_length:
+            raise ReplayError(
+                f"the checkpoint's states have {int(saved['history_length'])} entries, not {self.history_length}; "
+                f"start with --history-length {int(saved['history_length'])}, or with an empty --data-dir"
+            )
+        used = int(saved["cursor"][_USED])
+        self._store = _new_store(self.capacity, self.history_length, used, self.prioritised)
+        store = self._store
+        store.cursor[:] = saved["cursor"]
+        store.cursor[_FREE] = 0
+        same = int(saved["capacity"]) == self.capacity
+        equal = same and self.prioritised and float(saved["alpha"]) == self.alpha
+        store.cursor[_TAIL] = max(store.cursor[_TAIL], store.cursor[_HEAD] - self.capacity)
+        store.top[0] = float(saved["top"]) if float(saved["alpha"]) == self.alpha else 1.0
+        self._load_segments(parts, int(saved["capacity"]), same)
+        if self.prioritised:
+            self._load_priorities(parts, int(saved["capacity"]), float(saved["alpha"]))
+        _derive(store)
+        self._clock = 2
+        store.stamps[store.stamps > 0] = 1
+        return 1 if equal or (same and not self.prioritised) else 0
+
+    def _state_part(self) -> Arrays:
+        return {
+            "cursor": self._store.cursor.copy(),
+            "top": self._store.top.copy()[0:1].reshape(()),
+            "capacity": np.array(self.capacity),
+            "history_length": np.array(self.history_length),
+            "alpha": np.array(self.alpha if self.prioritised else -1.0),
+        }
+
+    def _make_room(self, steps: int) -> None:
+        """Grow by doubling until so many more steps fit; live steps never exceed 2 * capacity."""
+        store = self._store
+        size = len(store.free)
+        if size - store.cursor[_USED] + store.cursor[_FREE] < steps:
+            need = int(store.cursor[_USED]) + steps
+            self._store = _new_store(self.capacity, self.history_length, need, self.prioritised, store)
+
+    def _load_segments(self, parts: Mapping[str, Arrays], capacity: int, same: bool) -> None:
+        """Put the saved segments where they belong in a ring of this capacity."""
+        store = self._store
+        for name, group, size, arrays in _groups(store):
+            if group == _PRIORITIES:
+                continue
+            for part in _segments(parts, name):
+                start = int(part.rpartition("-")[2]) * size
+                columns = parts[part]
+                rows = np.arange(start, start + len(next(iter(columns.values()))))
+                source: npt.NDArray[Any] = np.arange(len(rows))
+                if group in (_ROWS, _REWARDS):
+                    rows, source = _moved(rows, store.cursor, capacity, self.capacity)
+                for field, array in arrays.items():
+                    array[rows] = columns[field][source]
+                store.stamps[group, np.unique(rows // size)] = 1
+
+    def _load_priorities(self, parts: Mapping[str, Arrays], capacity: int, alpha: float) -> None:
+        """Fill the tree, from the saved values or, where they were made with another alpha, all alike."""
+        store = self._store
+        values = store.tree[len(store.tree) // 2 :]
+        if alpha == self.alpha:
+            for part in _segments(parts, "priorities"):
+                saved = parts[part]["value"]
+                start = int(part.rpartition("-")[2]) * PRIORITY_SEGMENT
+                rows, source = _moved(
+                    np.arange(start, start + len(saved)), store.cursor, capacity, self.capacity
+                )
+                values[rows] = saved[source]
+        else:
+            values[np.arange(store.cursor[_TAIL], store.cursor[_HEAD]) % self.capacity] = store.top[0]
+        store.stamps[_PRIORITIES, : -(-min(self.inserted, self.capacity) // PRIORITY_SEGMENT)] = 1
+        tree_repair(store.tree, 0, len(store.tree) // 2)
+
+
+def _new_store(
+    capacity: int, history_length: int, steps: int, prioritised: bool, old: _Store | None = None
+) -> _Store:
+    """An empty store with room for so many steps; or the old one, moved into that room."""
+    size = SEGMENT << max(-(-steps // SEGMENT) - 1, 0).bit_length()
+    shape = (size, history_length)
+    table = _Steps(
+        key=np.full(size, -1, np.int64),
+        next=np.full(size, -1, np.int32),
+        discount=np.zeros(size, np.float32),
+        total=np.zeros(size, np.float64),
+        first=np.zeros(size, np.int64),
+        slots=np.zeros(size, np.int32),
+        organic=np.zeros(size, np.bool_),
+        policy_version=np.zeros(size, np.int64),
+        refs=np.zeros(size, np.int32),
+        timestamp_ms=np.zeros(size, np.int64),
+        item=np.zeros(shape, np.int32),
+        name=np.zeros(shape, np.uint8),
+        age_s=np.zeros(shape, np.float32),
+        value=np.zeros(shape, np.float32),
+    )
+    store = _Store(
+        steps=table,
+        rows=_new_rows(capacity) if old is None else old.rows,
+        table=np.full(2 * size, -1, np.int32),
+        free=np.zeros(size, np.int32),
+        cursor=np.zeros(7, np.int64) if old is None else old.cursor,
+        stamps=np.zeros((5, max(size // SEGMENT, -(-capacity // SEGMENT))), np.int64),
+        tree=(tree_new(capacity) if prioritised else np.zeros(0)) if old is None else old.tree,
+        top=np.ones(1) if old is None else old.top,
+    )
+    if old is not None:
+        used = int(old.cursor[_USED])
+        targets: list[npt.NDArray[Any]] = list(store.steps)
+        sources: list[npt.NDArray[Any]] = list(old.steps)
+        for target, source in zip(targets, sources, strict=True):
+            target[:used] = source[:used]
+        store.free[: len(old.free)] = old.free
+        store.stamps[:, : old.stamps.shape[1]] = old.stamps
+        _index_all(store)
+    return store
+
+
+def _new_rows(capacity: int) -> _Rows:
+    dtypes = (np.int32, np.int16, np.int32, np.float32, np.float64)
+    columns: list[npt.NDArray[Any]] = [np.zeros(capacity, dtype) for dtype in dtypes]
+    return _Rows(*columns)
+
+
+def _groups(store: _Store) -> list[tuple[str, int, int, dict[str, npt.NDArray[Any]]]]:
+    """(name, row of stamps, rows a segment, arrays) of all that a checkpoint holds."""
+    steps, rows = store.steps._asdict(), store.rows._asdict()
+    groups = [
+        ("history", _HISTORY, SEGMENT, {field: steps[field] for field in _HISTORY_FIELDS}),
+        ("chain", _CHAIN, SEGMENT, {field: steps[field] for field in _CHAIN_FIELDS}),
+        ("rows", _ROWS, SEGMENT, {field: rows[field] for field in _ROW_FIELDS}),
+        ("rewards", _REWARDS, SEGMENT, {"reward": rows["reward"]}),
+    ]
+    if len(store.tree):
+        half = len(store.tree) // 2
+        leaves = store.tree[half : half + len(store.rows.step)]
+        groups.append(("priorities", _PRIORITIES, PRIORITY_SEGMENT, {"value": leaves}))
+    return groups
+
+
+def _segments(parts: Mapping[str, Arrays], name: str) -> list[str]:
+    return sorted(part for part in parts if part.startswith(f"replay/{name}-"))
+
+
+def _moved(
+    rows: npt.NDArray[np.int64], cursor: npt.NDArray[np.int64], capacity: int, new_capacity: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Where rows of a ring of `capacity` lie in one of `new_capacity`, and which of them are still kept."""
+    last = cursor[_HEAD] - 1
+    sequence = last - (last - rows) % capacity
+    kept = np.flatnonzero(sequence >= cursor[_TAIL])
+    return sequence[kept] % new_capacity, kept
+
+
+@jit
+def _derive(store: _Store) -> None:
+    """Rebuild what follows from the rest: references, the table, free slots."""
+    steps, cursor = store.steps, store.cursor
+    capacity = len(store.rows.step)
+    for n in range(cursor[_TAIL], cursor[_HEAD]):
+        steps.refs[store.rows.step[n % capacity]] += 1
+    for slot in range(cursor[_USED]):
+        if steps.key[slot] >= 0 and steps.next[slot] >= 0:
+            steps.refs[steps.next[slot]] += 1
+    _index_all(store)
+    for slot in range(cursor[_USED] - 1, -1, -1):
+        if steps.key[slot] < 0:
+            store.free[cursor[_FREE]] = slot
+            cursor[_FREE] += 1
+    for slot in range(cursor[_USED]):  # a smaller capacity leaves steps that nothing reaches
+        if steps.key[slot] >= 0 and steps.refs[slot] == 0:
+            steps.refs[slot] = 1
+            _release(store, slot, 1)
+
+
+def _typed(joined: Joined) -> tuple[States, Transitions, Amendments]:
+    """The joined arrays in exactly the types that the compiled loops were made for."""
+    i2, i4, i8, f4 = np.int16, np.int32, np.int64, np.float32
+
+    def columns(arrays: tuple[Any, ...], dtypes: tuple[Any, ...]) -> list[npt.NDArray[Any]]:
+        pairs = zip(arrays, dtypes, strict=True)
+        return [np.require(array, dtype, ["C", "W"]) for array, dtype in pairs]
+
+    states = States(*columns(joined.states, (i4, i8, i8, i4, np.uint8, f4, f4)))
+    dtypes = (i4, i8, i2, i4, i4, i4, f4, f4, f4, np.bool_, i8)
+    transitions = Transitions(*columns(joined.transitions, dtypes))
+    return states, transitions, Amendments(*columns(joined.amendments, (i4, i8, i2, f4)))
