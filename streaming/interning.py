@@ -237,80 +237,87 @@ def _same(
     return True
 
 
+class Tables(NamedTuple):
+    """What a vocabulary is made of, for loops that intern as they go."""
+
+    table: HashMap  # hash of an item → its id
+    text: npt.NDArray[np.uint8]  # all items end to end
+    bounds: npt.NDArray[np.int64]  # item i is text[bounds[i]:bounds[i + 1]]; item 0 is empty
+    counts: npt.NDArray[np.int64]  # [3] items known; at most; lookups refused (full, or a clash of hashes)
+
+
 @jit
-def _lookup(
-    table: HashMap,
-    text: npt.NDArray[np.uint8],
-    bounds: npt.NDArray[np.int64],
-    key: np.uint64,
-    data: npt.NDArray[np.uint8],
-    start: int,
-    length: int,
-) -> int:
-    """The id of data[start:start + length]; MISSING if new; 0 if another string has the same hash."""
-    found = map_get(table, key)
+def lookup(tables: Tables, key: np.uint64, data: npt.NDArray[np.uint8], start: int, length: int) -> int:
+    """The id of data[start:start + length], of hash `key`; MISSING if new; 0 if another string has its hash."""
+    found = map_get(tables.table, key)
     if found == MISSING:
         return MISSING
-    begin = bounds[found]
-    if bounds[found + 1] - begin != length or not _same(text, begin, data, start, length):
+    begin = tables.bounds[found]
+    if tables.bounds[found + 1] - begin != length or not _same(tables.text, begin, data, start, length):
+        return 0
+    return found
+
+
+@jit
+def has_room(tables: Tables, items: int, text: int) -> bool:
+    """Whether so many new items of so many bytes in all can be interned."""
+    known = tables.counts[0]
+    return (
+        known + items + 2 <= len(tables.bounds)
+        and tables.bounds[known + 1] + text <= len(tables.text)
+        and 2 * (known + items) <= len(tables.table.keys)
+    )
+
+
+@jit
+def intern(tables: Tables, key: np.uint64, data: npt.NDArray[np.uint8], start: int, length: int) -> int:
+    """The id of data[start:start + length], of hash `key`, given now if it is new; 0 if refused.
+
+    The string must not be empty, and there must be room: see `has_room`, `Vocabulary.reserve`.
+    """
+    found = lookup(tables, key, data, start, length)
+    if found == MISSING and tables.counts[0] < tables.counts[1]:
+        found = tables.counts[0] + 1
+        end = tables.bounds[found] + length
+        tables.text[tables.bounds[found] : end] = data[start : start + length]
+        tables.bounds[found + 1] = end
+        tables.counts[0] = found
+        map_put(tables.table, key, found)  # last: whoever finds it here, in another thread, finds its text
+    if found <= 0:
+        tables.counts[2] += 1
         return 0
     return found
 
 
 @jit
 def _lookup_all(
-    table: HashMap,
-    text: npt.NDArray[np.uint8],
-    bounds: npt.NDArray[np.int64],
+    tables: Tables,
     data: npt.NDArray[np.uint8],
     cuts: npt.NDArray[np.int64],
     ids: npt.NDArray[np.int32],
 ) -> None:
     """ids[i] = id of data[cuts[i]:cuts[i + 1]], 0 where unknown."""
     for i in range(len(ids)):
-        start, length = cuts[i], cuts[i + 1] - cuts[i]
-        key = hash_bytes(data, start, cuts[i + 1])
-        ids[i] = max(0, _lookup(table, text, bounds, key, data, start, length))
+        key = hash_bytes(data, cuts[i], cuts[i + 1])
+        ids[i] = max(0, lookup(tables, key, data, cuts[i], cuts[i + 1] - cuts[i]))
 
 
 @jit
-def intern_spans(
-    table: HashMap,
-    text: npt.NDArray[np.uint8],
-    bounds: npt.NDArray[np.int64],
-    count: npt.NDArray[np.int64],
+def _intern_all(
+    tables: Tables,
     data: npt.NDArray[np.uint8],
-    starts: npt.NDArray[np.int64],
-    lengths: npt.NDArray[np.int64],
+    cuts: npt.NDArray[np.int64],
     ids: npt.NDArray[np.int32],
     begin: int,
 ) -> int:
-    """Give spans begin.. of `data` their ids, new ones in order; returns where it had to stop for want of room.
-
-    count: [3] items known, items at most, spans refused so far (vocabulary full, or a clash of hashes).
-    """
-    for i in range(begin, len(starts)):
-        start, length = starts[i], lengths[i]
-        if length == 0:
-            ids[i] = 0
-            continue
-        key = hash_bytes(data, start, start + length)
-        found = _lookup(table, text, bounds, key, data, start, length)
-        if found == MISSING and count[0] < count[1]:
-            new = count[0] + 1
-            end = bounds[new] + length
-            if new + 2 > len(bounds) or end > len(text) or 2 * new > len(table.keys):
+    """As _lookup_all, from string `begin` on, with new ids; returns where it stopped for want of room."""
+    for i in range(begin, len(ids)):
+        start, length = cuts[i], cuts[i + 1] - cuts[i]
+        if length > 0:
+            if not has_room(tables, 1, length):
                 return i
-            text[bounds[new] : end] = data[start : start + length]
-            bounds[new + 1] = end  # the text first, the table last: other threads may be reading
-            map_put(table, key, new)
-            count[0] = new
-            found = new
-        if found <= 0:
-            count[2] += 1
-            found = 0
-        ids[i] = found
-    return len(starts)
+            ids[i] = intern(tables, hash_bytes(data, start, start + length), data, start, length)
+    return len(ids)
 
 
 class Vocabulary:
@@ -329,24 +336,26 @@ class Vocabulary:
     def __init__(self, max_items: int = 10_000_000) -> None:
         if not 1 <= max_items < 2**31 - 1:
             raise ValueError(f"max_items must be within 1..{2**31 - 2}, not {max_items}")
-        self._table: HashMap = map_new(1024)
-        self._text = np.zeros(1 << 14, np.uint8)  # all item ids end to end
-        self._bounds = np.zeros(1026, np.int64)  # item i is text[bounds[i]:bounds[i + 1]]; item 0 is empty
-        self._count = np.array([0, max_items, 0], np.int64)  # see intern_spans
+        self._tables = Tables(
+            map_new(1024),
+            np.zeros(1 << 14, np.uint8),
+            np.zeros(1026, np.int64),
+            np.array([0, max_items, 0], np.int64),
+        )
 
     def __len__(self) -> int:
         """How many items have an id; the largest id, too."""
-        return int(self._count[0])
+        return int(self._tables.counts[0])
 
     @property
     def max_items(self) -> int:
         """Ids that may be given in all."""
-        return int(self._count[1])
+        return int(self._tables.counts[1])
 
     @property
     def refused(self) -> int:
         """How often an item got 0 because the vocabulary was full (or by a clash of 64-bit hashes)."""
-        return int(self._count[2])
+        return int(self._tables.counts[2])
 
     def intern(self, item_id: str) -> int:
         """The item's id, given now if it is new; 0 for the empty string or when the vocabulary is full."""
@@ -355,31 +364,27 @@ class Vocabulary:
     def intern_all(self, item_ids: Sequence[str]) -> npt.NDArray[np.int32]:
         """The ids of these items, [N]; new ones are given in order."""
         data, cuts = _join(item_ids)
-        return self.intern_bytes(data, cuts[:-1], np.diff(cuts))
-
-    def intern_bytes(
-        self, data: npt.NDArray[np.uint8], starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.int32]:
-        """The ids of data[starts[i]:starts[i] + lengths[i]], [N]; 0 for empty spans. For columns."""
-        ids = np.zeros(len(starts), np.int32)
+        ids = np.zeros(len(item_ids), np.int32)
         done = 0
-        while True:
-            done = intern_spans(
-                self._table, self._text, self._bounds, self._count, data, starts, lengths, ids, done
-            )
-            if done == len(starts):
-                return ids
-            self._grow(int(lengths[done]))
+        while (done := _intern_all(self._tables, data, cuts, ids, done)) < len(ids):
+            self.reserve(1, int(cuts[done + 1] - cuts[done]))
+        return ids
 
-    def _grow(self, length: int) -> None:
-        """Double whatever is too small for one more item of this length."""
-        count = len(self)
-        self._table = map_reserve(self._table, 1)
-        if count + 3 > len(self._bounds):
-            self._bounds = _extended(self._bounds, 2 * len(self._bounds))
-        used = int(self._bounds[count + 1])
-        if used + length > len(self._text):
-            self._text = _extended(self._text, 2 * len(self._text) + length)
+    @property
+    def tables(self) -> Tables:
+        """For compiled loops; good until the next `reserve`."""
+        return self._tables
+
+    def reserve(self, items: int, text: int) -> None:
+        """Make room for so many new items of so many bytes in all."""
+        table, old_text, bounds, count = self._tables
+        known = len(self)
+        self._tables = Tables(
+            map_reserve(table, items),
+            _extended(old_text, int(bounds[known + 1]) + text),
+            _extended(bounds, known + items + 2),
+            count,
+        )
 
     def id_of(self, item_id: str) -> int:
         """The item's id, 0 if it has none."""
@@ -389,46 +394,51 @@ class Vocabulary:
         """The ids of these items, [N]; 0 where unknown. Gives no new ones."""
         data, cuts = _join(item_ids)
         ids = np.zeros(len(item_ids), np.int32)
-        table = self._table  # the table first: text and bounds read after it hold all that it names
-        _lookup_all(table, self._text, self._bounds, data, cuts, ids)
+        _lookup_all(self._tables, data, cuts, ids)
         return ids
 
     def item_id(self, i: int) -> str:
         """The item's string. Raises IndexError for an id that was not given."""
         if not 1 <= i <= len(self):
             raise IndexError(f"item {i} of {len(self)}: ids run from 1")
-        bounds = self._bounds
-        return self._text[bounds[i] : bounds[i + 1]].tobytes().decode()
+        _, text, bounds, _ = self._tables
+        return text[bounds[i] : bounds[i + 1]].tobytes().decode()
 
     def item_ids(self, first: int = 1) -> list[str]:
         """The strings of items first, first + 1, ... to the last."""
-        count, bounds = len(self), self._bounds
-        text = self._text[: bounds[count + 1]].tobytes()
-        cuts = bounds[first : count + 2].tolist()
-        return [text[a:b].decode() for a, b in pairwise(cuts)]
+        _, text, bounds, count = self._tables
+        cuts = bounds[first : count[0] + 2].tolist()
+        data = text[: cuts[-1]].tobytes()
+        return [data[a:b].decode() for a, b in pairwise(cuts)]
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """Everything, as arrays, for a checkpoint."""
-        bounds = self._bounds[: len(self) + 2].copy()
-        return {"text": self._text[: bounds[-1]].copy(), "bounds": bounds, "count": self._count.copy()}
+        _, text, bounds, count = self._tables
+        bounds = bounds[: count[0] + 2].copy()
+        return {"text": text[: bounds[-1]].copy(), "bounds": bounds, "count": count.copy()}
 
     def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """Become what `state` was taken from; max_items may have been raised since, and stays as it is now.
 
         Raises: ValueError if the state holds more items than max_items, or contradicts itself.
         """
-        text, bounds = np.array(state["text"], np.uint8), np.array(state["bounds"], np.int64)
+        text, bounds = _copied(state["text"], np.uint8), _copied(state["bounds"], np.int64)
         items = len(bounds) - 2
         if items > self.max_items:
             raise ValueError(
                 f"the state holds {items} items, max_items is {self.max_items}; raise it to {items} or more"
             )
         fresh = Vocabulary(self.max_items)
-        fresh.intern_bytes(text, bounds[1:-1].copy(), np.diff(bounds[1:]))
+        fresh.reserve(items, len(text))
+        if len(text) != bounds[-1] or np.any(np.diff(bounds) < 0):
+            raise ValueError(
+                f"damaged vocabulary: {len(text)} bytes of text, bounds {bounds[:3]}...{bounds[-3:]}"
+            )
+        _intern_all(fresh.tables, text, bounds[1:], np.zeros(items, np.int32), 0)
         if len(fresh) != items or fresh.refused:
             raise ValueError(f"damaged vocabulary: {items} items, but only {len(fresh)} distinct ones")
-        fresh._count[2] = state["count"][2]
-        self.__dict__.update(fresh.__dict__)
+        fresh.tables.counts[2] = state["count"][2]
+        self._tables = fresh.tables
 
 
 def _join(strings: Iterable[str]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
@@ -440,7 +450,14 @@ def _join(strings: Iterable[str]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np
 
 
 def _extended(array: npt.NDArray[Any], length: int) -> npt.NDArray[Any]:
-    """A copy with zeros up to `length`."""
-    longer = np.zeros(length, array.dtype)
+    """The array itself if it is so long; else a copy of at least twice its length, with zeros at the end."""
+    if length <= len(array):
+        return array
+    longer = np.zeros(max(length, 2 * len(array)), array.dtype)
     longer[: len(array)] = array
     return longer
+
+
+def _copied(array: npt.NDArray[Any], dtype: Any) -> npt.NDArray[Any]:
+    """A writable, contiguous copy (stored arrays may be neither, and numba would compile anew for them)."""
+    return np.array(array, dtype, order="C")
