@@ -1,0 +1,237 @@
+"""Policies to compare with, in process: random, popularity, and oracles that see into the shoppers' heads.
+
+All fill slates for the same `Shop` and meet the same shoppers (the shop's luck does not depend on what is shown).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from simulator.shop import CART, CLICK, PURCHASE, REFUND, Events, Floats, Ints, Outcome, Rows, Shop, Turn
+
+
+class Recommender(Protocol):
+    """Anything that fills slates."""
+
+    def recommend(self, shop: Shop, turn: Turn, slate_size: int) -> Rows:
+        """[B, slate_size] rows of the catalog, best first, none twice, only what is available (-1: nothing left)."""
+
+    def observe(self, events: Events) -> None:
+        """Take note of events, in the order in which they are published."""
+
+
+class Random:
+    """Uniform over what is available."""
+
+    def __init__(self, seed: int) -> None:
+        self._rng = np.random.default_rng([seed, 11])
+
+    def recommend(self, shop: Shop, turn: Turn, slate_size: int) -> Rows:
+        score = self._rng.random((len(turn.shopper), len(turn.available)))
+        return top(score, turn.available, slate_size)
+
+    def observe(self, events: Events) -> None:
+        """Nothing to learn."""
+
+
+class Popularity:
+    """The same best sellers for everybody: items by decayed counts of what is done with them.
+
+    It reads only events, as a server without weights does.
+    """
+
+    def __init__(self, items: int, half_life_h: float = 24.0) -> None:
+        self._count = np.zeros(items)
+        self._half_life_ms = half_life_h * 3_600_000
+        self._time_ms = 0
+
+    def recommend(self, shop: Shop, turn: Turn, slate_size: int) -> Rows:
+        return np.repeat(top(self._count[None, :], turn.available, slate_size), len(turn.shopper), axis=0)
+
+    def observe(self, events: Events) -> None:
+        if len(events):
+            now = max(self._time_ms, int(events.timestamp_ms.max()))
+            self._count *= 0.5 ** ((now - (self._time_ms or now)) / self._half_life_ms)
+            self._time_ms = now
+            np.add.at(self._count, events.item, 1.0)
+
+
+class GreedyOracle:
+    """Knows the shop's rules and the state of the shopper's mind, and takes the most expected reward now.
+
+    It sees what nobody could (tastes, purpose, stage, mood), yet neither the luck nor the future: it ranks by
+    P(click) x (reward of a click + of what is then expected to be put into the cart, bought and sent back).
+    """
+
+    def recommend(self, shop: Shop, turn: Turn, slate_size: int) -> Rows:
+        return top(
+            click_probability(shop, turn.shopper) * worth(shop, turn.shopper), turn.available, slate_size
+        )
+
+    def observe(self, events: Events) -> None:
+        """It knows already."""
+
+
+class PlanningOracle:
+    """As the greedy oracle, but counts what a click does to the rest of the visit.
+
+    An item is ranked by P(click) x (reward + V after the click - V after no click), with V times the probability
+    to stay. V, the reward expected of the rest of a visit under this very policy, is a quadratic in (mood,
+    stage, clicks on the purpose, clicks on accessories), fitted by policy iteration: rounds of visits in a
+    private shop with the same goods and people but other luck. Several clicks on one page are treated as
+    adding up (to first order), so it is a strong policy and not a proven optimum.
+    """
+
+    def __init__(self, shop: Shop, slate_size: int, rounds: int = 5, decisions: int = 12_000) -> None:
+        """shop: the one to plan for (only its settings, seed and rewards are read)."""
+        self.theta = np.zeros(len(_POWERS))
+        for r in range(rounds):
+            private = Shop(shop.settings, shop.seed, shop.rewards, luck=shop.luck + 7919 * (r + 1))
+            self.theta = _fit(private, self, slate_size, decisions)
+
+    def recommend(self, shop: Shop, turn: Turn, slate_size: int) -> Rows:
+        s = turn.shopper
+        gain = worth(shop, s) + self._after_click(shop, s) - self._after_nothing(shop, s)[:, None]
+        return top(click_probability(shop, s) * gain, turn.available, slate_size)
+
+    def observe(self, events: Events) -> None:
+        """It knows already."""
+
+    def _after_nothing(self, shop: Shop, s: Rows) -> Floats:
+        """[B] what is expected after a page without a click."""
+        mood, stage, mains, extras = mind_state(shop, s)
+        return self._stay_and_earn(shop, mood * shop.mind.mood_fade, stage, mains, extras)
+
+    def _after_click(self, shop: Shop, s: Rows) -> Floats:
+        """[B, N] what is expected after a page with a click on that item alone."""
+        m, g = shop.mind, shop.goods
+        mood, stage, mains, extras = (x[:, None] for x in mind_state(shop, s))
+        purpose = shop.purpose[s][:, None]
+        on_purpose = g.category == purpose
+        return self._stay_and_earn(
+            shop,
+            np.clip(mood * m.mood_fade + m.mood_depth * g.depth, -1.5, 1.5),
+            np.minimum(1.0, stage + m.stage_click * on_purpose * np.maximum(g.depth, 0.0)),
+            mains + on_purpose / 4.0,
+            extras + (g.category == purpose + shop.settings.categories // 2) / 4.0,
+        )
+
+    def _stay_and_earn(self, shop: Shop, mood: Floats, *rest: Floats) -> Floats:
+        return (1.0 - shop.leave_probability(mood)) * _value(self.theta, mood, *rest)
+
+
+# exponents of (mood, stage, clicks on the purpose, clicks on accessories): all terms of degree <= 2
+_POWERS: Final = tuple(
+    (a, b, c, d) for a in range(3) for b in range(3) for c in range(3) for d in range(3) if a + b + c + d <= 2
+)
+
+
+def top(score: Floats, available: npt.NDArray[np.bool_], k: int) -> Rows:
+    """[B, k] the columns of the k best scores among the available ones, best first; -1 where there are fewer."""
+    masked = np.where(available, score, -np.inf)
+    k_there = min(k, masked.shape[1])
+    part = np.argpartition(-masked, k_there - 1, axis=1)[:, :k_there]
+    best = np.take_along_axis(masked, part, axis=1)
+    order = np.argsort(-best, axis=1, kind="stable")
+    slate = np.full((len(masked), k), -1, dtype=np.int32)
+    slate[:, :k_there] = np.take_along_axis(part, order, axis=1)
+    slate[:, :k_there][np.take_along_axis(best, order, axis=1) == -np.inf] = -1
+    return slate
+
+
+def click_probability(shop: Shop, shopper: Rows) -> Floats:
+    """[B, N] probability that each item is clicked, once looked at."""
+    return np.asarray(1.0 / (1.0 + np.exp(-shop.click_logits(shopper))))
+
+
+def worth(shop: Shop, shopper: Rows) -> Floats:
+    """[B, N] reward expected of a click on each item: the click, the cart, the purchase, the refund."""
+    weight, value_weight = shop.rewards.columns()
+    price = shop.goods.price
+    click, cart, buy, refund = (weight[c] + value_weight[c] * price for c in (CLICK, CART, PURCHASE, REFUND))
+    bought = shop.buy_probability() * (buy + shop.refund_probability() * refund)
+    return np.asarray(click + shop.cart_probability(shopper) * (cart + bought))
+
+
+def mind_state(shop: Shop, shopper: Rows) -> tuple[Floats, Floats, Floats, Floats]:
+    """mood, stage, clicks / 4 on the purpose's category and on its accessories in this visit, each [B]."""
+    purpose = shop.purpose[shopper]
+    extras = purpose + shop.settings.categories // 2
+    mains_clicks, extra_clicks = shop.clicks[shopper, purpose], shop.clicks[shopper, extras]
+    return shop.mood[shopper], shop.stage[shopper], mains_clicks / 4.0, extra_clicks / 4.0
+
+
+def play(
+    shop: Shop, policy: Recommender, slate_size: int, decisions: int
+) -> Iterator[tuple[Turn, Rows, Outcome]]:
+    """Let a policy serve the shop for at least so many decisions; yields turn, slates and outcome."""
+    served = 0
+    while served < decisions:
+        turn = shop.next_turn()
+        policy.observe(turn.events)
+        slates = policy.recommend(shop, turn, slate_size)
+        outcome = shop.show(turn, slates)
+        policy.observe(outcome.events)
+        served += len(turn.shopper)
+        yield turn, slates, outcome
+
+
+def _value(theta: Floats, *state: Floats) -> Floats:
+    """V at these states: a polynomial in (mood, stage, clicks on the purpose, clicks on accessories)."""
+    total = np.zeros(np.broadcast_shapes(*(x.shape for x in state)))
+    for weight, powers in zip(theta, _POWERS, strict=True):
+        term: Floats | float = weight
+        for x, power in zip(state, powers, strict=True):
+            for _ in range(power):
+                term = term * x
+        total += term
+    return total
+
+
+def _fit(shop: Shop, policy: Recommender, slate_size: int, decisions: int) -> Floats:
+    """theta of V under a policy: what visits still earned from each page on, regressed on the state there."""
+    watched = []  # a row for each page: shopper, visit, page, the four of the state, reward expected of the page
+    turns = 0
+    while turns < decisions:
+        turn = shop.next_turn()
+        state = mind_state(shop, turn.shopper)
+        slates = policy.recommend(shop, turn, slate_size)
+        reward = expected_reward(shop, turn.shopper, slates)
+        watched.append(np.stack([turn.shopper, turn.visit, turn.page, *state, reward], axis=1))
+        shop.show(turn, slates)
+        turns += len(turn.shopper)
+    table = np.concatenate(watched)
+    table = table[np.lexsort((table[:, 2], table[:, 1], table[:, 0]))]
+    over = shop.visits()
+    visit = table[:, 0].astype(np.int64) << 32 | table[:, 1].astype(np.int64)
+    # visits that began late are counted only where they were short: leave them all out
+    whole = over.start_ms < over.start_ms.max() - 3_600_000
+    closed = np.isin(visit, (over.shopper.astype(np.int64) << 32 | over.visit)[whole])
+    table, visit = table[closed], visit[closed]
+    to_go = _rest_of_visit(table[:, 7], visit)
+    x = np.stack(
+        [np.prod([table[:, 3 + i] ** p for i, p in enumerate(powers)], axis=0) for powers in _POWERS], axis=1
+    )
+    ridge = 20.0 * np.eye(len(_POWERS))  # stage and clicks rise together: keep their weights small
+    return np.asarray(np.linalg.solve(x.T @ x + ridge, x.T @ to_go))
+
+
+def expected_reward(shop: Shop, shopper: Rows, slates: Rows) -> Floats:
+    """[B] reward expected of each slate, by the shop's own rules."""
+    p = 1.0 / (1.0 + np.exp(-shop.click_logits(shopper, slates)))
+    p = p * shop.look(slates.shape[1]) * ((slates >= 0) & shop.available[slates])
+    each = np.take_along_axis(worth(shop, shopper), np.maximum(slates, 0), axis=1)
+    return np.asarray((p * each).sum(axis=1))
+
+
+def _rest_of_visit(reward: Floats, visit: Ints) -> Floats:
+    """Each page's own reward and that of the pages after it in the same visit; pages stand in order."""
+    total = np.cumsum(reward[::-1])[::-1]
+    after = np.append(total[1:], 0.0)
+    last = np.append(visit[1:] != visit[:-1], True)
+    beyond = after[last][np.cumsum(last) - last]  # what belongs to later visits
+    return np.asarray(total - beyond)
