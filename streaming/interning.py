@@ -422,7 +422,7 @@ class Vocabulary:
 
         Raises: ValueError if the state holds more items than max_items, or contradicts itself.
         """
-        text, bounds = _copied(state["text"], np.uint8), _copied(state["bounds"], np.int64)
+        text, bounds = frozen(state["text"]), np.array(state["bounds"], np.int64)
         items = len(bounds) - 2
         if items > self.max_items:
             raise ValueError(
@@ -446,7 +446,7 @@ def _join(strings: Iterable[str]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np
     encoded = [s.encode() for s in strings]
     cuts = np.zeros(len(encoded) + 1, np.int64)
     np.cumsum([len(e) for e in encoded], out=cuts[1:])
-    return np.frombuffer(bytearray(b"".join(encoded) or b"\0"), np.uint8), cuts  # writable, as numba knows it
+    return np.frombuffer(b"".join(encoded) or b"\0", np.uint8), cuts
 
 
 def _extended(array: npt.NDArray[Any], length: int) -> npt.NDArray[Any]:
@@ -458,6 +458,8 @@ def _extended(array: npt.NDArray[Any], length: int) -> npt.NDArray[Any]:
     return longer
 
 
-def _copied(array: npt.NDArray[Any], dtype: Any) -> npt.NDArray[Any]:
-    """A writable, contiguous copy (stored arrays may be neither, and numba would compile anew for them)."""
-    return np.array(array, dtype, order="C")
+def frozen(data: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """A read-only view, the one form in which bytes go into compiled loops (numba compiles for each form anew)."""
+    view = np.ascontiguousarray(data, np.uint8).view()
+    view.flags.writeable = False
+    return view
