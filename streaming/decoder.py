@@ -265,12 +265,14 @@ _NAMES: Final = _map({hash_string(name): code for name, code in CODES.items()})
 
 def _uniform(batch: RecordBatch) -> RecordBatch:
     """The same batch, its arrays of one layout whatever log they come from: each other one would be compiled for."""
-    return batch._replace(
+    return RecordBatch(
         partition=np.array(batch.partition, np.int32),
         offset=np.array(batch.offset, np.int64),
+        timestamp_ms=batch.timestamp_ms,
         data=frozen(batch.data),
         bounds=np.array(batch.bounds, np.int64),
         null=np.array(batch.null, np.bool_),
+        keys=batch.keys,
     )
 
 
