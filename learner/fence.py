@@ -22,26 +22,27 @@ class Fence:
 
     url: a directory, or any fsspec URL whose listings show every completed write (local disks, S3, GCS, Azure).
     name: of the learner; learners of different names do not know of each other.
-    owner: who we are, for the message the other one gets; any text.
+    owner: who we are, for the message the other one gets; any text. above: epochs known to be taken elsewhere, as by
+    a learner whose data directory is gone but whose weights are still served.
     Raises: OSError when the claim cannot be written.
     """
 
-    def __init__(self, url: str | os.PathLike[str], name: str, owner: str = "") -> None:
+    def __init__(self, url: str | os.PathLike[str], name: str, owner: str = "", above: int = 0) -> None:
         if not name or "/" in name or name.startswith("."):
             raise ValueError(f"a learner's name must be a plain word without '/', not {name!r}")
         self._blobs = open_blobs(url)
         self._name = name
         self._folder = f"fence/{name}"
-        self.epoch = self._claim(owner or f"pid {os.getpid()}")
+        self.epoch = self._claim(owner or f"pid {os.getpid()}", above)
 
-    def _claim(self, owner: str) -> int:
+    def _claim(self, owner: str, above: int) -> int:
         """Take the next epoch.
 
         Written first, listed after: of two that took the same number, at least the later one sees the other and
         goes on to the next, so no two ever hold one epoch.
         """
         mine = uuid.uuid4().hex
-        epoch = max((e for e, _ in self._claims()), default=0)
+        epoch = max([above, *(e for e, _ in self._claims())])
         while True:
             epoch += 1
             self._blobs.write(f"{self._folder}/{epoch:08d}-{mine}", owner.encode())

@@ -6,15 +6,31 @@ A directory, or any fsspec URL (`s3://bucket/prefix`, `memory://weights`), that 
     {sha256}.safetensors       tensors, online and target network
     vocabulary-{sha256}.json   item ids, in chunks that are shared between versions
     labels/stable              which version servers should use; labels/canary likewise
+
+What is in a file named by its hash never changes, so a manifest that can be read names files that are whole, and a
+server that reads while the learner writes gets one version or the other.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 
+import numpy as np
 import numpy.typing as npt
+import safetensors.numpy
+
+from learner.blobs import open_blobs
+from learner.fence import Fence, Fenced
+from streaming.interning import Vocabulary
+
+FORMAT: Final = "bellwether-weights/1"
+CHUNK: Final = 8192  # item ids in one vocabulary file; all but the last file of a vocabulary are full
 
 
 class WeightsError(Exception):
@@ -70,3 +86,332 @@ class Weights(NamedTuple):
     manifest: Manifest
     tensors: dict[str, npt.NDArray[Any]]  # "online.…" and "target.…", as the agent named them
     vocabulary: list[str]  # [items] vocabulary[i] is the item_id of vocabulary id i + 1
+
+
+class _Tensor(Protocol):
+    """What we need of a torch tensor; this module works without torch."""
+
+    def detach(self) -> Any: ...
+
+
+Tensors: TypeAlias = Mapping[str, npt.NDArray[Any] | _Tensor]
+
+
+class _Label(NamedTuple):
+    """What a label file says."""
+
+    version: int
+    epoch: int  # of the learner that set it
+
+
+class WeightStore:
+    """Publishes and reads versions; one thread at a time, any number of processes.
+
+    url: a directory, or any fsspec URL. keep: newest versions kept, >= 1; those that a label names stay beyond
+    that. fence: the publishing learner's; readers have none.
+    Raises: ValueError for a URL that cannot be opened.
+    """
+
+    def __init__(self, url: str | os.PathLike[str], keep: int = 10, fence: Fence | None = None) -> None:
+        if keep < 1:
+            raise ValueError(f"keep must be >= 1 versions, not {keep}")
+        self.url = os.fspath(url)
+        self._blobs = open_blobs(url)
+        self._keep = keep
+        self._fence = fence
+        self._published: dict[int, Manifest] = {}  # every version that is still there, once publishing began
+        self._last = 0  # the highest version number ever given
+        self._opened = False
+        self._chunks: list[_Chunk] = []  # of the vocabulary published last, in order
+        self._read: dict[str, list[str]] = {}  # chunks of the version loaded last
+        self._seen: dict[str, _Label] = {}
+
+    # --- reading
+
+    def latest(self, label: str = "stable") -> int | None:
+        """The version that the label names now; None before the first. One small read.
+
+        A label set by a learner of a lower epoch than was seen before is passed over: that learner was replaced.
+        Raises: WeightsDamaged when the label cannot be understood; OSError where a retry may help.
+        """
+        try:
+            data = self._blobs.read(f"labels/{label}")
+        except FileNotFoundError:
+            return None
+        found = _parse_label(label, data)
+        if label not in self._seen or found.epoch >= self._seen[label].epoch:
+            self._seen[label] = found
+        return self._seen[label].version
+
+    def manifest(self, version: int) -> Manifest:
+        """What a version is. Raises: WeightsMissing, WeightsDamaged, OSError where a retry may help."""
+        name = _manifest_name(version)
+        return _parse_manifest(name, self._get(version, name), version)
+
+    def load(self, version: int) -> Weights:
+        """One version, every byte and number of it checked.
+
+        Raises: WeightsMissing; WeightsDamaged, naming file and reason; OSError where a retry may help.
+        """
+        manifest = self.manifest(version)
+        name = f"{manifest.tensors_sha256}.safetensors"
+        tensors = _checked_tensors(name, self._hashed(version, name, manifest.tensors_sha256), manifest)
+        vocabulary: list[str] = []
+        for sha256 in manifest.vocabulary_sha256:
+            vocabulary += self._chunk(version, sha256)
+        self._read = {sha256: self._read[sha256] for sha256 in manifest.vocabulary_sha256}
+        if len(vocabulary) != manifest.items:
+            raise WeightsDamaged(
+                f"version {version}: vocabulary of {len(vocabulary)} items, the manifest says {manifest.items}"
+            )
+        return Weights(manifest, tensors, vocabulary)
+
+    def versions(self) -> list[int]:
+        """All versions that are there, ascending."""
+        found = (re.fullmatch(r"v(\d+)\.json", name) for name in self._blobs.names())
+        return sorted(int(match[1]) for match in found if match)
+
+    def epoch(self) -> int:
+        """The highest epoch that any label was set by; a new learner must claim a higher one (`Fence(above=...)`)."""
+        return max((label.epoch for label in self._labels().values()), default=0)
+
+    def _get(self, version: int, name: str) -> bytes:
+        try:
+            return self._blobs.read(name)
+        except FileNotFoundError:
+            raise WeightsMissing(
+                f"version {version}: {name} is not in {self.url}; it was never published, or dropped since"
+            ) from None
+
+    def _hashed(self, version: int, name: str, sha256: str) -> bytes:
+        data = self._get(version, name)
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise WeightsDamaged(f"version {version}: {name} is not what its hash says ({len(data)} bytes)")
+        return data
+
+    def _chunk(self, version: int, sha256: str) -> list[str]:
+        """One file of the vocabulary; those of the version loaded last are not read again."""
+        if sha256 not in self._read:
+            data = self._hashed(version, f"vocabulary-{sha256}.json", sha256)
+            self._read[sha256] = json.loads(data)
+        return self._read[sha256]
+
+    def _labels(self) -> dict[str, _Label]:
+        labels = {}
+        for name in self._blobs.names("labels"):
+            try:
+                labels[name] = _parse_label(name, self._blobs.read(f"labels/{name}"))
+            except FileNotFoundError:
+                continue  # removed in between
+        return labels
+
+    # --- publishing
+
+    def publish(
+        self, tensors: Tensors, meta: Meta, vocabulary: Vocabulary, label: str | None = "stable"
+    ) -> Manifest:
+        """Make the next version and point the label at it; None: no label moves.
+
+        tensors: numpy arrays or torch tensors. vocabulary: the same one, grown or not, at each call of this store.
+        Raises: Fenced when a newer learner has taken over; WeightsError on a tensor that is not finite (nothing is
+        published); OSError where a retry may help.
+        """
+        self._allow()
+        self._open()
+        arrays = {name: _array(tensor) for name, tensor in tensors.items()}
+        for name, array in arrays.items():
+            if not _finite(array):
+                raise WeightsError(
+                    f"tensor {name!r} has NaN or Inf: not published; the training has diverged"
+                )
+        data = safetensors.numpy.save(arrays)
+        version = self._last + 1
+        manifest = Manifest(
+            **{f.name: getattr(meta, f.name) for f in fields(Meta)},
+            version=version,
+            epoch=self._epoch,
+            parent=max(self._published, default=None),
+            tensors_sha256=hashlib.sha256(data).hexdigest(),
+            shapes={name: array.shape for name, array in arrays.items()},
+            dtypes={name: str(array.dtype) for name, array in arrays.items()},
+            vocabulary_sha256=self._write_vocabulary(vocabulary),
+            items=sum(len(chunk.items) for chunk in self._chunks),
+        )
+        self._blobs.write(f"{manifest.tensors_sha256}.safetensors", data)
+        if self._fence is not None:
+            self._fence.check()  # the upload may have taken long
+        self._blobs.write(_manifest_name(version), _manifest_json(manifest))
+        self._published[version] = manifest
+        self._last = version
+        if label is not None:
+            self._set_label(label, version)
+        self._drop_old()
+        return manifest
+
+    def set_label(self, label: str, version: int) -> None:
+        """Point a label at a version that is there: promote a canary, or go back.
+
+        Raises: WeightsMissing, WeightsDamaged, Fenced.
+        """
+        if not re.fullmatch(r"[a-z][a-z0-9_-]*", label):
+            raise ValueError(f"a label is a lower-case word like 'stable' or 'canary', not {label!r}")
+        self._allow()
+        self.manifest(version)
+        self._set_label(label, version)
+
+    @property
+    def _epoch(self) -> int:
+        """Ours; without a fence that of whoever set a label last, so that an operator's label counts."""
+        return self._fence.epoch if self._fence else self.epoch()
+
+    def _set_label(self, label: str, version: int) -> None:
+        text = json.dumps({"version": version, "epoch": self._epoch})
+        self._blobs.write(f"labels/{label}", text.encode())
+
+    def _allow(self) -> None:
+        """Raises: Fenced. The labels are asked too: a learner with another data directory may publish here."""
+        if self._fence is None:
+            return
+        self._fence.check()
+        epoch = self.epoch()
+        if epoch > self._fence.epoch:
+            raise Fenced(
+                f"epoch {epoch} publishes to {self.url}, this learner has epoch {self._fence.epoch}; "
+                "give each learner a weight store of its own"
+            )
+
+    def _open(self) -> None:
+        """Before the first publication: learn what is there, delete what a killed predecessor left half done."""
+        if self._opened:
+            return
+        versions = self.versions()
+        self._last = max([0, *versions, *(label.version for label in self._labels().values())])
+        for version in versions:
+            try:
+                self._published[version] = self.manifest(version)
+            except WeightsDamaged:  # nobody can use it; its number is not given again
+                self._blobs.remove(_manifest_name(version))
+        named = {name for manifest in self._published.values() for name in _files(manifest)}
+        for name in self._blobs.names():
+            if re.fullmatch(r"(vocabulary-)?[0-9a-f]{64}\.(json|safetensors)", name) and name not in named:
+                self._blobs.remove(name)
+        self._opened = True
+
+    def _write_vocabulary(self, vocabulary: Vocabulary) -> tuple[str, ...]:
+        """Write the chunks that are new since last time; returns the hashes of all, in order."""
+        while self._chunks and len(self._chunks[-1].items) < CHUNK:
+            self._chunks.pop()
+        for i, chunk in enumerate(self._chunks):
+            if len(vocabulary) < (i + 1) * CHUNK or vocabulary.item_id((i + 1) * CHUNK) != chunk.items[-1]:
+                raise WeightsError("the vocabulary is not the one published before; open the store anew")
+        written = self._written()
+        items = vocabulary.item_ids(len(self._chunks) * CHUNK + 1)
+        for start in range(0, len(items), CHUNK):
+            ids = items[start : start + CHUNK]
+            data = json.dumps(ids, ensure_ascii=False, separators=(",", ":")).encode()
+            chunk = _Chunk(hashlib.sha256(data).hexdigest(), ids)
+            name = f"vocabulary-{chunk.sha256}.json"
+            if name not in written:
+                self._blobs.write(name, data)
+            self._chunks.append(chunk)
+        return tuple(chunk.sha256 for chunk in self._chunks)
+
+    def _written(self) -> set[str]:
+        """Names of all files of the versions that are there."""
+        return {name for manifest in self._published.values() for name in _files(manifest)}
+
+    def _drop_old(self) -> None:
+        """Delete versions beyond `keep` that no label names, then the files that only they had."""
+        named = {label.version for label in self._labels().values()}
+        dropped = [v for v in sorted(self._published)[: -self._keep] if v not in named]
+        files = {name for version in dropped for name in _files(self._published.pop(version))}
+        for version in dropped:  # manifests first: who finds one must find its files
+            self._blobs.remove(_manifest_name(version))
+        for name in files - self._written():
+            self._blobs.remove(name)
+
+
+class _Chunk(NamedTuple):
+    """One file of the vocabulary."""
+
+    sha256: str
+    items: list[str]
+
+
+# --- files -----------------------------------------------------------------------------------------------
+
+
+def _manifest_name(version: int) -> str:
+    return f"v{version:08d}.json"
+
+
+def _files(manifest: Manifest) -> list[str]:
+    """What a version needs beside its manifest."""
+    chunks = [f"vocabulary-{sha256}.json" for sha256 in manifest.vocabulary_sha256]
+    return [f"{manifest.tensors_sha256}.safetensors", *chunks]
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _manifest_json(manifest: Manifest) -> bytes:
+    """As JSON with its own hash in front. Positions' partitions become strings, as JSON wants."""
+    body = json.loads(json.dumps({"format": FORMAT, **asdict(manifest)}))
+    return json.dumps({"sha256": _digest(body), **body}, indent=1).encode()
+
+
+def _parse_manifest(name: str, data: bytes, version: int) -> Manifest:
+    """Raises: WeightsDamaged."""
+    try:
+        body = json.loads(data)
+        if body.pop("sha256") != _digest(body):
+            raise ValueError("its own hash is wrong")
+        if body.pop("format") != FORMAT:
+            raise ValueError(f"not of format {FORMAT!r}; this server is older than its learner")
+        body["positions"] = {int(partition): offset for partition, offset in body["positions"].items()}
+        body["shapes"] = {tensor: tuple(shape) for tensor, shape in body["shapes"].items()}
+        body["vocabulary_sha256"] = tuple(body["vocabulary_sha256"])
+        manifest = Manifest(**body)
+        if manifest.version != version:
+            raise ValueError(f"it is that of version {manifest.version}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsDamaged(f"version {version}: {name} is no manifest: {error!r}") from error
+    return manifest
+
+
+def _parse_label(label: str, data: bytes) -> _Label:
+    """Raises: WeightsDamaged."""
+    try:
+        body = json.loads(data)
+        return _Label(int(body["version"]), int(body["epoch"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise WeightsDamaged(f"label {label!r} cannot be read: {data[:80]!r}; publish anew") from error
+
+
+def _checked_tensors(name: str, data: bytes, manifest: Manifest) -> dict[str, npt.NDArray[Any]]:
+    """Raises: WeightsDamaged where shapes, types or numbers are not what they must be."""
+    where = f"version {manifest.version}: {name}"
+    tensors = safetensors.numpy.load(data)
+    if sorted(tensors) != sorted(manifest.shapes):
+        raise WeightsDamaged(f"{where} has other tensors than its manifest says")
+    for tensor, array in tensors.items():
+        stated = (manifest.shapes[tensor], manifest.dtypes[tensor])
+        if (array.shape, str(array.dtype)) != stated:
+            raise WeightsDamaged(
+                f"{where}: {tensor} is {array.shape} {array.dtype}, the manifest says {stated}"
+            )
+        if not _finite(array):
+            raise WeightsDamaged(f"{where}: {tensor} has NaN or Inf")
+    return tensors
+
+
+def _array(tensor: npt.NDArray[Any] | _Tensor) -> npt.NDArray[Any]:
+    """As numpy, laid out plainly: safetensors writes the raw buffer, a strided view would come out wrong."""
+    if isinstance(tensor, np.ndarray):
+        return np.asarray(tensor, order="C")
+    return np.asarray(tensor.detach().cpu().numpy(), order="C")
+
+
+def _finite(array: npt.NDArray[Any]) -> bool:
+    return array.dtype.kind not in "fc" or bool(np.isfinite(array).all())
