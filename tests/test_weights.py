@@ -1,0 +1,293 @@
+"""The weight store, over a directory and over fsspec."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import uuid
+
+import fsspec
+import numpy as np
+import pytest
+import torch
+
+from learner import weights as module
+from learner.fence import Fence, Fenced
+from learner.weights import Meta, WeightsDamaged, WeightsError, WeightsMissing, WeightStore
+from streaming.interning import Vocabulary
+
+
+@pytest.fixture(params=["directory", "memory"])
+def url(request, tmp_path):
+    return (
+        str(tmp_path / "weights") if request.param == "directory" else f"memory://weights-{uuid.uuid4().hex}"
+    )
+
+
+def items(*names):
+    vocabulary = Vocabulary()
+    vocabulary.intern_all(names)
+    return vocabulary
+
+
+def tensors(scale=1.0):
+    return {
+        "online.weight": np.arange(6, dtype=np.float32).reshape(2, 3) * scale,
+        "target.weight": np.zeros((0, 3), np.float32),
+        "catalog.on_offer": np.array([True, False]),
+    }
+
+
+def files(url):
+    fs, root = fsspec.core.url_to_fs(url)
+    return {path.removeprefix(root).lstrip("/") for path in fs.find(root)}
+
+
+def corrupt(url, name, change):
+    fs, root = fsspec.core.url_to_fs(url)
+    path = f"{root}/{name}"
+    fs.pipe_file(path, change(fs.cat_file(path)))
+
+
+def flip(data):
+    at = len(data) // 2
+    return data[:at] + bytes([data[at] ^ 16]) + data[at + 1 :]
+
+
+def test_what_was_published_is_loaded(url):
+    store = WeightStore(url)
+    assert store.latest() is None
+    meta = Meta(
+        step=7,
+        last_target_sync_step=5,
+        published_ms=1_700_000_000_000,
+        positions={0: 11, 3: 12},
+        events_through_ms=1_600_000_000_000,
+        transitions=100,
+        updates=7,
+        epsilon=0.1,
+        settings={"dims": 32, "names": ["a"]},
+    )
+    published = store.publish(tensors(), meta, items("phone", "étui"))
+    reader = WeightStore(url)
+    assert reader.latest() == published.version == 1
+    weights = reader.load(1)
+    assert weights.manifest == published
+    assert weights.manifest.positions == {0: 11, 3: 12}
+    assert weights.manifest.shapes["online.weight"] == (2, 3)
+    assert weights.vocabulary == ["phone", "étui"]
+    for name, tensor in tensors().items():
+        np.testing.assert_array_equal(weights.tensors[name], tensor)
+        assert weights.tensors[name].dtype == tensor.dtype
+
+
+def test_torch_tensors_and_strided_views_keep_their_numbers(url):
+    store = WeightStore(url)
+    base = torch.arange(12.0).reshape(3, 4).requires_grad_()
+    view = np.arange(12).reshape(3, 4).T
+    store.publish({"online.a": base.T, "online.b": view, "online.c": base[:, 1]}, Meta(), items())
+    loaded = store.load(1).tensors
+    np.testing.assert_array_equal(loaded["online.a"], base.detach().numpy().T)
+    np.testing.assert_array_equal(loaded["online.b"], view)
+    np.testing.assert_array_equal(loaded["online.c"], [1, 5, 9])
+
+
+def test_versions_go_on_rising_after_a_restart_and_name_their_parent(url):
+    for expected in (1, 2, 3):
+        manifest = WeightStore(url, keep=1).publish(tensors(expected), Meta(), items("a"))
+        assert (manifest.version, manifest.parent) == (expected, expected - 1 or None)
+
+
+def test_old_versions_go_with_their_files_and_labelled_ones_stay(url):
+    store = WeightStore(url, keep=2)
+    vocabulary = items("a")
+    store.publish(tensors(1), Meta(), vocabulary)
+    store.set_label("canary", 1)
+    for scale in (2, 3, 4):
+        store.publish(tensors(scale), Meta(), vocabulary)
+    assert store.versions() == [1, 3, 4]
+    assert store.latest("canary") == 1
+    assert store.latest() == 4
+    store.load(1)
+    with pytest.raises(WeightsMissing, match=r"v00000002\.json"):
+        store.load(2)
+    assert len([name for name in files(url) if name.endswith(".safetensors")]) == 3
+    assert len([name for name in files(url) if name.startswith("vocabulary-")]) == 1
+
+
+def test_equal_tensors_and_an_unchanged_vocabulary_share_their_files(url):
+    store = WeightStore(url)
+    vocabulary = items("a", "b")
+    first = store.publish(tensors(), Meta(), vocabulary)
+    second = store.publish(tensors(), Meta(step=1), vocabulary)
+    assert first.tensors_sha256 == second.tensors_sha256
+    assert first.vocabulary_sha256 == second.vocabulary_sha256
+    assert store.load(1).tensors.keys() == store.load(2).tensors.keys()
+
+
+def test_a_vocabulary_grows_in_chunks_that_are_written_once(url, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK", 3)
+    store, vocabulary = WeightStore(url), items(*"abcd")
+    first = store.publish(tensors(), Meta(), vocabulary)
+    vocabulary.intern_all(list("efgh"))
+    second = store.publish(tensors(), Meta(), vocabulary)
+    assert len(first.vocabulary_sha256) == 2
+    assert len(second.vocabulary_sha256) == 3
+    assert first.vocabulary_sha256[0] == second.vocabulary_sha256[0]
+    assert first.vocabulary_sha256[1] != second.vocabulary_sha256[1]
+    reader = WeightStore(url)
+    assert reader.load(1).vocabulary == list("abcd")
+    assert reader.load(2).vocabulary == list("abcdefgh")
+    assert store.load(2).vocabulary == list("abcdefgh")
+    vocabulary.intern("i")
+    store.publish(tensors(), Meta(), vocabulary)
+    assert WeightStore(url).load(3).vocabulary == list("abcdefghi")
+
+
+def test_another_vocabulary_in_the_same_store_object_is_refused(url, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK", 2)
+    store = WeightStore(url)
+    store.publish(tensors(), Meta(), items(*"abc"))
+    with pytest.raises(WeightsError, match="not the one published before"):
+        store.publish(tensors(), Meta(), items(*"xyz"))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_tensors_that_are_not_finite_are_never_published(url, bad):
+    store = WeightStore(url)
+    with pytest.raises(WeightsError, match=r"'online\.w' has NaN or Inf"):
+        store.publish({"online.w": np.array([1.0, bad])}, Meta(), items())
+    assert store.latest() is None
+    assert store.versions() == []
+
+
+@pytest.mark.parametrize(
+    "change", [flip, lambda data: data[:-1], lambda data: b"", lambda data: data + b" x"]
+)
+@pytest.mark.parametrize("kind", ["v0", "vocabulary-", "tensors"])
+def test_any_damage_is_found_and_names_its_file(url, kind, change):
+    WeightStore(url).publish(tensors(), Meta(), items("a"))
+    names = sorted(files(url))
+    name = next(n for n in names if (n.endswith(".safetensors") if kind == "tensors" else n.startswith(kind)))
+    corrupt(url, name, change)
+    with pytest.raises(WeightsDamaged, match=name.replace(".", r"\.")):
+        WeightStore(url).load(1)
+
+
+def test_every_single_bit_of_a_manifest_matters(tmp_path):
+    store = WeightStore(tmp_path)
+    whole = store.publish(tensors(), Meta(), items("a"))
+    path = tmp_path / "v00000001.json"
+    data = path.read_bytes()
+    for bit in range(len(data) * 8):
+        path.write_bytes(data[: bit // 8] + bytes([data[bit // 8] ^ 1 << bit % 8]) + data[bit // 8 + 1 :])
+        try:
+            assert store.manifest(1) == whole  # white space and the like
+        except WeightsDamaged:
+            continue
+
+
+def test_finite_numbers_are_demanded_on_loading_too(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_finite", lambda array: True)  # a publisher without the check
+        WeightStore(tmp_path).publish({"online.w": np.array([np.nan])}, Meta(), items())
+    with pytest.raises(WeightsDamaged, match=r"online\.w has NaN or Inf"):
+        WeightStore(tmp_path).load(1)
+
+
+def test_a_damaged_label_says_so(url):
+    store = WeightStore(url)
+    store.publish(tensors(), Meta(), items())
+    corrupt(url, "labels/stable", lambda data: data[:5])
+    with pytest.raises(WeightsDamaged, match="'stable' cannot be read"):
+        store.latest()
+
+
+def test_a_label_may_go_back_to_an_older_version(url):
+    store = WeightStore(url)
+    store.publish(tensors(1), Meta(), items())
+    store.publish(tensors(2), Meta(), items())
+    reader = WeightStore(url)
+    assert reader.latest() == 2
+    WeightStore(url).set_label("stable", 1)
+    assert reader.latest() == 1
+    with pytest.raises(WeightsMissing):
+        store.set_label("stable", 9)
+    with pytest.raises(ValueError, match="lower-case word"):
+        store.set_label("../stable", 1)
+
+
+def test_a_replaced_learner_cannot_publish_and_is_not_followed(url, tmp_path):
+    old = WeightStore(url, fence=Fence(tmp_path / "data", "main"))
+    old.publish(tensors(1), Meta(), items())
+    reader = WeightStore(url)
+    assert reader.latest() == 1
+    new = WeightStore(url, fence=Fence(tmp_path / "data", "main"))
+    assert new.publish(tensors(2), Meta(), items()).epoch == 2
+    assert reader.latest() == 2
+    with pytest.raises(Fenced):
+        old.publish(tensors(3), Meta(), items())
+    with pytest.raises(Fenced):
+        old.set_label("stable", 1)
+    # what it may have written between asking and writing
+    corrupt(url, "labels/stable", lambda data: json.dumps({"version": 1, "epoch": 1}).encode())
+    assert reader.latest() == 2
+
+
+def test_a_learner_that_lost_its_data_directory_must_claim_above_the_stores_epoch(url, tmp_path):
+    for _ in range(3):
+        fence = Fence(tmp_path / "data", "main")
+    WeightStore(url, fence=fence).publish(tensors(), Meta(), items())
+    with pytest.raises(Fenced, match="epoch 3 publishes"):
+        WeightStore(url, fence=Fence(tmp_path / "other", "main")).publish(tensors(), Meta(), items())
+    above = WeightStore(url).epoch()
+    fence = Fence(tmp_path / "third", "main", above=above)
+    assert WeightStore(url, fence=fence).publish(tensors(), Meta(), items()).epoch == 4
+
+
+def test_leftovers_of_a_killed_learner_go_and_other_files_stay(url):
+    WeightStore(url).publish(tensors(), Meta(), items())
+    fs, root = fsspec.core.url_to_fs(url)
+    fs.pipe_file(f"{root}/{'0' * 64}.safetensors", b"half")
+    fs.pipe_file(f"{root}/README.txt", b"mine")
+    WeightStore(url).publish(tensors(2), Meta(), items())
+    assert f"{'0' * 64}.safetensors" not in files(url)
+    assert "README.txt" in files(url)
+
+
+def test_a_reader_beside_a_publisher_always_gets_a_whole_version(tmp_path):
+    publisher, seen, stop = WeightStore(tmp_path, keep=2), [], threading.Event()
+
+    def follow():
+        reader = WeightStore(tmp_path)
+        while not stop.is_set():
+            version = reader.latest()
+            try:
+                weights = reader.load(version) if version else None
+            except WeightsMissing:
+                continue  # dropped while being read: the next look finds a newer one
+            if weights:
+                seen.append((version, float(weights.tensors["online.w"][0]), len(weights.vocabulary)))
+
+    thread = threading.Thread(target=follow)
+    thread.start()
+    vocabulary = Vocabulary()
+    for version in range(1, 60):
+        vocabulary.intern(f"item {version}")
+        publisher.publish({"online.w": np.full(50_000, float(version))}, Meta(), vocabulary)
+    stop.set()
+    thread.join()
+    assert len(seen) > 5
+    assert all(version == value == count for version, value, count in seen)
+
+
+def test_an_unknown_scheme_is_named():
+    with pytest.raises(ValueError, match="nosuch"):
+        WeightStore("nosuch://bucket/x")
+
+
+def test_the_module_works_without_torch():
+    code = "import sys; sys.modules['torch'] = None; import learner.weights"
+    subprocess.run([sys.executable, "-c", code], check=True)
