@@ -234,7 +234,7 @@ class Checkpoints:
     def save(self, parts: Mapping[str, Part | Keep], meta: Mapping[str, Any]) -> int:
         """Write the next generation and return its number; it is safe once this returns.
 
-        meta: JSON values. A part that is KEEP must be in the generation loaded or saved last.
+        meta: JSON values (keys come back as strings). A part that is KEEP must be in the generation loaded or saved last.
         Raises: CheckpointFailed on a full disk or any failing write; Fenced when a newer learner has taken over. In
         either case the generation before stays the newest, and KEEP still refers to it.
         """
@@ -279,18 +279,24 @@ class Checkpoints:
     def _write_manifest(self, files: Mapping[str, _File], meta: Mapping[str, Any]) -> _Generation:
         self._last = max([self._last, *(g.generation for g in self._generations())])
         generation = _Generation(self._fence.epoch if self._fence else 0, self._last + 1)
-        body = {
+        raw = {
             "format": FORMAT,
             "epoch": generation.epoch,
             "generation": generation.generation,
             "meta": dict(meta),
             "parts": {name: file._asdict() for name, file in files.items()},
         }
+        body = json.loads(json.dumps(raw))  # as it will be read: keys are strings, in their order
         text = json.dumps({"sha256": _digest(body), **body}, indent=1)
         if self._fence is not None:
             self._fence.check()  # writing the parts may have taken long
-        self._write(self.directory / generation.name, text.encode())
-        self._disk.sync(self.directory)
+        path = self.directory / generation.name
+        self._write(path, text.encode())
+        try:
+            self._disk.sync(self.directory)
+        except OSError:
+            self._disk.remove(path)  # reported as failed, so it must not be found either
+            raise
         return generation
 
     # --- reading
