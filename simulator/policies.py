@@ -11,7 +11,21 @@ from typing import Final, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from simulator.shop import CART, CLICK, PURCHASE, REFUND, Events, Floats, Ints, Outcome, Rows, Shop, Turn
+from simulator.shop import (
+    CART,
+    CLICK,
+    PURCHASE,
+    REFUND,
+    VIEW,
+    Events,
+    Floats,
+    Ints,
+    Minds,
+    Outcome,
+    Rows,
+    Shop,
+    Turn,
+)
 
 
 class Recommender(Protocol):
@@ -68,9 +82,8 @@ class GreedyOracle:
     """
 
     def recommend(self, shop: Shop, turn: Turn, slate_size: int) -> Rows:
-        return top(
-            click_probability(shop, turn.shopper) * worth(shop, turn.shopper), turn.available, slate_size
-        )
+        minds = shop.minds(turn.shopper)
+        return top(shop.click_probability(minds) * worth(shop, minds.stage), turn.available, slate_size)
 
     def observe(self, events: Events) -> None:
         """It knows already."""
@@ -94,23 +107,26 @@ class PlanningOracle:
             self.theta = _fit(private, self, slate_size, decisions)
 
     def recommend(self, shop: Shop, turn: Turn, slate_size: int) -> Rows:
-        s = turn.shopper
-        gain = worth(shop, s) + self._after_click(shop, s) - self._after_nothing(shop, s)[:, None]
-        return top(click_probability(shop, s) * gain, turn.available, slate_size)
+        return top(self.score(shop, shop.minds(turn.shopper)), turn.available, slate_size)
 
     def observe(self, events: Events) -> None:
         """It knows already."""
 
-    def _after_nothing(self, shop: Shop, s: Rows) -> Floats:
-        """[B] what is expected after a page without a click."""
-        mood, stage, mains, extras = mind_state(shop, s)
-        return self._stay_and_earn(shop, mood * shop.mind.mood_fade, stage, mains, extras)
+    def score(self, shop: Shop, minds: Minds) -> Floats:
+        """[B, N] what showing each item adds to the expected reward of the visit, if it is looked at."""
+        gain = worth(shop, minds.stage) + self._after_click(shop, minds) - self._after_nothing(shop, minds)
+        return shop.click_probability(minds) * gain
 
-    def _after_click(self, shop: Shop, s: Rows) -> Floats:
+    def _after_nothing(self, shop: Shop, minds: Minds) -> Floats:
+        """[B, 1] what is expected after a page without a click."""
+        mood, *rest = visit_state(shop, minds)
+        return self._stay_and_earn(shop, mood * shop.mind.mood_fade, *rest)[:, None]
+
+    def _after_click(self, shop: Shop, minds: Minds) -> Floats:
         """[B, N] what is expected after a page with a click on that item alone."""
         m, g = shop.mind, shop.goods
-        mood, stage, mains, extras = (x[:, None] for x in mind_state(shop, s))
-        purpose = shop.purpose[s][:, None]
+        mood, stage, mains, extras = (x[:, None] for x in visit_state(shop, minds))
+        purpose = minds.purpose[:, None]
         on_purpose = g.category == purpose
         return self._stay_and_earn(
             shop,
@@ -121,7 +137,76 @@ class PlanningOracle:
         )
 
     def _stay_and_earn(self, shop: Shop, mood: Floats, *rest: Floats) -> Floats:
-        return (1.0 - shop.leave_probability(mood)) * _value(self.theta, mood, *rest)
+        return np.asarray((1.0 - shop.leave_probability(mood)) * _value(self.theta, mood, *rest))
+
+
+class HistoryOracle:
+    """Knows the shop's rules, but reads the shopper's mind out of the history that the storefront keeps.
+
+    It is the planning oracle on `infer_minds`: what the best learner could hope for, since a learner has that same
+    history and must learn the rules besides.
+    """
+
+    def __init__(self, planner: PlanningOracle) -> None:
+        self._planner = planner
+
+    def recommend(self, shop: Shop, turn: Turn, slate_size: int) -> Rows:
+        return top(self._planner.score(shop, infer_minds(shop, turn)), turn.available, slate_size)
+
+    def observe(self, events: Events) -> None:
+        """It needs the history only."""
+
+
+def infer_minds(shop: Shop, turn: Turn) -> Minds:
+    """Minds as read out of the history alone: entries of the last 30 minutes without a gap are this visit.
+
+    The purpose is the main category that most of this visit's entries belong to (an accessory counts for its main
+    category, by half); stage, mood and satiation follow the shop's rules from this visit's entries, as if each
+    click had a page of its own; tastes are averages over the whole history, drawn towards the middle.
+    """
+    m, g, past = shop.mind, shop.goods, turn.history
+    half = shop.settings.categories // 2
+    b, rows = len(turn.shopper), np.arange(len(turn.shopper))[:, None]
+    there = past.item >= 0
+    item = np.maximum(past.item, 0)
+    newer = np.concatenate([turn.timestamp_ms[:, None], past.timestamp_ms[:, :-1]], axis=1)
+    now = there & np.logical_and.accumulate(newer - past.timestamp_ms < 30 * 60_000, axis=1)
+    now &= (past.name == VIEW) | (past.name == CLICK)  # yesterday's purchase may arrive today
+    clicked, viewed = now & (past.name == CLICK), now & (past.name == VIEW)
+    main, extra = g.category[item] % half, g.category[item] >= half
+    # purpose, by votes
+    votes = np.zeros((b, half))
+    np.add.at(votes, (rows, main), viewed * np.where(extra, 0.5, 1.0) + 0.3 * clicked)
+    lasting = np.zeros((b, half))
+    np.add.at(lasting, (rows, main), (past.name == VIEW) * there * 1.0)
+    purpose = (votes + 0.1 * lasting / np.maximum(lasting.sum(axis=1, keepdims=True), 1)).argmax(axis=1)
+    on_purpose = (g.category[item] == purpose[:, None]) & now
+    bought = there & (past.name == PURCHASE)
+    owned = (bought & (g.category[item] == purpose[:, None])).any(axis=1)
+    deep = np.maximum(g.depth[item], 0.0)
+    steps = on_purpose * deep * (m.stage_click * clicked + m.stage_view * viewed)
+    newer_clicks = np.cumsum(clicked, axis=1) - clicked
+    clicks = np.zeros((b, 2 * half), dtype=np.int16)
+    np.add.at(clicks, (rows, g.category[item]), clicked)
+    # tastes
+    looks = there & ((past.name == VIEW) | clicked)
+    style = np.einsum("bh,bhd->bd", looks.astype(np.float64), g.style[item])
+    style /= looks.sum(axis=1, keepdims=True) + 3.0
+    affinity = np.zeros((b, 2 * half))
+    affinity[:, :half] = lasting / np.maximum(lasting.max(axis=1, keepdims=True), 1.0)
+    return Minds(
+        affinity=affinity,
+        style=style,
+        level=(looks * g.level[item]).sum(axis=1) / (looks.sum(axis=1) + 3.0),
+        purpose=purpose.astype(np.int32),
+        owned=owned,
+        stage=np.minimum(1.0, m.stage_owned * owned + steps.sum(axis=1)),
+        mood=np.clip(
+            (clicked * m.mood_depth * g.depth[item] * m.mood_fade**newer_clicks).sum(axis=1), -1.5, 1.5
+        ),
+        clicks=clicks,
+        taken=np.where((past.name == CLICK) | bought, past.item, np.int32(-1)),
+    )
 
 
 # exponents of (mood, stage, clicks on the purpose, clicks on accessories): all terms of degree <= 2
@@ -143,26 +228,21 @@ def top(score: Floats, available: npt.NDArray[np.bool_], k: int) -> Rows:
     return slate
 
 
-def click_probability(shop: Shop, shopper: Rows) -> Floats:
-    """[B, N] probability that each item is clicked, once looked at."""
-    return np.asarray(1.0 / (1.0 + np.exp(-shop.click_logits(shopper))))
-
-
-def worth(shop: Shop, shopper: Rows) -> Floats:
+def worth(shop: Shop, stage: Floats) -> Floats:
     """[B, N] reward expected of a click on each item: the click, the cart, the purchase, the refund."""
     weight, value_weight = shop.rewards.columns()
-    price = shop.goods.price
-    click, cart, buy, refund = (weight[c] + value_weight[c] * price for c in (CLICK, CART, PURCHASE, REFUND))
+    click, cart, buy, refund = (
+        weight[c] + value_weight[c] * shop.goods.price for c in (CLICK, CART, PURCHASE, REFUND)
+    )
     bought = shop.buy_probability() * (buy + shop.refund_probability() * refund)
-    return np.asarray(click + shop.cart_probability(shopper) * (cart + bought))
+    return np.asarray(click + shop.cart_probability(stage[:, None]) * (cart + bought))
 
 
-def mind_state(shop: Shop, shopper: Rows) -> tuple[Floats, Floats, Floats, Floats]:
-    """mood, stage, clicks / 4 on the purpose's category and on its accessories in this visit, each [B]."""
-    purpose = shop.purpose[shopper]
-    extras = purpose + shop.settings.categories // 2
-    mains_clicks, extra_clicks = shop.clicks[shopper, purpose], shop.clicks[shopper, extras]
-    return shop.mood[shopper], shop.stage[shopper], mains_clicks / 4.0, extra_clicks / 4.0
+def visit_state(shop: Shop, minds: Minds) -> tuple[Floats, Floats, Floats, Floats]:
+    """What V looks at: mood, stage, clicks / 4 on the purpose's category and on its accessories, each [B]."""
+    rows = np.arange(len(minds.purpose))
+    extras = minds.purpose + shop.settings.categories // 2
+    return minds.mood, minds.stage, minds.clicks[rows, minds.purpose] / 4.0, minds.clicks[rows, extras] / 4.0
 
 
 def play(
@@ -198,9 +278,10 @@ def _fit(shop: Shop, policy: Recommender, slate_size: int, decisions: int) -> Fl
     turns = 0
     while turns < decisions:
         turn = shop.next_turn()
-        state = mind_state(shop, turn.shopper)
+        minds = shop.minds(turn.shopper)
+        state = visit_state(shop, minds)
         slates = policy.recommend(shop, turn, slate_size)
-        reward = expected_reward(shop, turn.shopper, slates)
+        reward = expected_reward(shop, minds, slates)
         watched.append(np.stack([turn.shopper, turn.visit, turn.page, *state, reward], axis=1))
         shop.show(turn, slates)
         turns += len(turn.shopper)
@@ -220,11 +301,11 @@ def _fit(shop: Shop, policy: Recommender, slate_size: int, decisions: int) -> Fl
     return np.asarray(np.linalg.solve(x.T @ x + ridge, x.T @ to_go))
 
 
-def expected_reward(shop: Shop, shopper: Rows, slates: Rows) -> Floats:
+def expected_reward(shop: Shop, minds: Minds, slates: Rows) -> Floats:
     """[B] reward expected of each slate, by the shop's own rules."""
-    p = 1.0 / (1.0 + np.exp(-shop.click_logits(shopper, slates)))
-    p = p * shop.look(slates.shape[1]) * ((slates >= 0) & shop.available[slates])
-    each = np.take_along_axis(worth(shop, shopper), np.maximum(slates, 0), axis=1)
+    p = shop.click_probability(minds, slates) * shop.look(slates.shape[1])
+    p *= (slates >= 0) & shop.available[slates]
+    each = np.take_along_axis(worth(shop, minds.stage), np.maximum(slates, 0), axis=1)
     return np.asarray((p * each).sum(axis=1))
 
 

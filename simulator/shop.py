@@ -87,14 +87,14 @@ class ShopSettings:
         default=20, metadata={"help": "categories, even, 2..items/2: half of them accessories"}
     )
     brands: int = field(default=40, metadata={"help": "brands, 1..items"})
-    shoppers: int = field(default=4000, metadata={"help": "returning shoppers, 1..1000000"})
+    shoppers: int = field(default=3000, metadata={"help": "returning shoppers, 1..1000000"})
     history_length: int = field(
         default=32, metadata={"help": "history entries the storefront keeps, 1..1000"}
     )
     start_ms: int = field(
         default=1_767_571_200_000, metadata={"help": "event time of the first day, ms since 1970"}
     )
-    return_after_h: float = field(default=12.0, metadata={"help": "mean hours between two visits, > 4"})
+    return_after_h: float = field(default=9.0, metadata={"help": "mean hours between two visits, > 4"})
     max_pages: int = field(default=25, metadata={"help": "longest visit in pages, 1..25"})
     spread_s: float = field(
         default=300.0, metadata={"help": "event-time span of one turn in seconds, 0..600"}
@@ -154,6 +154,20 @@ class History(NamedTuple):
     name: npt.NDArray[np.uint8]  # [B, H] event-name code; 0: padding
     timestamp_ms: Ints  # [B, H] 0: padding
     value: npt.NDArray[np.float32]  # [B, H] price, 0: padding
+
+
+class Minds(NamedTuple):
+    """All that bears on what B shoppers do next, luck apart."""
+
+    affinity: Floats  # [B, C] lasting liking of each category, 0..1
+    style: Floats  # [B, 6] lasting taste, unit length
+    level: Floats  # [B] lasting price level
+    purpose: Rows  # [B] main category that this visit is for
+    owned: Bools  # [B] something of that category was bought lately
+    stage: Floats  # [B] progress towards a choice in that category, 0..1
+    mood: Floats  # [B] -1.5..1.5
+    clicks: npt.NDArray[np.int16]  # [B, C] clicks during this visit
+    taken: Rows  # [B, H] rows of the catalog clicked or bought lately; -1: something else
 
 
 class Turn(NamedTuple):
@@ -328,36 +342,52 @@ class Shop:
 
     # -- the white box (the oracle and the tests look in here; a learner must not) -----------------------------
 
-    def click_logits(self, shopper: npt.NDArray[np.integer], items: Rows | None = None) -> Floats:
-        """[B, K] log-odds that each item, once looked at, is clicked now; items: [B, K], or None: the catalog."""
+    def minds(self, shopper: npt.NDArray[np.integer]) -> Minds:
+        """The state of these shoppers' minds: the truth."""
+        name = self._name[shopper]
+        return Minds(
+            affinity=self.affinity[shopper],
+            style=self.style[shopper],
+            level=self.level[shopper],
+            purpose=self.purpose[shopper],
+            owned=self.owned[shopper],
+            stage=self.stage[shopper],
+            mood=self.mood[shopper],
+            clicks=self.clicks[shopper],
+            taken=np.where((name == CLICK) | (name == PURCHASE), self._item[shopper], np.int32(-1)),
+        )
+
+    def click_probability(self, minds: Minds, items: Rows | None = None) -> Floats:
+        """[B, K] probability that each item, once looked at, is clicked now; items: [B, K], or None: the catalog.
+
+        sigmoid(base + what the item pulls + what its category means to the shopper now + style + price - repeat)
+        """
         m, g = self.mind, self.goods
-        cat = g.category[items] if items is not None else g.category[None, :]
-        purpose = self.purpose[shopper][:, None]
-        mains = self.settings.categories // 2
-        rows = np.arange(len(shopper))[:, None]
-        # what depends on (shopper, category) only is worked out per category
-        of_category = m.affinity * self.affinity[shopper] + m.season * self._season
-        of_category = of_category - m.satiation * self.clicks[shopper]
-        of_category[rows, purpose] += m.purpose - m.owned * self.owned[shopper][:, None]
-        of_category[rows, purpose + mains] += m.accessory * self.stage[shopper][:, None]
+        rows = np.arange(len(minds.purpose))[:, None]
+        purpose = minds.purpose[:, None]
+        accessories = purpose + self.settings.categories // 2
+        of_category = m.affinity * minds.affinity + m.season * self._season - m.satiation * minds.clicks
+        of_category[rows, purpose] += m.purpose - m.owned * minds.owned[:, None]
+        of_category[rows, accessories] += m.accessory * minds.stage[:, None]
         pull = m.base + m.popularity * g.popularity + m.bait * np.maximum(-g.depth, 0.0)  # [N]
         if items is None:
-            logits = pull + of_category[:, g.category] + m.style * (self.style[shopper] @ g.style.T)
-            logits -= m.price * np.abs(g.level - self.level[shopper][:, None])
+            logits = pull + of_category[:, g.category] + m.style * (minds.style @ g.style.T)
+            logits -= m.price * np.abs(g.level - minds.level[:, None])
         else:
-            logits = pull[items] + of_category[rows, cat]
-            logits += m.style * np.einsum("bd,bkd->bk", self.style[shopper], g.style[items])
-            logits -= m.price * np.abs(g.level[items] - self.level[shopper][:, None])
-        return np.asarray(logits - m.repeat * self._already(shopper, items))
+            logits = pull[items] + of_category[rows, g.category[items]]
+            logits += m.style * np.einsum("bd,bkd->bk", minds.style, g.style[items])
+            logits -= m.price * np.abs(g.level[items] - minds.level[:, None])
+        return _sigmoid(logits - m.repeat * self._taken(minds, items))
 
     def look(self, slots: int) -> Floats:
         """[K] probability that each slot is looked at."""
         return np.asarray(1.0 / (1.0 + self.mind.position * np.arange(slots)), dtype=np.float64)
 
-    def cart_probability(self, shopper: npt.NDArray[np.integer], items: Rows | None = None) -> Floats:
-        """[B, K] probability that an item goes into the cart once it was clicked; items as in click_logits."""
+    def cart_probability(self, stage: Floats, items: Rows | None = None) -> Floats:
+        """[B, K] probability that an item goes into the cart once it was clicked; items as in click_probability.
+
+        stage: anything that broadcasts against the items."""
         depth = self.goods.depth if items is None else self.goods.depth[items]
-        stage = self.stage[shopper][:, None]
         return _sigmoid(self.mind.cart + self.mind.cart_stage * stage + self.mind.cart_depth * depth)
 
     def buy_probability(self) -> Floats:
@@ -417,7 +447,7 @@ class Shop:
     def _clicked(self, turn: Turn, slate: Rows, page: Keys) -> Bools:
         """[B, K] which slots are clicked. The luck belongs to the item, whatever slot it stands in."""
         possible = (slate >= 0) & self._available[slate]
-        p = _sigmoid(self.click_logits(turn.shopper, slate)) * self.look(slate.shape[1])
+        p = self.click_probability(self.minds(turn.shopper), slate) * self.look(slate.shape[1])
         clicked = possible & (uniform(page[:, None], _CLICK_DRAW, slate) < p)
         for k in range(1, slate.shape[1]):  # an item shown twice can be clicked once
             clicked[:, k] &= (slate[:, :k] != slate[:, k : k + 1]).all(axis=1)
@@ -431,7 +461,7 @@ class Shop:
         click_ms = (
             turn.timestamp_ms[row] + 2000 + 15_000 * order // slate.shape[1]
         )  # before the next page opens
-        cart = uniform(luck, _CART_DRAW, item) < self.cart_probability(shopper, item[:, None])[:, 0]
+        cart = uniform(luck, _CART_DRAW, item) < self.cart_probability(self.stage[shopper], item)
         buy = cart & (uniform(luck, _BUY, item) < self.buy_probability()[item])
         refund = buy & (uniform(luck, _REFUND, item) < self.refund_probability()[item])
         buy_ms = click_ms + 60_000 + _delay_ms(uniform(luck, _BUY_DELAY, item), 3.0)
@@ -536,12 +566,12 @@ class Shop:
         self.clicks[shopper] = 0
 
     def _unaided_views(self, due: Ints, when: Ints, fresh: Bools) -> Events:
-        """Where shoppers went on their own before this page: one to three views open a visit; later a view
+        """Where shoppers went on their own before this page: two or three views open a visit; later a view
         may follow a page that got no click."""
         page = self._page_keys(due)
         luck = uniform(page, _WANDER)
         views = np.where(
-            fresh, 1 + (3 * luck).astype(np.int64), ~self._clicked_last[due] & (luck < self.mind.wander)
+            fresh, 2 + (2 * luck).astype(np.int64), ~self._clicked_last[due] & (luck < self.mind.wander)
         )
         row = np.repeat(np.arange(len(due)), views)
         nth = np.arange(len(row)) - np.repeat(np.cumsum(views) - views, views)  # 0, 1, .. within a row
@@ -572,7 +602,7 @@ class Shop:
         category = self.purpose[shopper].copy()
         kind = uniform(luck, 1)
         category += mains * (kind < 0.5 * self.stage[shopper]).astype(np.int32)
-        stray = kind > 0.85
+        stray = kind > 0.92
         share = np.cumsum(self.favourite[shopper], axis=1)
         category[stray] = (uniform(luck, 2)[:, None] > share).sum(axis=1).clip(max=mains - 1)[stray]
         choice = g.members[category]  # [B, M]
@@ -623,15 +653,15 @@ class Shop:
         self._when[who, at] = events.timestamp_ms[by]
         np.add.at(self._seen, who, 1)
 
-    def _already(self, shopper: npt.NDArray[np.integer], items: Rows | None) -> Bools:
-        """[B, K] whether the history has the item clicked or bought; the latest entries as they stand."""
-        past, name = self._item[shopper], self._name[shopper]  # [B, H], in ring order
-        past = np.where((name == CLICK) | (name == PURCHASE), past, -1)
+    def _taken(self, minds: Minds, items: Rows | None) -> Bools:
+        """[B, K] whether each item was clicked or bought lately."""
         if items is not None:
-            hit: Bools = ((items[:, :, None] == past[:, None, :]) & (items >= 0)[:, :, None]).any(axis=2)
-            return hit
-        marks = np.zeros((len(past), len(self.item_ids) + 1), dtype=np.bool_)  # the last column takes -1
-        marks[np.arange(len(past))[:, None], past] = True
+            among: Bools = (items[:, :, None] == minds.taken[:, None, :]).any(axis=2)
+            return among & (items >= 0)
+        marks = np.zeros(
+            (len(minds.taken), len(self.item_ids) + 1), dtype=np.bool_
+        )  # the last column takes -1
+        marks[np.arange(len(marks))[:, None], minds.taken] = True
         return marks[:, :-1]
 
 
@@ -650,14 +680,13 @@ def _delay_ms(luck: Floats, mean_h: float) -> Ints:
 
 
 def _warp(time_ms: Ints, start_ms: int) -> Ints:
-    """Bend even time so that evenings are three times as busy as early mornings; order is kept.
+    """Bend even time so that evenings are three times as busy as early mornings; order and the start are kept.
 
-    t' = t + a sin(2 pi t) / 2 pi in days: density 1 / (1 + a cos(2 pi t)).
+    t' = t + a (sin 2 pi (t - .3) + sin .6 pi) / 2 pi in days, a = 0.5: density 1 / (1 + a cos 2 pi (t - .3)).
     """
     day = (time_ms - start_ms) / DAY_MS
-    return np.asarray(
-        start_ms + ((day + 0.5 * np.sin(2 * np.pi * (day - 0.3)) / (2 * np.pi)) * DAY_MS).astype(np.int64)
-    )
+    bent = day + 0.5 * (np.sin(2 * np.pi * (day - 0.3)) + np.sin(0.6 * np.pi)) / (2 * np.pi)
+    return np.asarray(start_ms + (bent * DAY_MS).astype(np.int64))
 
 
 def _picked(events: Events, rows: npt.NDArray[np.generic]) -> Events:
