@@ -234,7 +234,8 @@ class Checkpoints:
     def save(self, parts: Mapping[str, Part | Keep], meta: Mapping[str, Any]) -> int:
         """Write the next generation and return its number; it is safe once this returns.
 
-        meta: JSON values (keys come back as strings). A part that is KEEP must be in the generation loaded or saved last.
+        meta: JSON values (keys come back as strings). A part that is KEEP must be in the generation loaded or saved
+        last.
         Raises: CheckpointFailed on a full disk or any failing write; Fenced when a newer learner has taken over. In
         either case the generation before stays the newest, and KEEP still refers to it.
         """

@@ -20,7 +20,7 @@ from streaming.jit import jit
 from streaming.transitions import Amendments, Joined, States, Transitions
 
 SEGMENT: Final = 8192  # rows of a checkpoint part: what one change makes the next checkpoint write again
-PRIORITY_SEGMENT: Final = 65536  # priorities change everywhere all the time: fewer, larger parts
+PRIORITY_SEGMENTS: Final = 8  # priorities change everywhere all the time: fewer parts, so many times as large
 MAX_PARTITION: Final = 1 << 15
 MAX_OFFSET: Final = 1 << 48
 PRIORITY_FLOOR: Final = 1e-3  # added to |TD error|, so that nothing becomes unreachable
@@ -93,6 +93,7 @@ class _Steps(NamedTuple):
     total: npt.NDArray[np.float64]  # [S] reward of all its slots, also of those no longer kept
     first: npt.NDArray[np.int64]  # [S] sequence number of its first transition
     slots: npt.NDArray[np.int32]  # [S] how many transitions it gave; 0: not complete yet
+    last_slot: npt.NDArray[np.int16]  # [S] the highest slot it gave
     organic: npt.NDArray[np.bool_]  # [S]
     policy_version: npt.NDArray[np.int64]  # [S]
     refs: npt.NDArray[np.int32]  # [S] transitions kept + steps that this one followed (derived)
@@ -122,12 +123,15 @@ class _Store(NamedTuple):
     free: npt.NDArray[np.int32]  # [S] stack of freed slots, cursor[_FREE] of them
     cursor: npt.NDArray[np.int64]  # [7]
     stamps: npt.NDArray[np.int64]  # [5, segments] the clock at the last change; 0: never
+    sizes: npt.NDArray[np.int64]  # [5] rows of a segment
     tree: Tree  # priority**alpha of each row; empty where uniform
     top: npt.NDArray[np.float64]  # [1] the largest value ever put into the tree
 
 
 _HISTORY_FIELDS: Final = ("timestamp_ms", "item", "name", "age_s", "value")
-_CHAIN_FIELDS: Final = ("key", "next", "discount", "total", "first", "slots", "organic", "policy_version")
+_CHAIN_FIELDS: Final = (
+    *("key", "next", "discount", "total", "first", "slots", "last_slot", "organic", "policy_version"),
+)
 _ROW_FIELDS: Final = ("step", "slot", "action", "propensity")
 
 
@@ -183,7 +187,7 @@ def _index_all(store: _Store) -> None:
 
 @jit
 def _stamp(store: _Store, group: int, row: int, clock: int) -> None:
-    store.stamps[group, row // (PRIORITY_SEGMENT if group == _PRIORITIES else SEGMENT)] = clock
+    store.stamps[group, row // store.sizes[group]] = clock
 
 
 @jit
@@ -269,6 +273,7 @@ def _append(store: _Store, transitions: Transitions, t: int, step: int, clock: i
     rows.reward[at] = transitions.reward[t]
     steps.total[step] += transitions.reward[t]
     steps.slots[step] += 1
+    steps.last_slot[step] = transitions.slot[t]
     steps.refs[step] += 1
     _stamp(store, _ROWS, at, clock)
     _stamp(store, _REWARDS, at, clock)
@@ -319,7 +324,8 @@ def _prioritise_range(store: _Store, start: int, end: int, clock: int) -> None:
 @jit
 def _prioritise_rows(store: _Store, low: int, high: int, clock: int) -> None:
     tree_fill(store.tree, low, high, store.top[0])
-    for segment in range(low // PRIORITY_SEGMENT, (high - 1) // PRIORITY_SEGMENT + 1):
+    size = store.sizes[_PRIORITIES]
+    for segment in range(low // size, (high - 1) // size + 1):
         store.stamps[_PRIORITIES, segment] = clock
 
 
@@ -333,8 +339,8 @@ def _find_row(store: _Store, step: int, slot: int) -> int:
     for n in range(kept, end):
         if rows.slot[n % capacity] == slot:
             return n
-    lost = kept > first and (kept >= end or slot < rows.slot[kept % capacity])
-    return -1 if lost else -2
+    gone = kept > first and slot <= steps.last_slot[step]
+    return -1 if gone and (kept >= end or slot < rows.slot[kept % capacity]) else -2
 
 
 @jit
@@ -508,10 +514,17 @@ class Replay:
     history_length: entries of a state, H.
     prioritised: draw in proportion to (|TD error| + PRIORITY_FLOOR)**alpha, else uniformly.
     alpha: in [0, 1]; 0 is uniform.
+    segment: rows that a checkpoint writes again when one of them has changed.
     """
 
     def __init__(
-        self, capacity: int, history_length: int, *, prioritised: bool = True, alpha: float = 0.6
+        self,
+        capacity: int,
+        history_length: int,
+        *,
+        prioritised: bool = True,
+        alpha: float = 0.6,
+        segment: int = SEGMENT,
     ) -> None:
         if not 2 <= capacity <= 1 << 30:
             raise ReplayError(f"capacity must be in 2..2**30 transitions, not {capacity}")
@@ -519,12 +532,15 @@ class Replay:
             raise ReplayError(f"history_length must be in 1..1024, not {history_length}")
         if not 0.0 <= alpha <= 1.0:
             raise ReplayError(f"alpha must be in [0, 1], not {alpha}")
+        if segment < 1:
+            raise ReplayError(f"segment must be >= 1 rows, not {segment}")
         self.capacity = capacity
         self.history_length = history_length
         self.prioritised = prioritised
         self.alpha = alpha
+        self._segment = segment
         self._clock = 1
-        self._store = _new_store(capacity, history_length, SEGMENT, prioritised)
+        self._store = _new_store(capacity, history_length, segment, prioritised, segment)
 
     def __len__(self) -> int:
         """Transitions kept."""
@@ -632,7 +648,8 @@ class Replay:
         token, store = self._clock, self._store
         self._clock += 1
         parts: dict[str, Arrays | Keep] = {"replay/state": self._state_part()}
-        for name, group, size, arrays in _groups(store):
+        for name, group, arrays in _groups(store):
+            size = int(store.sizes[group])
             for segment in np.flatnonzero(store.stamps[group]):
                 cut = slice(int(segment) * size, (int(segment) + 1) * size)
                 changed = store.stamps[group, segment] > since
@@ -654,27 +671,29 @@ class Replay:
                 f"start with --history-length {int(saved['history_length'])}, or with an empty --data-dir"
             )
         used = int(saved["cursor"][_USED])
-        self._store = _new_store(self.capacity, self.history_length, used, self.prioritised)
-        store = self._store
+        self._store = _new_store(self.capacity, self.history_length, used, self.prioritised, self._segment)
+        store, alpha = self._store, float(saved["alpha"])
         store.cursor[:] = saved["cursor"]
         store.cursor[_FREE] = 0
-        same = int(saved["capacity"]) == self.capacity
-        equal = same and self.prioritised and float(saved["alpha"]) == self.alpha
         store.cursor[_TAIL] = max(store.cursor[_TAIL], store.cursor[_HEAD] - self.capacity)
-        store.top[0] = float(saved["top"]) if float(saved["alpha"]) == self.alpha else 1.0
-        self._load_segments(parts, int(saved["capacity"]), same)
-        if self.prioritised:
-            self._load_priorities(parts, int(saved["capacity"]), float(saved["alpha"]))
+        store.top[0] = float(saved["top"]) if alpha == self.alpha else 1.0
+        self._load_segments(parts, int(saved["capacity"]), int(saved["segment"]))
+        if self.prioritised and alpha != self.alpha:
+            kept = np.arange(store.cursor[_TAIL], store.cursor[_HEAD]) % self.capacity
+            store.tree[len(store.tree) // 2 + kept] = store.top[0]
+        tree_repair(store.tree, 0, len(store.tree) // 2)
         _derive(store)
-        self._clock = 2
+        layout = (int(saved["capacity"]), int(saved["segment"]), alpha if self.prioritised else self.alpha)
         store.stamps[store.stamps > 0] = 1
-        return 1 if equal or (same and not self.prioritised) else 0
+        self._clock = 2
+        return 1 if layout == (self.capacity, self._segment, self.alpha) else 0
 
     def _state_part(self) -> Arrays:
         return {
             "cursor": self._store.cursor.copy(),
-            "top": self._store.top.copy()[0:1].reshape(()),
+            "top": np.array(self._store.top[0]),
             "capacity": np.array(self.capacity),
+            "segment": np.array(self._segment),
             "history_length": np.array(self.history_length),
             "alpha": np.array(self.alpha if self.prioritised else -1.0),
         }
@@ -685,48 +704,43 @@ class Replay:
         size = len(store.free)
         if size - store.cursor[_USED] + store.cursor[_FREE] < steps:
             need = int(store.cursor[_USED]) + steps
-            self._store = _new_store(self.capacity, self.history_length, need, self.prioritised, store)
+            self._store = _new_store(
+                self.capacity, self.history_length, need, self.prioritised, self._segment, store
+            )
 
-    def _load_segments(self, parts: Mapping[str, Arrays], capacity: int, same: bool) -> None:
-        """Put the saved segments where they belong in a ring of this capacity."""
+    def _load_segments(self, parts: Mapping[str, Arrays], capacity: int, segment: int) -> None:
+        """Put what was saved, in segments of a ring of this capacity, where it belongs in ours."""
         store = self._store
-        for name, group, size, arrays in _groups(store):
-            if group == _PRIORITIES:
-                continue
+        for name, group, arrays in _groups(store):
             for part in _segments(parts, name):
-                start = int(part.rpartition("-")[2]) * size
+                if group == _PRIORITIES and float(parts["replay/state"]["alpha"]) != self.alpha:
+                    continue
                 columns = parts[part]
-                rows = np.arange(start, start + len(next(iter(columns.values()))))
-                source: npt.NDArray[Any] = np.arange(len(rows))
-                if group in (_ROWS, _REWARDS):
+                start = int(part.rpartition("-")[2]) * segment * int(store.sizes[group] // self._segment)
+                rows = start + np.arange(len(next(iter(columns.values()))))
+                if group in (_HISTORY, _CHAIN):
+                    source = np.flatnonzero(rows < len(store.free))
+                    rows = rows[source]
+                else:
                     rows, source = _moved(rows, store.cursor, capacity, self.capacity)
                 for field, array in arrays.items():
                     array[rows] = columns[field][source]
-                store.stamps[group, np.unique(rows // size)] = 1
-
-    def _load_priorities(self, parts: Mapping[str, Arrays], capacity: int, alpha: float) -> None:
-        """Fill the tree, from the saved values or, where they were made with another alpha, all alike."""
-        store = self._store
-        values = store.tree[len(store.tree) // 2 :]
-        if alpha == self.alpha:
-            for part in _segments(parts, "priorities"):
-                saved = parts[part]["value"]
-                start = int(part.rpartition("-")[2]) * PRIORITY_SEGMENT
-                rows, source = _moved(
-                    np.arange(start, start + len(saved)), store.cursor, capacity, self.capacity
-                )
-                values[rows] = saved[source]
-        else:
-            values[np.arange(store.cursor[_TAIL], store.cursor[_HEAD]) % self.capacity] = store.top[0]
-        store.stamps[_PRIORITIES, : -(-min(self.inserted, self.capacity) // PRIORITY_SEGMENT)] = 1
-        tree_repair(store.tree, 0, len(store.tree) // 2)
+                store.stamps[group, np.unique(rows // store.sizes[group])] = 1
+        if self.prioritised:
+            touched = -(-min(self.inserted, self.capacity) // int(store.sizes[_PRIORITIES]))
+            store.stamps[_PRIORITIES, :touched] = 1
 
 
 def _new_store(
-    capacity: int, history_length: int, steps: int, prioritised: bool, old: _Store | None = None
+    capacity: int,
+    history_length: int,
+    steps: int,
+    prioritised: bool,
+    segment: int,
+    old: _Store | None = None,
 ) -> _Store:
     """An empty store with room for so many steps; or the old one, moved into that room."""
-    size = SEGMENT << max(-(-steps // SEGMENT) - 1, 0).bit_length()
+    size = segment << max(-(-steps // segment) - 1, 0).bit_length()
     shape = (size, history_length)
     table = _Steps(
         key=np.full(size, -1, np.int64),
@@ -735,6 +749,7 @@ def _new_store(
         total=np.zeros(size, np.float64),
         first=np.zeros(size, np.int64),
         slots=np.zeros(size, np.int32),
+        last_slot=np.zeros(size, np.int16),
         organic=np.zeros(size, np.bool_),
         policy_version=np.zeros(size, np.int64),
         refs=np.zeros(size, np.int32),
@@ -750,7 +765,8 @@ def _new_store(
         table=np.full(2 * size, -1, np.int32),
         free=np.zeros(size, np.int32),
         cursor=np.zeros(7, np.int64) if old is None else old.cursor,
-        stamps=np.zeros((5, max(size // SEGMENT, -(-capacity // SEGMENT))), np.int64),
+        stamps=np.zeros((5, max(size // segment, -(-capacity // segment))), np.int64),
+        sizes=np.array([segment, segment, segment, segment, PRIORITY_SEGMENTS * segment]),
         tree=(tree_new(capacity) if prioritised else np.zeros(0)) if old is None else old.tree,
         top=np.ones(1) if old is None else old.top,
     )
@@ -772,19 +788,18 @@ def _new_rows(capacity: int) -> _Rows:
     return _Rows(*columns)
 
 
-def _groups(store: _Store) -> list[tuple[str, int, int, dict[str, npt.NDArray[Any]]]]:
-    """(name, row of stamps, rows a segment, arrays) of all that a checkpoint holds."""
+def _groups(store: _Store) -> list[tuple[str, int, dict[str, npt.NDArray[Any]]]]:
+    """(name, row of stamps and sizes, arrays) of all that a checkpoint holds."""
     steps, rows = store.steps._asdict(), store.rows._asdict()
     groups = [
-        ("history", _HISTORY, SEGMENT, {field: steps[field] for field in _HISTORY_FIELDS}),
-        ("chain", _CHAIN, SEGMENT, {field: steps[field] for field in _CHAIN_FIELDS}),
-        ("rows", _ROWS, SEGMENT, {field: rows[field] for field in _ROW_FIELDS}),
-        ("rewards", _REWARDS, SEGMENT, {"reward": rows["reward"]}),
+        ("history", _HISTORY, {field: steps[field] for field in _HISTORY_FIELDS}),
+        ("chain", _CHAIN, {field: steps[field] for field in _CHAIN_FIELDS}),
+        ("rows", _ROWS, {field: rows[field] for field in _ROW_FIELDS}),
+        ("rewards", _REWARDS, {"reward": rows["reward"]}),
     ]
     if len(store.tree):
         half = len(store.tree) // 2
-        leaves = store.tree[half : half + len(store.rows.step)]
-        groups.append(("priorities", _PRIORITIES, PRIORITY_SEGMENT, {"value": leaves}))
+        groups.append(("priorities", _PRIORITIES, {"value": store.tree[half : half + len(store.rows.step)]}))
     return groups
 
 
