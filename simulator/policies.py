@@ -5,6 +5,7 @@ All fill slates for the same `Shop` and meet the same shoppers (the shop's luck 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Final, Protocol
 
@@ -14,6 +15,7 @@ import numpy.typing as npt
 from simulator.shop import (
     CART,
     CLICK,
+    HOUR_MS,
     PURCHASE,
     REFUND,
     VIEW,
@@ -93,18 +95,23 @@ class PlanningOracle:
     """As the greedy oracle, but counts what a click does to the rest of the visit.
 
     An item is ranked by P(click) x (reward + V after the click - V after no click), with V times the probability
-    to stay. V, the reward expected of the rest of a visit under this very policy, is a quadratic in (mood,
-    stage, clicks on the purpose, clicks on accessories), fitted by policy iteration: rounds of visits in a
-    private shop with the same goods and people but other luck. Several clicks on one page are treated as
-    adding up (to first order), so it is a strong policy and not a proven optimum.
+    to stay. V, the reward expected of the rest of a visit under this very policy, is a quadratic in `visit_state`,
+    fitted by policy iteration, from greed onwards: rounds of visits in a private shop with the same goods and
+    people but other luck. Several clicks on one page are treated as adding up (to first order), so it is a
+    strong policy and not a proven optimum.
     """
 
-    def __init__(self, shop: Shop, slate_size: int, rounds: int = 5, decisions: int = 12_000) -> None:
+    def __init__(self, shop: Shop, slate_size: int, rounds: int = 4, decisions: int = 16_000) -> None:
         """shop: the one to plan for (only its settings, seed and rewards are read)."""
-        self.theta = np.zeros(len(_POWERS))
+        self._theta = np.zeros(len(_POWERS))
+        pages, earned = [], []
         for r in range(rounds):
             private = Shop(shop.settings, shop.seed, shop.rewards, luck=shop.luck + 7919 * (r + 1))
-            self.theta = _fit(private, self, slate_size, decisions)
+            state, to_go = _watch(private, self, slate_size, decisions)
+            pages.append(state)
+            earned.append(to_go)
+            # the last two rounds together: else two policies that each beat the other take turns for ever
+            self._theta = _regress(np.concatenate(pages[-2:]), np.concatenate(earned[-2:]))
 
     def recommend(self, shop: Shop, turn: Turn, slate_size: int) -> Rows:
         return top(self.score(shop, shop.minds(turn.shopper)), turn.available, slate_size)
@@ -114,30 +121,34 @@ class PlanningOracle:
 
     def score(self, shop: Shop, minds: Minds) -> Floats:
         """[B, N] what showing each item adds to the expected reward of the visit, if it is looked at."""
-        gain = worth(shop, minds.stage) + self._after_click(shop, minds) - self._after_nothing(shop, minds)
-        return shop.click_probability(minds) * gain
+        return shop.click_probability(minds) * (worth(shop, minds.stage) + self._change(shop, minds))
 
-    def _after_nothing(self, shop: Shop, minds: Minds) -> Floats:
-        """[B, 1] what is expected after a page without a click."""
-        mood, *rest = visit_state(shop, minds)
-        return self._stay_and_earn(shop, mood * shop.mind.mood_fade, *rest)[:, None]
+    def _change(self, shop: Shop, minds: Minds) -> Floats:
+        """[B, N] V after a page with a click on that item alone, less V after a page without a click.
 
-    def _after_click(self, shop: Shop, minds: Minds) -> Floats:
-        """[B, N] what is expected after a page with a click on that item alone."""
-        m, g = shop.mind, shop.goods
-        mood, stage, mains, extras = (x[:, None] for x in visit_state(shop, minds))
-        purpose = minds.purpose[:, None]
-        on_purpose = g.category == purpose
-        return self._stay_and_earn(
+        It depends on the item's role (of the purpose, its accessory, else) and depth only: a table of these.
+        """
+        m = shop.mind
+        mood, stage, mains, extras, *chances = (x[:, None, None] for x in visit_state(shop, minds).T)
+        mains_role, extra_role = (np.array([[[1.0], [0.0], [0.0]]]), np.array([[[0.0], [1.0], [0.0]]]))
+        calm = mood * m.mood_fade
+        clicked = self._stay_and_earn(
             shop,
-            np.clip(mood * m.mood_fade + m.mood_depth * g.depth, -1.5, 1.5),
-            np.minimum(1.0, stage + m.stage_click * on_purpose * np.maximum(g.depth, 0.0)),
-            mains + on_purpose / 4.0,
-            extras + (g.category == purpose + shop.settings.categories // 2) / 4.0,
+            np.clip(calm + m.mood_depth * _DEPTHS, -1.5, 1.5),
+            np.minimum(1.0, stage + m.stage_click * mains_role * np.maximum(_DEPTHS, 0.0)),
+            mains + mains_role / 4.0,
+            extras + extra_role / 4.0,
+            *chances,
         )
+        table = clicked - self._stay_and_earn(shop, calm, stage, mains, extras, *chances)  # [B, 3, depths]
+        category, purpose = shop.goods.category, minds.purpose[:, None]
+        accessory = category == purpose + shop.settings.categories // 2
+        role = np.where(category == purpose, 0, np.where(accessory, 1, 2))  # [B, N]
+        depth = np.rint((shop.goods.depth + 1.0) / 2.0 * (len(_DEPTHS) - 1)).astype(np.int64)  # [N]
+        return np.take_along_axis(table.reshape(len(table), -1), role * len(_DEPTHS) + depth, axis=1)
 
     def _stay_and_earn(self, shop: Shop, mood: Floats, *rest: Floats) -> Floats:
-        return np.asarray((1.0 - shop.leave_probability(mood)) * _value(self.theta, mood, *rest))
+        return np.asarray((1.0 - shop.leave_probability(mood)) * _value(self._theta, mood, *rest))
 
 
 class HistoryOracle:
@@ -209,10 +220,9 @@ def infer_minds(shop: Shop, turn: Turn) -> Minds:
     )
 
 
-# exponents of (mood, stage, clicks on the purpose, clicks on accessories): all terms of degree <= 2
-_POWERS: Final = tuple(
-    (a, b, c, d) for a in range(3) for b in range(3) for c in range(3) for d in range(3) if a + b + c + d <= 2
-)
+_DEPTHS: Final = np.linspace(-1.0, 1.0, 41)
+# exponents of the six columns of visit_state: all terms of degree <= 2
+_POWERS: Final = tuple(p for p in itertools.product(range(3), repeat=6) if sum(p) <= 2)
 
 
 def top(score: Floats, available: npt.NDArray[np.bool_], k: int) -> Rows:
@@ -238,11 +248,21 @@ def worth(shop: Shop, stage: Floats) -> Floats:
     return np.asarray(click + shop.cart_probability(stage[:, None]) * (cart + bought))
 
 
-def visit_state(shop: Shop, minds: Minds) -> tuple[Floats, Floats, Floats, Floats]:
-    """What V looks at: mood, stage, clicks / 4 on the purpose's category and on its accessories, each [B]."""
+def visit_state(shop: Shop, minds: Minds) -> Floats:
+    """[B, 6] what V looks at: mood, stage, clicks / 4 on the purpose's category and on its accessories in this
+    visit; and, as they were before any click, the mean chances (x 5) of the best six of the one (at stage 0) and
+    of the other (at stage 1), without which V would take a shopper who likes the goods for one far advanced."""
+    half = shop.settings.categories // 2
     rows = np.arange(len(minds.purpose))
-    extras = minds.purpose + shop.settings.categories // 2
-    return minds.mood, minds.stage, minds.clicks[rows, minds.purpose] / 4.0, minds.clicks[rows, extras] / 4.0
+    untouched = minds._replace(clicks=np.zeros_like(minds.clicks), taken=np.full_like(minds.taken, -1))
+    chances = []
+    for category, stage in ((minds.purpose, 0.0), (minds.purpose + half, 1.0)):
+        items = shop.goods.members[category]  # [B, M]
+        p = shop.click_probability(untouched._replace(stage=np.full(len(rows), stage)), items)
+        best = np.sort(np.where((items >= 0) & shop.available[items], p, 0.0), axis=1)[:, -6:]
+        chances.append(5.0 * best.mean(axis=1))
+    clicks = [minds.clicks[rows, minds.purpose + side] / 4.0 for side in (0, half)]
+    return np.stack([minds.mood, minds.stage, *clicks, *chances], axis=1)
 
 
 def play(
@@ -261,7 +281,7 @@ def play(
 
 
 def _value(theta: Floats, *state: Floats) -> Floats:
-    """V at these states: a polynomial in (mood, stage, clicks on the purpose, clicks on accessories)."""
+    """V at these states: a polynomial in the columns of visit_state."""
     total = np.zeros(np.broadcast_shapes(*(x.shape for x in state)))
     for weight, powers in zip(theta, _POWERS, strict=True):
         term: Floats | float = weight
@@ -272,33 +292,36 @@ def _value(theta: Floats, *state: Floats) -> Floats:
     return total
 
 
-def _fit(shop: Shop, policy: Recommender, slate_size: int, decisions: int) -> Floats:
-    """theta of V under a policy: what visits still earned from each page on, regressed on the state there."""
-    watched = []  # a row for each page: shopper, visit, page, the four of the state, reward expected of the page
-    turns = 0
-    while turns < decisions:
+def _watch(shop: Shop, policy: Recommender, slate_size: int, decisions: int) -> tuple[Floats, Floats]:
+    """Pages of whole visits under a policy: [P, 6] the state at each, [P] what the visit was expected to earn from
+    there on, this page included."""
+    watched = []  # a row for each page: shopper, visit, page, state, reward expected of the page
+    served = 0
+    while served < decisions:
         turn = shop.next_turn()
         minds = shop.minds(turn.shopper)
         state = visit_state(shop, minds)
         slates = policy.recommend(shop, turn, slate_size)
         reward = expected_reward(shop, minds, slates)
-        watched.append(np.stack([turn.shopper, turn.visit, turn.page, *state, reward], axis=1))
+        who = np.stack([turn.shopper, turn.visit, turn.page], axis=1)
+        watched.append(np.concatenate([who, state, reward[:, None]], axis=1))
         shop.show(turn, slates)
-        turns += len(turn.shopper)
+        served += len(turn.shopper)
     table = np.concatenate(watched)
     table = table[np.lexsort((table[:, 2], table[:, 1], table[:, 0]))]
     over = shop.visits()
+    # visits that began late are over only where they were short: leave them all out
+    whole = over.start_ms < over.start_ms.max(initial=0) - HOUR_MS
     visit = table[:, 0].astype(np.int64) << 32 | table[:, 1].astype(np.int64)
-    # visits that began late are counted only where they were short: leave them all out
-    whole = over.start_ms < over.start_ms.max() - 3_600_000
-    closed = np.isin(visit, (over.shopper.astype(np.int64) << 32 | over.visit)[whole])
-    table, visit = table[closed], visit[closed]
-    to_go = _rest_of_visit(table[:, 7], visit)
-    x = np.stack(
-        [np.prod([table[:, 3 + i] ** p for i, p in enumerate(powers)], axis=0) for powers in _POWERS], axis=1
-    )
-    ridge = 20.0 * np.eye(len(_POWERS))  # stage and clicks rise together: keep their weights small
-    return np.asarray(np.linalg.solve(x.T @ x + ridge, x.T @ to_go))
+    counted = np.isin(visit, (over.shopper.astype(np.int64) << 32 | over.visit)[whole])
+    return table[counted, 3:-1], _rest_of_visit(table[counted, -1], visit[counted])
+
+
+def _regress(state: Floats, to_go: Floats) -> Floats:
+    """theta: ridge regression of what visits still earned on the terms of V."""
+    terms = np.stack([np.prod(state ** np.array(powers), axis=1) for powers in _POWERS], axis=1)
+    ridge = 10.0 * np.eye(len(_POWERS))  # stage and clicks rise together: keep their weights small
+    return np.asarray(np.linalg.solve(terms.T @ terms + ridge, terms.T @ to_go))
 
 
 def expected_reward(shop: Shop, minds: Minds, slates: Rows) -> Floats:

@@ -48,13 +48,13 @@ class ShopError(ValueError):
 class Mind:
     """The choice model, in log-odds unless said otherwise. docs/simulator.md explains each term."""
 
-    base: float = -3.75
+    base: float = -3.65
     purpose: float = 1.65  # the item is of the category that the shopper came for
     accessory: float = 2.6  # x stage: the item is an accessory of it, and the shopper has made progress
     affinity: float = 1.0  # x the shopper's lasting liking of the category, 0..1
     popularity: float = 0.17  # x log Zipf weight
-    bait: float = 0.45  # x how much of a bait the item is, 0..1
-    style: float = 0.55  # x cosine of the shopper's and the item's style
+    bait: float = 0.4  # x how much of a bait the item is, 0..1
+    style: float = 0.5  # x cosine of the shopper's and the item's style
     price: float = 0.6  # x -|distance of price levels|
     season: float = 0.4  # x season of the category, -1..1
     satiation: float = 0.12  # x -clicks in that category during this visit
@@ -70,7 +70,7 @@ class Mind:
     refund_bait: float = 0.2  # ... x how much of a bait it is
     leave: float = -2.0  # log-odds to leave after a page, at mood 0
     mood: float = 0.8  # x -mood
-    mood_depth: float = 0.3  # what a click adds to the mood, x depth of the item
+    mood_depth: float = 0.2  # what a click adds to the mood, x depth of the item
     mood_fade: float = 0.85  # x mood, at each new page
     stage_click: float = 0.4  # what a click on the purpose adds to the stage (0..1), x depth where positive
     stage_view: float = 0.08  # the same for an unaided view
@@ -606,8 +606,8 @@ class Shop:
         share = np.cumsum(self.favourite[shopper], axis=1)
         category[stray] = (uniform(luck, 2)[:, None] > share).sum(axis=1).clip(max=mains - 1)[stray]
         choice = g.members[category]  # [B, M]
-        score = g.popularity[choice] + 2.0 * np.einsum("bd,bmd->bm", self.style[shopper], g.style[choice])
-        score -= np.abs(g.level[choice] - self.level[shopper][:, None])
+        score = g.popularity[choice] + 3.0 * np.einsum("bd,bmd->bm", self.style[shopper], g.style[choice])
+        score -= 2.0 * np.abs(g.level[choice] - self.level[shopper][:, None])
         score -= np.log(
             -np.log(uniform(luck[:, None], 3, choice))
         )  # Gumbel: the maximum is a draw by exp(score)
