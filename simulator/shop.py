@@ -69,7 +69,7 @@ class Mind:
     refund: float = 0.04  # probability that a purchase is sent back ...
     refund_bait: float = 0.2  # ... x how much of a bait it is
     leave: float = -2.0  # log-odds to leave after a page, at mood 0
-    mood: float = 0.8  # x -mood
+    mood: float = 0.6  # x -mood
     mood_depth: float = 0.2  # what a click adds to the mood, x depth of the item
     mood_fade: float = 0.85  # x mood, at each new page
     stage_click: float = 0.4  # what a click on the purpose adds to the stage (0..1), x depth where positive
