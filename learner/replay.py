@@ -56,8 +56,11 @@ class Batch(NamedTuple):
     # [B] n-step: the slot's own + gamma * all that the next step earned + ...
     reward: npt.NDArray[np.float32]
     slot_reward: npt.NDArray[np.float32]  # [B] the slot's own reward alone (what n = 1 gives)
+    step_reward: npt.NDArray[np.float32]  # [B] what all slots of its step earned
     discount: npt.NDArray[np.float32]  # [B] gamma**m after m <= n steps; 0 where the session ended among them
     weight: npt.NDArray[np.float32]  # [B] importance-sampling weight, at most 1; all 1 when uniform
+    slot: npt.NDArray[np.int16]  # [B] place of `action` in the slate, from 0
+    slots: npt.NDArray[np.int32]  # [B] transitions that the step gave: the slate's length
     organic: npt.NDArray[np.bool_]  # [B] the user went to `action` unaided
     propensity: npt.NDArray[np.float32]  # [B] of the behaviour policy; NaN for organic steps
     policy_version: npt.NDArray[np.int64]  # [B] that made the decision; -1 for organic steps
@@ -79,8 +82,8 @@ def empty_batch(batch_size: int, history_length: int) -> Batch:
             np.zeros(shape, np.float32),
         )
 
-    dtypes = (np.int32, np.float32, np.float32, np.float32, np.float32, np.bool_, np.float32)
-    columns: list[npt.NDArray[Any]] = [np.zeros(batch_size, dtype) for dtype in (*dtypes, *[np.int64] * 4)]
+    dtypes = (np.int32, *[np.float32] * 5, np.int16, np.int32, np.bool_, np.float32, *[np.int64] * 4)
+    columns: list[npt.NDArray[Any]] = [np.zeros(batch_size, dtype) for dtype in dtypes]
     return Batch(histories(), histories(), *columns)
 
 
@@ -213,10 +216,11 @@ def _resolve(store: _Store, states: States, row: int, clock: int) -> int:
     steps.slots[slot] = 0
     steps.refs[slot] = 0
     steps.timestamp_ms[slot] = states.timestamp_ms[row]
-    steps.item[slot] = states.item[row]
-    steps.name[slot] = states.name[row]
-    steps.age_s[slot] = states.age_s[row]
-    steps.value[slot] = states.value[row]
+    for h in range(steps.item.shape[1]):  # a plain loop: row views cost more than the copying here
+        steps.item[slot, h] = states.item[row, h]
+        steps.name[slot, h] = states.name[row, h]
+        steps.age_s[slot, h] = states.age_s[row, h]
+        steps.value[slot, h] = states.value[row, h]
     _stamp(store, _HISTORY, slot, clock)
     _stamp(store, _CHAIN, slot, clock)
     return slot
@@ -238,10 +242,13 @@ def _release(store: _Store, slot: int, clock: int) -> None:
 
 
 @jit
-def _complete(store: _Store, states: States, transitions: Transitions, t: int, clock: int) -> int:
-    """Open row t's step for its transitions: what followed it, and with which discount. Returns its slot."""
+def _complete(store: _Store, states: States, transitions: Transitions, t: int, known: int, clock: int) -> int:
+    """Open row t's step for its transitions: what followed it, and with which discount. Returns its slot.
+
+    known: its slot where a step before it led there; negative where it is new.
+    """
     steps = store.steps
-    step = _resolve(store, states, transitions.state[t], clock)
+    step = known if known >= 0 else _resolve(store, states, transitions.state[t], clock)
     steps.refs[step] += 1  # held until its rows are in: making room for them must not take it
     steps.first[step] = store.cursor[_HEAD]
     steps.discount[step] = transitions.discount[t]
@@ -294,11 +301,11 @@ def _insert(store: _Store, states: States, transitions: Transitions, clock: int)
             and transitions.partition[end] == transitions.partition[t]
         ):
             end += 1
-        known = store.table[_place(store, _key(transitions.partition[t], transitions.offset[t]))]
+        known = int(store.table[_place(store, _key(transitions.partition[t], transitions.offset[t]))])
         if known >= 0 and store.steps.slots[known] > 0:
             store.cursor[_DUPLICATES] += end - t
         else:
-            step = _complete(store, states, transitions, t, clock)
+            step = _complete(store, states, transitions, t, known, clock)
             for row in range(t, end):
                 _append(store, transitions, row, step, clock)
             _release(store, step, clock)
@@ -462,7 +469,10 @@ def _gather(store: _Store, n_step: int, gamma: float, out: Batch) -> None:
         out.action[b] = rows.action[at]
         out.reward[b] = reward
         out.slot_reward[b] = rows.reward[at]
+        out.step_reward[b] = steps.total[step]
         out.discount[b] = discount
+        out.slot[b] = rows.slot[at]
+        out.slots[b] = steps.slots[step]
         out.organic[b] = steps.organic[step]
         out.propensity[b] = rows.propensity[at]
         out.policy_version[b] = steps.policy_version[step]

@@ -179,7 +179,9 @@ def assert_same(replay, model, n_step, gamma):
         assert batch.action[b] == action_of(key, slot)
         assert batch.reward[b] == np.float32(reward)
         assert batch.slot_reward[b] == np.float32(entry["rewards"][slot])
+        assert batch.step_reward[b] == np.float32(sum(entry["rewards"].values()))
         assert batch.discount[b] == np.float32(discount)
+        assert (batch.slot[b], batch.slots[b]) == (slot, len(entry["rewards"]))
         assert batch.organic[b] == entry["organic"]
         assert np.isnan(batch.propensity[b]) == entry["organic"]
         assert batch.policy_version[b] == (-1 if entry["organic"] else key[1] % 3)
