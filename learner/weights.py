@@ -408,7 +408,7 @@ def _checked_tensors(name: str, data: bytes, manifest: Manifest) -> dict[str, np
 
 def _array(tensor: npt.NDArray[Any] | _Tensor) -> npt.NDArray[Any]:
     """As numpy, laid out plainly: safetensors writes the raw buffer, a strided view would come out wrong."""
-    if isinstance(tensor, np.ndarray):
+    if isinstance(tensor, np.ndarray | np.generic):  # numpy gives scalars for 0-d results
         return np.asarray(tensor, order="C")
     return np.asarray(tensor.detach().cpu().numpy(), order="C")
 

@@ -87,11 +87,16 @@ def test_torch_tensors_and_strided_views_keep_their_numbers(url):
     store = WeightStore(url)
     base = torch.arange(12.0).reshape(3, 4).requires_grad_()
     view = np.arange(12).reshape(3, 4).T
-    store.publish({"online.a": base.T, "online.b": view, "online.c": base[:, 1]}, Meta(), items())
+    store.publish(
+        {"online.a": base.T, "online.b": view, "online.c": base[:, 1], "online.d": np.float32(2)},
+        Meta(),
+        items(),
+    )
     loaded = store.load(1).tensors
     np.testing.assert_array_equal(loaded["online.a"], base.detach().numpy().T)
     np.testing.assert_array_equal(loaded["online.b"], view)
     np.testing.assert_array_equal(loaded["online.c"], [1, 5, 9])
+    assert (loaded["online.d"].shape, loaded["online.d"].tolist()) == ((), 2)
 
 
 def test_versions_go_on_rising_after_a_restart_and_name_their_parent(url):
