@@ -633,19 +633,19 @@ class Replay:
         _gather(self._store, n_step, -1.0 if gamma is None else gamma, batch)
         return batch
 
-    def update_priorities(self, index: npt.NDArray[np.int64], priority: npt.NDArray[Any]) -> int:
-        """Set the priorities of a batch's rows to |TD error| >= 0; returns how many are still kept.
+    def update_priorities(self, index: npt.NDArray[np.int64], td_error: npt.NDArray[Any]) -> int:
+        """Make a batch's rows worth their |TD error|, of either sign; returns how many are still kept.
 
         Rows gone since are passed over; without priorities nothing is done.
-        Raises: ReplayError on NaN, Inf or a negative priority.
+        Raises: ReplayError on NaN or Inf.
         """
-        value = np.asarray(priority, np.float64)
-        if not (np.isfinite(value).all() and (value >= 0.0).all()):
-            raise ReplayError("priorities must be finite and >= 0; the loss has diverged")
+        size = np.abs(np.asarray(td_error, np.float64))
+        if not np.isfinite(size).all():
+            raise ReplayError("TD errors must be finite, and one is not: the training has diverged")
         if not self.prioritised:
             return 0
-        scaled = (value + PRIORITY_FLOOR) ** self.alpha
-        return _reprioritise(self._store, np.asarray(index, np.int64), scaled, self._clock)
+        value = (size + PRIORITY_FLOOR) ** self.alpha
+        return _reprioritise(self._store, np.asarray(index, np.int64), value, self._clock)
 
     # --- checkpoints
 

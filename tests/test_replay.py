@@ -392,7 +392,7 @@ def test_transitions_are_drawn_in_proportion_to_their_priorities_and_weighted_ba
 def test_alpha_bends_priorities_and_beta_0_weighs_all_alike():
     replay = Replay(2, H, alpha=0.5)
     replay.insert(joined([Step(1, [0.0]), Step(2, [0.0])]))
-    replay.update_priorities(np.array([0, 1]), np.array([1.0, 4.0]) - module.PRIORITY_FLOOR)
+    replay.update_priorities(np.array([0, 1]), module.PRIORITY_FLOOR - np.array([1.0, 4.0]))
     half = len(replay._store.tree) // 2
     np.testing.assert_allclose(replay._store.tree[half : half + 2], [1, 2])
     assert (replay.sample(2, np.random.default_rng(0), beta=0.0).weight == 1).all()
@@ -416,7 +416,7 @@ def test_priorities_of_transitions_that_are_gone_are_passed_over():
     assert replay.update_priorities(np.array([2, 3]), np.ones(2)) == 1
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -1.0])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_priority_that_is_no_number_is_refused(bad):
     replay = Replay(2, H)
     replay.insert(joined([Step(1, [0.0])]))
