@@ -13,12 +13,13 @@ the disk has damaged since costs one generation and no more.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from enum import Enum
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeAlias
@@ -239,12 +240,12 @@ class Checkpoints:
         Raises: CheckpointFailed on a full disk or any failing write; Fenced when a newer learner has taken over. In
         either case the generation before stays the newest, and KEEP still refers to it.
         """
-        if self._fence is not None:
-            self._fence.check()
         kept = [name for name, part in parts.items() if part is KEEP and name not in self._base]
         if kept:
             raise KeyError(f"part {kept[0]!r} is KEEP, but the last generation has no such part")
         try:
+            if self._fence is not None:
+                self._fence.check()
             self._sweep()
             files = {
                 name: self._base[name] if part is KEEP else self._write_part(part)
@@ -253,7 +254,8 @@ class Checkpoints:
             self._disk.sync(self._parts)
             generation = self._write_manifest(files, meta)
         except OSError as error:
-            self._clean()
+            with contextlib.suppress(OSError):
+                self._clean()
             raise CheckpointFailed(
                 f"could not write a checkpoint to {self.directory}: {error}; the last good one is intact"
             ) from error
@@ -403,18 +405,10 @@ class CheckpointWriter:
         Raises: CheckpointFailed, Fenced: what `Checkpoints.save` raised; then the writer is free again.
         """
         running = self._running
-        if running is None:
+        if running is None or not wait([running], timeout_s).done:
             return None
-        try:
-            generation = running.result(timeout_s)
-        except TimeoutError:
-            if not running.done():
-                return None
-            raise
-        finally:
-            if running.done():
-                self._running = None
-        return generation
+        self._running = None
+        return running.result()
 
     def close(self) -> None:
         """Wait for the one in flight; its outcome stays there for `finished`."""
