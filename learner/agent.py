@@ -509,4 +509,5 @@ def bucket(hashes: npt.NDArray[np.uint64], buckets: int) -> Tensor:
 
 
 def _extra(batch: Batch, name: str, default: Any) -> npt.NDArray[Any]:
-    return np.broadcast_to(getattr(batch, name, default), batch.action.shape)
+    # a copy: torch wants arrays that may be written
+    return np.broadcast_to(getattr(batch, name, default), batch.action.shape).copy()
