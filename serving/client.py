@@ -14,6 +14,7 @@ from serving import policy_pb2_grpc
 
 MAX_MESSAGE_BYTES: Final = 64 << 20
 _SERVICE: Final = "bellwether.v1.Policy"
+CallError = grpc.RpcError  # what a call that failed raises; `error.code().name` says why
 
 
 class Client:
