@@ -435,7 +435,7 @@ def start_after(log: Log, topic: str, codec: Codec, now_ms: int, partitions_tail
                     break
         finally:
             reader.close()
-    return max(now_ms, newest + HOUR_MS)
+    return max(now_ms, newest + HOUR_MS) if newest else now_ms
 
 
 def _event_time(codec: Codec, value: bytes | None) -> int:
