@@ -198,7 +198,7 @@ class Visits(NamedTuple):
 
     shopper: Rows  # [V]
     visit: Rows  # [V]
-    start_ms: Ints  # [V]
+    start_ms: Ints  # [V] event time of the first request
     decisions: Ints  # [V]
     impressions: Ints  # [V]
     clicks: Ints  # [V]
@@ -217,14 +217,13 @@ _LEDGER: Final = ("decisions", "impressions", "clicks", "carts", "purchases", "r
     _LEAVE,
     _DWELL,
     _WANDER,
-    _LOOK,
     _CLICK_DRAW,
     _CART_DRAW,
     _BUY,
     _BUY_DELAY,
     _REFUND,
     _REFUND_DELAY,
-) = range(13)
+) = range(12)
 
 
 class Shop:
@@ -264,8 +263,11 @@ class Shop:
         self._visit = np.zeros(n, dtype=np.int32)
         self._page = np.zeros(n, dtype=np.int32)
         self._clicked_last = np.zeros(n, dtype=np.bool_)
-        self._start = self._first_visits()
+        self._start = (
+            self._first_visits()
+        )  # of the visit, in even time: before `_warp` makes days and nights of it
         self._due = _warp(self._start, s.start_ms)
+        self._opened = self._due.copy()  # event time of the visit's first page
         self._ledger = np.zeros((n, len(_LEDGER)))
         self._closed: list[tuple[npt.NDArray[np.generic], ...]] = []
         # the storefront's memory of each shopper: a ring
@@ -446,7 +448,7 @@ class Shop:
 
     def _clicked(self, turn: Turn, slate: Rows, page: Keys) -> Bools:
         """[B, K] which slots are clicked. The luck belongs to the item, whatever slot it stands in."""
-        possible = (slate >= 0) & self._available[slate]
+        possible = (slate >= 0) & turn.available[slate]
         p = self.click_probability(self.minds(turn.shopper), slate) * self.look(slate.shape[1])
         clicked = possible & (uniform(page[:, None], _CLICK_DRAW, slate) < p)
         for k in range(1, slate.shape[1]):  # an item shown twice can be clicked once
@@ -458,26 +460,13 @@ class Shop:
         row, slot = np.nonzero(clicked)
         item, shopper, luck = slate[row, slot], turn.shopper[row], page[row]
         order = np.cumsum(clicked, axis=1)[row, slot]  # the first click comes first
-        click_ms = (
-            turn.timestamp_ms[row] + 2000 + 15_000 * order // slate.shape[1]
-        )  # before the next page opens
+        # all within 18 s, for the next page opens after 20 s at the earliest
+        click_ms = turn.timestamp_ms[row] + 2000 + 15_000 * order // slate.shape[1]
         cart = uniform(luck, _CART_DRAW, item) < self.cart_probability(self.stage[shopper], item)
         buy = cart & (uniform(luck, _BUY, item) < self.buy_probability()[item])
         refund = buy & (uniform(luck, _REFUND, item) < self.refund_probability()[item])
         buy_ms = click_ms + 60_000 + _delay_ms(uniform(luck, _BUY_DELAY, item), 3.0)
         refund_ms = buy_ms + HOUR_MS + _delay_ms(uniform(luck, _REFUND_DELAY, item), 6.0)
-        for times, happens, name in ((buy_ms, buy, PURCHASE), (refund_ms, refund, REFUND)):
-            for i in np.flatnonzero(happens):
-                deed = (
-                    int(shopper[i]),
-                    int(turn.visit[row[i]]),
-                    name,
-                    int(item[i]),
-                    int(turn.decision[row[i]]),
-                    int(slot[i]),
-                )
-                heapq.heappush(self._pending, (int(times[i]), self._pushed, *deed))
-                self._pushed += 1
         weight, value_weight = self.rewards.columns()
         price = self.goods.price[item]
         worth = weight[CLICK] + value_weight[CLICK] * price
@@ -489,20 +478,24 @@ class Shop:
             np.add.at(self._ledger[:, column], shopper, happens)
         np.add.at(self._ledger[:, 6], shopper, worth)
 
-        def deeds(which: Bools, name: int, times: Ints) -> Events:
-            r = row[which]
-            return Events(
-                times[which],
-                turn.shopper[r],
-                turn.visit[r],
-                np.full(len(r), name, dtype=np.uint8),
-                item[which],
-                turn.decision[r],
-                slot[which].astype(np.int32),
-            )
+        deeds = Events(
+            click_ms,
+            shopper,
+            turn.visit[row],
+            np.full(len(row), CLICK, dtype=np.uint8),
+            item,
+            turn.decision[row],
+            slot.astype(np.int32),
+        )
+        self._put_off(_picked(_renamed(deeds, PURCHASE, buy_ms), buy))
+        self._put_off(_picked(_renamed(deeds, REFUND, refund_ms), refund))
+        return _in_order(deeds, _picked(_renamed(deeds, CART, click_ms + 1000), cart)), reward
 
-        everything = np.ones(len(row), dtype=np.bool_)
-        return _in_order(deeds(everything, CLICK, click_ms), deeds(cart, CART, click_ms + 1000)), reward
+    def _put_off(self, events: Events) -> None:
+        """Keep what will happen later."""
+        for when, *deed in zip(*(column.tolist() for column in events), strict=True):
+            heapq.heappush(self._pending, (when, self._pushed, *deed))
+            self._pushed += 1
 
     def _feel(self, shopper: Rows, slate: Rows, clicked: Bools) -> None:
         """Move mood, stage and satiation by what was clicked."""
@@ -533,14 +526,14 @@ class Shop:
         self._page[s] += 1
         gone = s[leaves]
         if len(gone):
-            self._closed.append((gone, self._visit[gone], self._start[gone], self._ledger[gone]))
+            self._closed.append((gone, self._visit[gone], self._opened[gone], self._ledger[gone]))
             self._ledger[gone] = 0.0
             self._visit[gone] += 1
             self._page[gone] = 0
             pause = uniform(self.luck, 4, gone, self._visit[gone], _GAP)
             mean_h = self.settings.return_after_h - 3.0
             self._start[gone] += 3 * HOUR_MS + (-np.log(pause) * mean_h * HOUR_MS).astype(np.int64)
-            self._due[gone] = _warp(self._start[gone], self.settings.start_ms)
+            self._due[gone] = self._opened[gone] = _warp(self._start[gone], self.settings.start_ms)
         return leaves
 
     # -- a visit -------------------------------------------------------------------------------------------------
@@ -692,6 +685,15 @@ def _warp(time_ms: Ints, start_ms: int) -> Ints:
 def _picked(events: Events, rows: npt.NDArray[np.generic]) -> Events:
     """The events at these rows (a mask or an index)."""
     return Events(*(column[rows] for column in events))
+
+
+def _renamed(events: Events, name: int, timestamp_ms: Ints) -> Events:
+    """The same shoppers and items, another deed at other times."""
+    names = np.full(len(events), name, dtype=np.uint8)
+    # not `_replace`: it asks len() for the number of fields
+    return Events(
+        timestamp_ms, events.shopper, events.visit, names, events.item, events.decision, events.slot
+    )
 
 
 def _in_order(*parts: Events) -> Events:
