@@ -175,13 +175,7 @@ def test_requests_bring_the_history_oldest_first_with_event_time(world):
     assert len(times) > 3
     assert times == sorted(times)
     assert times[-1] < longest.timestamp_ms
-    assert {entry.name for entry in longest.history} <= {
-        "view_item",
-        "select_item",
-        "add_to_cart",
-        "purchase",
-        "refund",
-    }
+    assert {entry.name for entry in longest.history} <= set(HISTORY_NAMES)
     assert longest.session_id.startswith(longest.user_id)
 
 
