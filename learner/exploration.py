@@ -49,7 +49,7 @@ def epsilon_greedy_slate(
 def _best(q: npt.NDArray[np.floating], eligible: npt.NDArray[np.bool_], k: int) -> list[int]:
     """The k eligible items of highest q, best first. Whatever was taken before, the best left is among them."""
     score = np.where(eligible, q, -np.inf)
-    if k < len(score):
+    if 0 < k < len(score):
         threshold = np.partition(score, len(score) - k)[len(score) - k]
         among = np.flatnonzero(score >= threshold)
     else:

@@ -661,7 +661,9 @@ def _ga4_time(value: Any) -> int:
     text = _scalar(value) or ""
     try:
         if text.isascii() and text.isdigit() and len(text) <= 17:
-            ms = int(_in_ms(pa.scalar(int(text))).as_py())
+            number = int(text)  # as in `_in_ms`
+            ms = number * 1000 if number < _NEWEST_MS // 1000 else number
+            ms = ms // 1000 if ms >= _NEWEST_MS else ms
         else:
             moment = datetime.fromisoformat(text.replace(" UTC", "+00:00"))
             ms = round((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000)

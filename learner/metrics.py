@@ -1,0 +1,46 @@
+"""The learner's metrics, all declared here: name, type, unit and how to read it (docs/metrics.md)."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+
+
+class Metrics:
+    """One learner's metrics in a registry of their own, served by `serve`."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(name, text, labels, registry=self.registry)
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(name, text, labels, registry=self.registry)
+
+        self.records = counter("learner_records", "Records read from the log.")
+        self.dead_letters = counter("learner_dead_letters", "Records that could not be used, by reason.", "reason")
+        self.transitions = counter("learner_transitions", "Transitions that entered replay.")
+        self.amendments = counter("learner_amendments", "Rewards that came after their transition was made.")
+        self.updates = counter("learner_updates", "Gradient steps.")
+        self.joined = gauge("learner_joiner_events", "The joiner's counts since the first start, by what happened.", "what")
+        self.replay_transitions = gauge("learner_replay_transitions", "Transitions in replay now.")
+        self.lag = gauge("learner_lag_records", "Records in the log that were not read yet, by partition.", "partition")
+        self.event_time = gauge("learner_events_through_seconds", "Newest event time read, seconds since 1970.")
+        self.loss = gauge("learner_loss", "Loss of the last update; rising for long: divergence.")
+        self.mean_q = gauge("learner_mean_q", "Mean Q(s, a) of the last update's actions, reward units.")
+        self.updates_per_transition = gauge(
+            "learner_updates_per_transition", "Gradient steps for each transition, since the first start."
+        )
+        self.stalled = gauge("learner_stalled", "1 while the pacing band holds this side up.", "side")
+        self.items = gauge("learner_items", "Items in the vocabulary.")
+        self.version = gauge("learner_policy_version", "Version of the weights published last.")
+        self.publish_seconds = gauge("learner_publish_seconds", "Time that the last publishing took.")
+        self.checkpoint_seconds = gauge("learner_checkpoint_seconds", "Time that writing the last checkpoint took.")
+        self.checkpoint_age = gauge("learner_checkpoint_timestamp_seconds", "Wall clock of the last checkpoint.")
+        self.checkpoint_failures = counter("learner_checkpoint_failures", "Checkpoints that could not be written.")
+        self.log_errors = counter("learner_log_errors", "Polls that failed and were tried again.")
+
+    def serve(self, port: int) -> None:
+        """Answer Prometheus on this port, in a thread; 0: don't."""
+        if port:
+            start_http_server(port, registry=self.registry)
