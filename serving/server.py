@@ -1,0 +1,199 @@
+"""The server process: builds the parts, opens the port, drains on SIGTERM. Several processes may share one port."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+import grpc
+import numpy as np
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from serving import metrics
+from serving.decisions import DecisionWriter
+from serving.ranking import Ranker
+from serving.service import SERVICE, Service
+from serving.view import Follower, View, ViewConfig
+from serving.weights import WeightsFollower
+from streaming.log import Log
+from streaming.schemas import Codec
+
+logger = logging.getLogger(__name__)
+
+MAX_MESSAGE_BYTES: Final = 64 << 20  # 1000 requests, or 10000 candidates with vectors
+_HEALTH_SERVICES: Final = ("", SERVICE)
+
+
+@dataclass(frozen=True)
+class ServingConfig:
+    """The policy server."""
+
+    weights: str = field(
+        metadata={
+            "help": "weight store to follow: a directory, or any fsspec URL (s3://...)",
+            "metavar": "URL",
+        }
+    )
+    host: str = field(default="127.0.0.1", metadata={"help": "address to listen on; 0.0.0.0: all"})
+    port: int = field(default=50051, metadata={"help": "port to listen on; 0..65535 (0: any free one)"})
+    label: str = field(
+        default="stable", metadata={"help": "which label of the store to follow: stable, canary"}
+    )
+    network: Literal["online", "target"] = field(
+        default="online", metadata={"help": "which of the two networks answers; target is the steadier one"}
+    )
+    epsilon: float = field(
+        default=0.05, metadata={"help": "share of slots drawn uniformly, unless a request says; 0..1"}
+    )
+    slate_size: int = field(default=10, metadata={"help": "items in a slate, unless a request says; 1..1000"})
+    processes: int = field(
+        default=1, metadata={"help": "server processes that share the port; 1..256, each with its own view"}
+    )
+    threads: int = field(default=32, metadata={"help": "calls worked on at once, per process; 1..1000"})
+    max_streams: int = field(
+        default=16,
+        metadata={"help": "RecommendStreams open at once, per process; each takes a thread: < threads"},
+    )
+    weights_poll_s: float = field(
+        default=0.1, metadata={"help": "how often to look for new weights; seconds, 0.01..60"}
+    )
+    metrics_port: int = field(
+        default=0,
+        metadata={"help": "Prometheus port; 0: none, 1..65535; process i of several takes the i-th after it"},
+    )
+    drain_s: float = field(
+        default=10.0,
+        metadata={"help": "longest wait for open calls, then for decisions to be durable; seconds, 0..600"},
+    )
+    seed: int | None = field(
+        default=None, metadata={"help": "of the exploration; 0 and up, none: a new one at each start"}
+    )
+
+    def __post_init__(self) -> None:
+        bounds = {
+            "port": (0, 65535),
+            "epsilon": (0, 1),
+            "slate_size": (1, 1000),
+            "processes": (1, 256),
+            "threads": (1, 1000),
+            "max_streams": (0, self.threads - 1),
+            "weights_poll_s": (0.01, 60),
+            "metrics_port": (0, 65535),
+            "drain_s": (0, 600),
+            "seed": (0, 2**63),
+        }
+        for name, (low, high) in bounds.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"{name} must be within {low}..{high}, not {value}")
+
+
+@dataclass(frozen=True)
+class Instance:
+    """What sets one server process apart from all others."""
+
+    name: str  # in every recommendation_id
+    index: int = 0  # among the processes that share the port
+
+
+class PolicyServer:
+    """One process's server: `start`, then `drain`."""
+
+    def __init__(
+        self,
+        config: ServingConfig,
+        view_config: ViewConfig,
+        log: Log | None,
+        codec: Codec,
+        instance: Instance,
+        now_ms: Callable[[], int],
+    ) -> None:
+        """log: None: no view of the users, no decisions. now_ms: wall clock, for requests that bring no time."""
+        self._config = config
+        self._view_config = view_config
+        self._log = log
+        self._instance = instance
+        self._view = View(view_config, codec)
+        self._follower = None if log is None else Follower(log, self._view, view_config, time.monotonic)
+        self._weights = WeightsFollower(config.weights, config.label, config.network, config.weights_poll_s)
+        self._decisions = (
+            None if log is None else DecisionWriter(log.producer(), codec, view_config.topic, time.monotonic)
+        )
+        seed = None if config.seed is None else [config.seed, instance.index]
+        self._service = Service(
+            view=self._view,
+            weights=self._weights,
+            ranker=Ranker(self._weights, self._view, np.random.default_rng(seed)),
+            decisions=self._decisions,
+            epsilon=config.epsilon,
+            slate_size=config.slate_size,
+            max_streams=config.max_streams,
+            instance=instance.name,
+            now_ms=now_ms,
+        )
+        self._health = health.HealthServicer(
+            experimental_non_blocking=True, experimental_thread_pool=ThreadPoolExecutor(1)
+        )
+        self._server = self._build()
+
+    def start(self, port: int | None = None) -> int:
+        """Catch up with log and weights, then open the port; returns it. port: None: the configured one.
+
+        Raises: OSError when the port cannot be opened.
+        """
+        if self._config.metrics_port:
+            metrics.expose(self._config.metrics_port + self._instance.index, self._config.host)
+        self._weights.start()
+        if self._follower is not None and not self._follower.start(self._view_config.warm_up_s):
+            logger.warning(
+                "the log was not read to its end within %g s; histories and popularity are behind",
+                self._view_config.warm_up_s,
+            )
+        self._service.warm_up()
+        port = self._open(self._config.port if port is None else port)
+        self._server.start()
+        self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        return port
+
+    def drain(self) -> None:
+        """Turn away new calls, finish the open ones, make every decision durable. Raises LogError if one was lost."""
+        self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._service.draining = True
+        self._server.stop(self._config.drain_s).wait()
+        self._weights.stop()
+        if self._follower is not None:
+            self._follower.stop()
+        if self._decisions is not None:
+            self._decisions.close(max(self._config.drain_s, 1.0))
+        if self._log is not None:
+            self._log.close()
+
+    def _build(self) -> grpc.Server:
+        server = grpc.server(
+            ThreadPoolExecutor(self._config.threads, thread_name_prefix="call"),
+            options=[
+                ("grpc.so_reuseport", int(self._config.processes > 1)),
+                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+                ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+            ],
+        )
+        server.add_generic_rpc_handlers((self._service.handler(),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        return server
+
+    def _open(self, port: int) -> int:
+        address = f"{self._config.host}:{port}"
+        try:
+            return int(self._server.add_insecure_port(address))
+        except RuntimeError:
+            raise OSError(f"cannot listen on {address}: is it taken? choose another --port") from None
+
+    def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        for name in _HEALTH_SERVICES:
+            self._health.set(name, status)

@@ -1,0 +1,295 @@
+"""The server's own view of the log: a thread follows `events` and `catalog`, requests ask what they came to.
+
+Nothing here is durable or exact: a restarted server reads the log's tail again. What learning needs to be exact
+about, the decision records carry.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from streaming.catalog import Catalog
+
+from learner.policy import Entry
+from serving import metrics
+from serving.user_state import UserState
+from streaming.columns import Decoder, Kind
+from streaming.interning import Vocabulary, hash_string
+from streaming.log import Log, LogError, OffsetOutOfRange, Reader, UnknownTopic
+from streaming.rewards import EVENT_NAMES, RewardTable
+from streaming.schemas import Codec
+
+logger = logging.getLogger(__name__)
+
+_POLL_RECORDS: Final = 4096
+_POLL_S: Final = 0.05
+_LOOK_S: Final = 5.0  # for partitions added since
+_LOOK_FOR_TOPIC_S: Final = 0.5
+_RETRY_S: Final = 1.0
+# a Kafka partition that ends in a transaction marker never lets a reader's position reach its end
+_QUIET_S: Final = 2.0
+
+
+@dataclass(frozen=True)
+class ViewConfig:
+    """The server's own view of the log."""
+
+    topic: str = field(default="events", metadata={"help": "topic with events and decisions"})
+    catalog_topic: str = field(default="catalog", metadata={"help": "topic with the items"})
+    backlog: int = field(
+        default=1_000_000,
+        metadata={"help": "newest records of each partition read at the start; records, >= 0"},
+    )
+    warm_up_s: float = field(
+        default=30.0,
+        metadata={"help": "longest wait for that reading before calls are answered; seconds, >= 0"},
+    )
+    max_users: int = field(
+        default=200_000,
+        metadata={"help": "users remembered, the least recently active go first; users, 1..100 million"},
+    )
+    history_length: int = field(
+        default=32, metadata={"help": "newest entries remembered of each user; entries, 1..1000"}
+    )
+    bought_window_s: float = field(
+        default=30 * 86400.0,
+        metadata={"help": "an item bought is not recommended again for so long; seconds, >= 0 (0: at once)"},
+    )
+    popularity_half_life: float = field(
+        default=100_000.0,
+        metadata={"help": "popularity of an item halves with so many events; events, > 0"},
+    )
+
+    def __post_init__(self) -> None:
+        bounds = {
+            "backlog": (0, 2**62),
+            "warm_up_s": (0, 86400),
+            "max_users": (1, 100_000_000),
+            "history_length": (1, 1000),
+            "bought_window_s": (0, 100 * 365 * 86400),
+        }
+        for name, (low, high) in bounds.items():
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} must be within {low}..{high}, not {getattr(self, name)}")
+        if not self.popularity_half_life > 0:
+            raise ValueError(f"popularity_half_life must be > 0, not {self.popularity_half_life}")
+
+
+class View:
+    """What the log says about users and items. One thread absorbs; any thread asks."""
+
+    BOUGHT_LENGTH: Final = 16  # purchases remembered of each user
+
+    def __init__(self, config: ViewConfig, codec: Codec) -> None:
+        self.vocabulary: Final = Vocabulary()
+        self.users: Final = UserState(
+            config.max_users,
+            config.history_length,
+            self.BOUGHT_LENGTH,
+            config.popularity_half_life,
+            RewardTable(),
+        )
+        self._catalog = Catalog(self.vocabulary)
+        self._decoder = Decoder(codec, self.vocabulary, None)
+        self._bought_window_ms = int(config.bought_window_s * 1000)
+        self._item_ids: list[str] = [""]  # by vocabulary id; grows in place, never changes
+        self._catalog_lock = threading.Lock()
+
+    def absorb(self, batch: Any) -> int:
+        """Take in records of `events`; returns how many of them could not be read."""
+        columns = self._decoder.decode(batch)
+        self.users.absorb(columns, len(self.vocabulary))
+        self._name_items()
+        return int(np.count_nonzero(columns.kind == Kind.BAD))
+
+    def absorb_catalog(self, batch: Any) -> int:
+        """Take in records of `catalog`; returns how many of them could not be read."""
+        with self._catalog_lock:
+            rejects = self._catalog.apply(batch)
+        self._name_items()
+        return len(rejects.row)
+
+    def history(self, user_id: str) -> list[Entry]:
+        """The user's newest entries, oldest first; items that the view cannot name are left out."""
+        history = self.users.history(hash_string(user_id))
+        names = self._item_ids
+        columns = (column.tolist() for column in history)
+        return [Entry(names[i], EVENT_NAMES[n], t, v) for i, n, t, v in zip(*columns, strict=True) if i]
+
+    def bought(self, user_id: str, now_ms: int) -> list[str]:
+        """Items that the user bought within the window before `now_ms` and did not return."""
+        if not self._bought_window_ms:
+            return []
+        items = self.users.bought(hash_string(user_id), now_ms - self._bought_window_ms)
+        return [self._item_ids[i] for i in items.tolist()]
+
+    def bought_in(self, history: Sequence[Entry], now_ms: int) -> set[str]:
+        """As `bought`, of a history that the request brought along."""
+        bought: dict[str, int] = {}
+        since_ms = now_ms - self._bought_window_ms
+        for entry in history:
+            if entry.name == "purchase" and since_ms <= entry.timestamp_ms:
+                bought[entry.item_id] = bought.get(entry.item_id, 0) + 1
+            elif entry.name == "refund":
+                bought[entry.item_id] = bought.get(entry.item_id, 0) - 1
+        return {item_id for item_id, pieces in bought.items() if pieces > 0 and self._bought_window_ms}
+
+    def items(self) -> list[str]:
+        """Item ids by vocabulary id, [items + 1]; the first is empty. Grows only; do not change it."""
+        return self._item_ids
+
+    def availability(self, items: int) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+        """What the catalog says of items 0 .. `items`, each [items + 1]: known to it; out of stock or gone."""
+        known, off = np.zeros(items + 1, np.bool_), np.zeros(items + 1, np.bool_)
+        with self._catalog_lock:
+            catalog, have = self._catalog, min(items + 1, len(self._catalog.known))
+            known[:have] = catalog.known[:have] | catalog.gone[:have]
+            off[:have] = catalog.gone[:have] | (catalog.known[:have] & ~catalog.in_stock[:have])
+        return known, off
+
+    @property
+    def catalog_version(self) -> int:
+        """Changes whenever `availability` may."""
+        return self._catalog.version
+
+    def _name_items(self) -> None:
+        # strings once per item, not once per request
+        self._item_ids.extend(self.vocabulary.item_ids(len(self._item_ids)))
+
+
+class Follower:
+    """Reads the log into a View, in a thread of its own, for ever: an unreachable log is retried."""
+
+    def __init__(self, log: Log, view: View, config: ViewConfig, clock: Callable[[], float]) -> None:
+        self._log = log
+        self._view = view
+        self._clock = clock
+        self._tails = [
+            _Tail(log, config.topic, config.backlog, view.absorb),
+            # compacted: all of it is the catalog
+            _Tail(log, config.catalog_topic, None, view.absorb_catalog),
+        ]
+        self._stop = threading.Event()
+        self._caught_up = threading.Event()
+        self._busy_s = clock()
+        self._thread = threading.Thread(target=self._run, name="view", daemon=True)
+
+    def start(self, warm_up_s: float) -> bool:
+        """Begin; returns once everything that was in the log is absorbed (True), or after warm_up_s (False)."""
+        self._thread.start()
+        return self._caught_up.wait(warm_up_s)
+
+    def stop(self) -> None:
+        """End the thread; harmless twice."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        for tail in self._tails:
+            tail.close()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                self._turn()
+            except OffsetOutOfRange as error:
+                metrics.VIEW_FAILURES.labels("gap").inc()
+                logger.warning("own view: %s; going on at what the log still holds", error)
+                self._skip_gaps()
+            except LogError as error:
+                metrics.VIEW_FAILURES.labels("unavailable").inc()
+                logger.warning("own view: %s; retrying", error)
+                self._stop.wait(_RETRY_S)
+
+    def _turn(self) -> None:
+        now = self._clock()
+        for tail in self._tails:
+            tail.look(now)
+        events, catalog = self._tails
+        # catalog first: an item out of stock must not be recommended because its events were read before
+        if catalog.poll(0.0) + events.poll(_POLL_S):
+            self._busy_s = now
+        metrics.USERS.set(self._view.users.known)
+        metrics.USERS_FORGOTTEN.set(self._view.users.forgotten)
+        quiet = now - self._busy_s >= _QUIET_S
+        if quiet or all(tail.caught_up() for tail in self._tails):
+            self._caught_up.set()
+
+    def _skip_gaps(self) -> None:
+        try:
+            for tail in self._tails:
+                tail.skip_gap()
+        except LogError:  # unreachable just now: the next poll says so again
+            self._stop.wait(_RETRY_S)
+
+
+class _Tail:
+    """One topic, all its partitions, from the newest `backlog` records on (None: from the beginning)."""
+
+    def __init__(self, log: Log, topic: str, backlog: int | None, absorb: Callable[[Any], int]) -> None:
+        self._log = log
+        self._topic = topic
+        self._backlog = backlog
+        self._absorb = absorb
+        self._reader: Reader | None = None
+        self._goal: dict[int, int] = {}  # where each partition ended at the start
+        self._looked_s = float("-inf")
+
+    def look(self, now_s: float) -> None:
+        """Now and then: open the topic when it is there, take up partitions added since, measure the lag."""
+        if now_s - self._looked_s < (_LOOK_S if self._reader else _LOOK_FOR_TOPIC_S):
+            return
+        self._looked_s = now_s
+        try:
+            bounds = self._log.bounds(self._topic)
+        except UnknownTopic:
+            return
+        if self._reader is None:
+            self._goal = {p: b.high for p, b in bounds.items()}
+            start = {p: self._first(b.low, b.high) for p, b in bounds.items()}
+            self._reader = self._log.reader(self._topic, start, keys=self._backlog is None)
+            return
+        position = self._reader.position()
+        if bounds.keys() - position.keys():
+            self._reader.assign({p: position.get(p, b.low) for p, b in bounds.items()})
+        if self._backlog is not None:
+            metrics.VIEW_LAG.set(sum(max(0, b.high - position.get(p, b.low)) for p, b in bounds.items()))
+
+    def poll(self, timeout_s: float) -> int:
+        """Absorb what is there, waiting at most timeout_s for it; returns the number of records."""
+        if self._reader is None:
+            time.sleep(timeout_s)
+            return 0
+        batch = self._reader.poll(_POLL_RECORDS, timeout_s)
+        if len(batch):
+            metrics.VIEW_RECORDS.labels(self._topic).inc(len(batch))
+            metrics.VIEW_BAD_RECORDS.labels(self._topic).inc(self._absorb(batch))
+        return len(batch)
+
+    def caught_up(self) -> bool:
+        """Whether everything that was there at the start has been absorbed; True where there is no such topic."""
+        if self._reader is None:
+            return True
+        position = self._reader.position()
+        return all(position.get(p, 0) >= high for p, high in self._goal.items())
+
+    def skip_gap(self) -> None:
+        """Move every partition whose position retention has overtaken to what is still there."""
+        if self._reader is not None:
+            position, bounds = self._reader.position(), self._log.bounds(self._topic)
+            gone = {p: b.low for p, b in bounds.items() if not b.low <= position.get(p, b.low) <= b.high}
+            self._reader.seek(gone)
+
+    def close(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+    def _first(self, low: int, high: int) -> int:
+        return low if self._backlog is None else max(low, high - self._backlog)

@@ -1,0 +1,89 @@
+"""Follows the weight store: a new version is loaded, checked and put in place by swapping one reference."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Final, Literal, NamedTuple
+
+from learner.policy import Policy, PolicyDamaged
+from learner.weights import Manifest, WeightsDamaged, WeightsError, WeightStore
+from serving import metrics
+
+logger = logging.getLogger(__name__)
+
+_COMPLAIN_EVERY: Final = 300  # failed looks at the store between two lines about it
+
+
+class Served(NamedTuple):
+    """One version, ready to answer."""
+
+    manifest: Manifest
+    policy: Policy
+
+
+class WeightsFollower:
+    """`served` is what to answer with now; a thread of its own keeps it up to date.
+
+    A version that is damaged or gives non-finite values is refused, once, and the one in use stays. A store that
+    cannot be read changes nothing either. Whoever answers reads `served` once, and so answers from one version.
+    """
+
+    def __init__(self, url: str, label: str, network: Literal["online", "target"], poll_s: float) -> None:
+        self.served: Served | None = None
+        self.label: Final = label
+        self.network: Final = network
+        self._store = WeightStore(url)
+        self._poll_s = poll_s
+        self._refused: int | None = None
+        self._failures = 0  # in a row
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="weights", daemon=True)
+
+    def start(self) -> None:
+        """Take what is there now, then follow."""
+        self.look()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread; harmless twice."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def look(self) -> None:
+        """Ask the store once; swap if its label names another version. Never raises for what a store may do."""
+        version, in_use = None, self.served.manifest.version if self.served else None
+        try:
+            version = self._store.latest(self.label)
+            # not only upwards: whoever moves the label back wants the older version served
+            if version is not None and version not in (in_use, self._refused):
+                self._take(version)
+            self._failures = 0
+        except (WeightsDamaged, PolicyDamaged) as error:
+            self._refused = version
+            reason = "damaged" if isinstance(error, WeightsDamaged) else "probe"
+            metrics.WEIGHTS_REFUSED.labels(reason).inc()
+            logger.error("weights refused, version %s stays in use: %s", in_use, error)
+        except (WeightsError, OSError) as error:
+            metrics.WEIGHTS_REFUSED.labels("store").inc()
+            if self._failures % _COMPLAIN_EVERY == 0:
+                logger.warning("weight store cannot be read, version %s stays in use: %s", in_use, error)
+            self._failures += 1
+
+    def _take(self, version: int) -> None:
+        weights = self._store.load(version)
+        policy = Policy.from_weights(weights, self.network)
+        policy.check()
+        first = self.served is None
+        self.served = Served(weights.manifest, policy)
+        metrics.WEIGHTS_SWAPPED.inc()
+        metrics.POLICY_VERSION.set(version)
+        metrics.POLICY_PUBLISHED.set(weights.manifest.published_ms / 1000)
+        metrics.POLICY_ITEMS.set(policy.items)
+        if first:
+            logger.info("weights: version %d, %d items; served from now on", version, policy.items)
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._poll_s):
+            self.look()

@@ -1,0 +1,500 @@
+"""All that the joiner keeps of one partition: plain numpy tables, which numba's loops read and write.
+
+`steps`, their `slots` and `waits` are rings: an entry's sequence number never changes, it lies at (number mod capacity),
+and capacities are powers of two. `users` and `rows` (states of open steps) are slabs with a free list.
+Nothing here grows by itself: the loop checks `room` before each thing it does and stops, naming the table that is
+short; Python then calls `grown` and lets it go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final, NamedTuple, TypeVar, cast
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from streaming.interning import HashMap, map_new, map_put, map_reserve
+from streaming.join_settings import COUNTERS, JoinSettings, to_ms
+from streaming.rewards import ACTION_NAMES, CODES, EVENT_NAMES, HISTORY_NAMES
+from streaming.transitions import Amendments, States, Transitions
+
+Array = npt.NDArray[Any]
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def part(function: F) -> F:
+    """A piece of a compiled loop: compiled into its callers, and not cached by itself.
+
+    (numba's cache notices changes in a function's own file only; see `joiner._compiled`.)
+    """
+    return cast(F, njit(nogil=True, error_model="numpy")(function))
+
+
+NONE: Final = -1  # no such user, row or sequence number
+NEVER: Final = 2**62
+
+# What is short: the loop's answer when it stops
+DONE, USERS, ROWS, STEPS, SLOTS, WAITS, IDS, OUT_STATES, OUT_TRANSITIONS, OUT_AMENDMENTS = range(10)
+
+CLOCK: Final = np.dtype(
+    [
+        (name, np.int64)
+        for name in (
+            "partition",
+            "started",  # 0 until the first record or `advance`
+            "high_ms",
+            "watermark_ms",
+            "target_ms",  # what the watermark moves to, once all that is due before it is done
+            "stage",  # how far the current record got (see joiner); survives a stop for want of room
+            "settled",
+            "ahead_count",  # a run of future-stamped records: how many, their oldest time, of two users?
+            "ahead_ms",
+            "ahead_mixed",
+            "behind_count",  # the same for records far behind a young clock, with their newest time
+            "behind_ms",
+            "behind_mixed",
+            "epoch",  # number of the dedup window
+            "newer",  # which of ids_a, ids_b is the newer generation
+            "users_end",  # slots ever used
+            "users_free",  # head of the free list
+            "cursor",  # where the next search for a stale user starts
+            "rows_end",
+            "rows_free",
+            "rows_used",
+            "steps_head",
+            "steps_tail",
+            "slots_head",
+            "slots_tail",
+            "waits_head",
+            "waits_tail",
+            "waits_live",
+            "timers",  # entries of the heap
+            "push",  # number of this push: tells rows already given out in it
+            "need",  # how many more entries the table that is short must take
+        )
+    ]
+    + [("ahead_user", np.uint64), ("behind_user", np.uint64)]
+)
+USER: Final = np.dtype(
+    [
+        ("hash", np.uint64),
+        ("last_ms", np.int64),
+        ("touched_ms", np.int64),
+        ("newest_step", np.int64),  # sequence numbers; NONE, or below the ring's head: there is none
+        ("open_decision", np.int64),
+        ("open_organic", np.int64),
+        ("newest_organic_ms", np.int64),
+        ("first_wait", np.int64),
+        ("last_wait", np.int64),
+        ("waits", np.int32),
+        ("decision_row", np.int32),
+        ("organic_row", np.int32),
+        ("timer", np.int32),  # where in the heap; NONE: the slot is free
+        ("next_free", np.int32),
+        ("seen", np.int32),  # entries in the history
+        ("seen_at", np.int32),  # where the next one goes
+    ],
+    align=True,
+)
+ROW: Final = np.dtype(
+    [
+        ("offset", np.int64),
+        ("timestamp_ms", np.int64),
+        ("out_push", np.int64),  # in which push it was given out last, and as which row of the States
+        ("out_row", np.int64),
+        ("next_free", np.int32),
+    ],
+    align=True,
+)
+STEP: Final = np.dtype(
+    [
+        ("offset", np.int64),
+        ("timestamp_ms", np.int64),
+        ("kept_from_ms", np.int64),
+        ("before", np.int64),  # the same user's step before it
+        ("first_slot", np.int64),
+        ("id", np.uint64),
+        ("policy_version", np.int64),
+        ("user", np.int32),
+        ("slots", np.int32),
+        ("organic", np.uint8),
+        ("open", np.uint8),
+    ],
+    align=True,
+)
+SLOT: Final = np.dtype(
+    [
+        ("reward", np.float64),
+        ("item", np.int32),
+        ("propensity", np.float32),
+        ("purchases", np.int32),
+        ("carts", np.int32),
+    ],
+    align=True,
+)
+WAIT: Final = np.dtype(  # one item of an event that waits; items of one event follow each other
+    [
+        ("offset", np.int64),
+        ("timestamp_ms", np.int64),
+        ("due_s", np.int64),
+        ("next", np.int64),  # of the same user
+        ("recommendation", np.uint64),  # 0: waits for a purchase to take back
+        ("reward", np.float64),
+        ("user", np.int32),
+        ("item", np.int32),
+        ("row", np.int32),  # the state at the event; NONE but for an event's first item
+        ("left", np.int32),  # items of the event from here on
+        ("name", np.uint8),
+        ("live", np.uint8),
+    ],
+    align=True,
+)
+TIMER: Final = np.dtype([("due_s", np.int64), ("user", np.int64)])
+DEED: Final = np.dtype([("reward", np.float64), ("item", np.int64)])
+TRANSITION: Final = np.dtype(
+    [
+        ("offset", np.int64),
+        ("policy_version", np.int64),
+        ("partition", np.int32),
+        ("state", np.int32),
+        ("next_state", np.int32),
+        ("action", np.int32),
+        ("reward", np.float32),
+        ("discount", np.float32),
+        ("propensity", np.float32),
+        ("slot", np.int16),
+        ("organic", np.bool_),
+    ],
+    align=True,
+)
+AMENDMENT: Final = np.dtype(
+    [("offset", np.int64), ("partition", np.int32), ("reward", np.float32), ("slot", np.int16)], align=True
+)
+STATE: Final = np.dtype([("offset", np.int64), ("timestamp_ms", np.int64), ("partition", np.int32)], align=True)
+
+
+class Rules(NamedTuple):
+    """The settings as the loop reads them; durations in ms."""
+
+    gap_ms: int
+    window_ms: int
+    wait_ms: int
+    late_ms: int
+    delay_ms: int
+    jump_ms: int
+    ttl_ms: int
+    dedup_ms: int
+    chained: bool  # horizon "user"
+    gamma: float
+    max_users: int
+    max_steps: int
+    max_slots: int
+    max_waits: int
+    max_ids: int
+    weight: Array  # [names] by event-name code
+    value_weight: Array  # [names]
+    moves: Array  # [names] bool: ACTION_NAMES
+    remembered: Array  # [names] bool: HISTORY_NAMES
+
+
+class Out(NamedTuple):
+    """Where a push's results pile up; shared by all partitions."""
+
+    counts: Array  # [4] states, transitions, amendments, late rows so far
+    states: Array  # STATE
+    item: Array  # [S, H]
+    name: Array
+    age_s: Array
+    value: Array
+    transitions: Array  # TRANSITION
+    amendments: Array  # AMENDMENT
+    late: Array  # int64 rows of the Columns
+    deeds: Array  # DEED, scratch
+
+
+class Tables(NamedTuple):
+    """One partition."""
+
+    clock: Array  # CLOCK [1]
+    counters: Array  # int64 [COUNTERS]
+    users: Array  # USER
+    seen_ms: Array  # [users, H] histories, as rings
+    seen_value: Array
+    seen_item: Array
+    seen_name: Array
+    user_slots: HashMap
+    timers: Array  # TIMER, a heap; as long as users
+    rows: Array  # ROW
+    row_item: Array  # [rows, H] states of open steps, newest entry first
+    row_name: Array
+    row_age_s: Array
+    row_value: Array
+    steps: Array  # STEP ring
+    slots: Array  # SLOT ring
+    waits: Array  # WAIT ring
+    ids_a: HashMap
+    ids_b: HashMap
+    out: Out
+    rules: Rules
+
+
+RINGS: Final = ("steps", "slots", "waits")
+
+
+def rules_of(settings: JoinSettings) -> Rules:
+    """The settings for the loop."""
+    weight, value_weight = settings.rewards.columns()
+    moves = np.zeros(len(EVENT_NAMES), np.bool_)
+    moves[[CODES[name] for name in ACTION_NAMES]] = True
+    remembered = np.zeros(len(EVENT_NAMES), np.bool_)
+    remembered[[CODES[name] for name in HISTORY_NAMES]] = True
+    return Rules(
+        to_ms(settings.session_gap_s),
+        to_ms(settings.attribution_window_s),
+        to_ms(settings.overtake_wait_s),
+        to_ms(settings.late_after_s),
+        to_ms(settings.watermark_delay_s),
+        to_ms(settings.max_jump_s),
+        to_ms(settings.user_ttl_s),
+        to_ms(settings.dedup_window_s),
+        settings.horizon == "user",
+        float(settings.gamma),
+        settings.max_users,
+        settings.max_steps,
+        settings.max_slots,
+        settings.max_waits,
+        settings.max_ids,
+        weight,
+        value_weight,
+        moves,
+        remembered,
+    )
+
+
+def new_out(history_length: int) -> Out:
+    """Empty results, with room for a usual push."""
+    shape = (4096, history_length)
+    return Out(
+        np.zeros(4, np.int64),
+        np.zeros(shape[0], STATE),
+        np.zeros(shape, np.int32),
+        np.zeros(shape, np.uint8),
+        np.zeros(shape, np.float32),
+        np.zeros(shape, np.float32),
+        np.zeros(1 << 18, TRANSITION),
+        np.zeros(1 << 14, AMENDMENT),
+        np.zeros(1 << 12, np.int64),
+        np.zeros(1 << 11, DEED),
+    )
+
+
+def new_tables(settings: JoinSettings, out: Out) -> Tables:
+    """A partition that nothing is known of."""
+    users, rows = 16, 16
+    clock = np.zeros(1, CLOCK)
+    clock["watermark_ms"] = clock["target_ms"] = -NEVER
+    clock["users_free"] = clock["rows_free"] = NONE
+    length = settings.history_length
+    return Tables(
+        clock,
+        np.zeros(len(COUNTERS), np.int64),
+        np.zeros(users, USER),
+        np.zeros((users, length), np.int64),
+        np.zeros((users, length), np.float32),
+        np.zeros((users, length), np.int32),
+        np.zeros((users, length), np.uint8),
+        map_new(users),
+        np.zeros(users, TIMER),
+        np.zeros(rows, ROW),
+        np.zeros((rows, length), np.int32),
+        np.zeros((rows, length), np.uint8),
+        np.zeros((rows, length), np.float32),
+        np.zeros((rows, length), np.float32),
+        np.zeros(128, STEP),
+        np.zeros(256, SLOT),
+        np.zeros(16, WAIT),
+        map_new(64),
+        map_new(64),
+        out,
+        rules_of(settings),
+    )
+
+
+# --- growing ---------------------------------------------------------------------------------------------
+
+
+def grown(t: Tables, short: int) -> Tables:
+    """The same tables, with room for `need` more entries in the one that is short."""
+    need = int(t.clock["need"][0])
+    if short == USERS:
+        size = min(2 * len(t.users), t.rules.max_users)
+        fields = ("users", "seen_ms", "seen_value", "seen_item", "seen_name", "timers")
+        longer = {field: _extended(getattr(t, field), size) for field in fields}
+        return t._replace(**longer, user_slots=map_reserve(t.user_slots, size - t.user_slots.size[0]))
+    if short == ROWS:
+        fields = ("rows", "row_item", "row_name", "row_age_s", "row_value")
+        return t._replace(**{field: _extended(getattr(t, field), 2 * len(t.rows)) for field in fields})
+    if short in (STEPS, SLOTS, WAITS):
+        field = {STEPS: "steps", SLOTS: "slots", WAITS: "waits"}[short]
+        head, tail = (int(t.clock[f"{field}_{end}"][0]) for end in ("head", "tail"))
+        return t._replace(**{field: ring(unrolled(getattr(t, field), head, tail), head, need)})
+    if short == IDS:
+        field = "ids_b" if t.clock["newer"][0] else "ids_a"
+        return t._replace(**{field: map_reserve(getattr(t, field), need)})
+    return t._replace(out=_grown_out(t.out, short, need))
+
+
+def _grown_out(out: Out, short: int, need: int) -> Out:
+    if short == OUT_STATES:
+        size = 2 * len(out.states) + need
+        fields = ("states", "item", "name", "age_s", "value")
+        return out._replace(**{field: _extended(getattr(out, field), size) for field in fields})
+    field = "transitions" if short == OUT_TRANSITIONS else "amendments"
+    return out._replace(**{field: _extended(getattr(out, field), 2 * len(getattr(out, field)) + need)})
+
+
+def _extended(array: Array, size: int) -> Array:
+    longer = np.zeros((size, *array.shape[1:]), array.dtype)
+    longer[: len(array)] = array
+    return longer
+
+
+def unrolled(array: Array, head: int, tail: int) -> Array:
+    """A ring's entries head..tail in order."""
+    return array[np.arange(head, tail) & (len(array) - 1)]
+
+
+def ring(entries: Array, head: int, need: int) -> Array:
+    """A ring of these entries, the first of which has the number `head`, with room for `need` more."""
+    capacity = 16
+    while capacity < len(entries) + need:
+        capacity *= 2
+    array = np.zeros(capacity, entries.dtype)
+    array[np.arange(head, head + len(entries)) & (capacity - 1)] = entries
+    return array
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------
+
+
+def dump(t: Tables) -> dict[str, Array]:
+    """Copies of all that is known, as plain arrays; equal for equal knowledge, whatever the capacities."""
+    clock = t.clock.copy()
+    clock["push"] = clock["need"] = 0
+    state = {f"clock.{name}": clock[name] for name in CLOCK.names or ()}
+    state["counters"] = t.counters.copy()
+    users, rows, timers = (int(clock[name][0]) for name in ("users_end", "rows_end", "timers"))
+    given_out = {"out_push", "out_row"}
+    _dump_fields(state, "users", t.users[:users])
+    _dump_fields(state, "rows", t.rows[:rows], given_out)
+    _dump_fields(state, "timers", t.timers[:timers])
+    for field in RINGS:
+        _dump_fields(
+            state, field, unrolled(getattr(t, field), int(clock[f"{field}_head"][0]), int(clock[f"{field}_tail"][0]))
+        )
+    for field in ("seen_ms", "seen_value", "seen_item", "seen_name"):
+        state[field] = getattr(t, field)[:users].copy()
+    for field in ("row_item", "row_name", "row_age_s", "row_value"):
+        state[field] = getattr(t, field)[:rows].copy()
+    for field in ("ids_a", "ids_b"):
+        ids: HashMap = getattr(t, field)
+        state[field] = np.sort(ids.keys[ids.values != NONE])
+    return state
+
+
+def _dump_fields(state: dict[str, Array], table: str, entries: Array, leave: set[str] | None = None) -> None:
+    for name in entries.dtype.names or ():
+        if name not in (leave or ()):
+            state[f"{table}.{name}"] = np.ascontiguousarray(entries[name])
+
+
+def load(state: Mapping[str, Array], settings: JoinSettings, out: Out) -> Tables:
+    """The tables that `dump` was given. Raises ValueError where settings or arrays contradict it."""
+    length = state["seen_item"].shape[1]
+    if length != settings.history_length:
+        raise ValueError(
+            f"the state has histories of {length} entries, history_length is {settings.history_length}; set it back"
+        )
+    users = len(state["users.hash"])
+    if users > settings.max_users:
+        raise ValueError(f"the state has {users} users, max_users is {settings.max_users}; raise it")
+    t = new_tables(settings, out)
+    for name in CLOCK.names or ():
+        t.clock[name] = state[f"clock.{name}"]
+    t.counters[: len(state["counters"])] = state["counters"]  # counters may have been added since
+    t = t._replace(
+        users=_load_fields(state, "users", USER, users, t.users),
+        timers=_extended(_load_fields(state, "timers", TIMER, 0, t.timers), max(users, len(t.users))),
+        rows=_load_fields(state, "rows", ROW, 0, t.rows),
+        user_slots=map_new(max(users, len(t.users))),
+        ids_a=_id_set(state["ids_a"]),
+        ids_b=_id_set(state["ids_b"]),
+    )
+    for slot in np.flatnonzero(t.users["timer"][:users] != NONE):
+        map_put(t.user_slots, t.users["hash"][slot], int(slot))
+    longer: dict[str, Array] = {}
+    for field in ("seen_ms", "seen_value", "seen_item", "seen_name"):
+        longer[field] = _extended(state[field], len(t.users))
+    for field in ("row_item", "row_name", "row_age_s", "row_value"):
+        longer[field] = _extended(state[field], len(t.rows))
+    for field in RINGS:
+        entries = np.zeros(len(state[f"{field}.{getattr(t, field).dtype.names[0]}"]), getattr(t, field).dtype)
+        for name in entries.dtype.names or ():
+            entries[name] = state[f"{field}.{name}"]
+        longer[field] = ring(entries, int(t.clock[f"{field}_head"][0]), 0)
+    return t._replace(**longer)
+
+
+def _load_fields(state: Mapping[str, Array], table: str, dtype: np.dtype[Any], size: int, fresh: Array) -> Array:
+    names = [name for name in dtype.names or () if f"{table}.{name}" in state]
+    used = len(state[f"{table}.{names[0]}"])
+    array = np.zeros(max(used, size, len(fresh)), dtype)
+    for name in names:
+        array[name][:used] = state[f"{table}.{name}"]
+    return array
+
+
+def _id_set(keys: Array) -> HashMap:
+    ids = map_new(max(64, len(keys)))
+    _put_all(ids, keys)
+    return ids
+
+
+@part
+def _put_all(ids: HashMap, keys: Array) -> None:
+    for i in range(len(keys)):
+        map_put(ids, keys[i], 0)
+
+
+# --- results ---------------------------------------------------------------------------------------------
+
+
+def states_of(out: Out) -> States:
+    """Copies of the states that have piled up."""
+    n = int(out.counts[0])
+    meta = out.states[:n]
+    return States(
+        np.ascontiguousarray(meta["partition"]),
+        np.ascontiguousarray(meta["offset"]),
+        np.ascontiguousarray(meta["timestamp_ms"]),
+        out.item[:n].copy(),
+        out.name[:n].copy(),
+        out.age_s[:n].copy(),
+        out.value[:n].copy(),
+    )
+
+
+def transitions_of(out: Out) -> Transitions:
+    """Copies of the transitions that have piled up."""
+    entries = out.transitions[: int(out.counts[1])]
+    return Transitions(**{name: entries[name].copy() for name in Transitions._fields})
+
+
+def amendments_of(out: Out) -> Amendments:
+    """Copies of the amendments that have piled up."""
+    entries = out.amendments[: int(out.counts[2])]
+    return Amendments(**{name: entries[name].copy() for name in Amendments._fields})
+
+

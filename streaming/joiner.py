@@ -1,0 +1,355 @@
+"""Columns → transitions: joins what users did to what was put before them, in event time, by partition.
+
+`tests/reference_joiner.py` is the spec, in plain Python; this does the same on columns, in one compiled loop over
+per-user state. The pieces: `join_tables` (all state, as numpy tables), `join_clock` (watermark, dedup, timers),
+`join_steps` (steps, from opening to transitions), `join_deeds` (attribution). What a push gives does not
+depend on how the records were cut into pushes.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final, get_args, get_type_hints
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from streaming import interning, join_clock, join_deeds, join_settings, join_steps, join_tables, rewards
+from streaming.columns import Columns, Kind, Reason
+from streaming.interning import combine
+from streaming.join_clock import advance, follow, is_known, is_late, newer_ids, remember
+from streaming.join_deeds import do_due, due_s, take_decision, take_event
+from streaming.join_settings import COUNTERS, FIRST_MS, LAST_MS, WAITS_PER_USER, JoinSettings
+from streaming.join_tables import (
+    DONE,
+    IDS,
+    NEVER,
+    NONE,
+    OUT_AMENDMENTS,
+    OUT_STATES,
+    OUT_TRANSITIONS,
+    ROWS,
+    SLOTS,
+    STEPS,
+    USERS,
+    WAITS,
+    Tables,
+    amendments_of,
+    dump,
+    grown,
+    load,
+    new_out,
+    new_tables,
+    part,
+    states_of,
+    transitions_of,
+)
+from streaming.transitions import Joined, Rejects
+
+__all__ = ["JoinSettings", "Joiner", "JoinerError"]
+
+EVENT: Final = int(Kind.EVENT)
+DECISION: Final = int(Kind.DECISION)
+BAD_ROWS: Final = COUNTERS.index("bad")
+LATE_ROWS: Final = COUNTERS.index("late")
+DUPLICATES: Final = COUNTERS.index("duplicates")
+MISPLACED: Final = COUNTERS.index("misplaced")
+
+SCREEN, DUE, TAKE = range(3)  # what a record goes through; the loop may stop, and go on, between them
+
+MOST_SLOTS: Final = 1000  # of a slate, or items of an event
+# Most that one record, or one thing due, can do; the loop stops for more room before it might run out.
+MOST_STEPS: Final = WAITS_PER_USER + 6
+MOST_TRANSITIONS: Final = (MOST_STEPS + 8) * (MOST_SLOTS + 8)
+
+
+class JoinerError(Exception):
+    """The joiner was asked about a partition that it does not have, or given a state that does not fit."""
+
+
+# --- the loop --------------------------------------------------------------------------------------------
+
+
+@part
+def room(t: Tables, slots: int, lines: int) -> int:
+    """Which table is too short for a decision of so many slots, or an event of so many items; DONE: none."""
+    c, out = t.clock[0], t.out
+    c.need = MOST_STEPS
+    if c.users_free == NONE and c.users_end >= len(t.users) and len(t.users) < t.rules.max_users:
+        return USERS
+    if len(t.rows) - c.rows_used < 4:
+        return ROWS
+    if len(t.steps) - (c.steps_tail - c.steps_head) < c.need:
+        return STEPS
+    if len(t.waits) - (c.waits_tail - c.waits_head) < c.need:
+        return WAITS
+    c.need = slots + lines + MOST_STEPS
+    if len(t.slots) - (c.slots_tail - c.slots_head) < c.need:
+        return SLOTS
+    c.need = 1
+    if 2 * (newer_ids(t).size[0] + 1) > len(newer_ids(t).keys):
+        return IDS
+    c.need = 2 * (slots + lines + 4 * MOST_STEPS)
+    if len(out.states) - out.counts[0] < c.need:
+        return OUT_STATES
+    c.need = slots + lines + MOST_TRANSITIONS
+    if len(out.transitions) - out.counts[1] < c.need:
+        return OUT_TRANSITIONS
+    c.need = 2 * (join_settings.STEPS_PER_USER * slots + lines + WAITS_PER_USER + 1)
+    if len(out.amendments) - out.counts[2] < c.need:
+        return OUT_AMENDMENTS
+    return DONE
+
+
+@part
+def all_due(t: Tables) -> int:
+    """Do what is due up to the clock's target, in order of time, then let the watermark be there."""
+    c = t.clock[0]
+    while True:
+        second = due_s(t)
+        if second == NEVER:
+            c.watermark_ms = max(c.watermark_ms, c.target_ms)
+            return DONE
+        short = room(t, 0, WAITS_PER_USER)
+        if short != DONE:
+            return short
+        do_due(t, second)
+
+
+@part
+def id_of(columns: Columns, i: int) -> np.uint64:
+    """What makes record i a duplicate of another: its kind, id and user."""
+    return combine(combine(columns.id[i], columns.user[i]), np.uint64(columns.kind[i]))
+
+
+@part
+def is_welcome(t: Tables, columns: Columns, i: int) -> bool:
+    """Whether record i counts; what does not is counted by cause."""
+    if columns.kind[i] != EVENT and columns.kind[i] != DECISION:
+        t.counters[BAD_ROWS] += 1
+        return False
+    if is_late(t, columns.user[i], columns.timestamp_ms[i]):
+        t.counters[LATE_ROWS] += 1
+        t.out.late[t.out.counts[3]] = i
+        t.out.counts[3] += 1
+        return False
+    if is_known(t, id_of(columns, i)):
+        t.counters[DUPLICATES] += 1
+        return False
+    if columns.misplaced[i]:
+        t.counters[MISPLACED] += 1
+    return True
+
+
+@part
+def take(t: Tables, columns: Columns, i: int) -> None:
+    """Record i does what it does."""
+    remember(t, id_of(columns, i))
+    if columns.kind[i] == DECISION:
+        take_decision(t, columns, i)
+    else:
+        take_event(t, columns, i)
+
+
+def _digest() -> int:
+    """A number that changes with the source of what is compiled into the loop."""
+    modules = (interning, join_clock, join_deeds, join_settings, join_steps, join_tables, rewards)
+    return zlib.crc32(b"".join(Path(str(module.__file__)).read_bytes() for module in modules)) | 1
+
+
+def _compiled(digest: int) -> Callable[..., tuple[int, int]]:
+    """The loop, cached on disk. numba looks at this file's age only: the digest, part of the cache's key as
+    a closed-over value, makes it notice changes in the other modules too."""
+
+    def run(
+        t: Tables, columns: Columns, rows: npt.NDArray[np.int64], begin: int, watermark_ms: int
+    ) -> tuple[int, int]:
+        """Take the records rows[begin:], then advance (watermark_ms NONE: do not).
+
+        Returns how far it came and which table is too short to go on, or DONE.
+        """
+        c = t.clock[0]
+        for at in range(begin, len(rows) if digest else 0):
+            i = rows[at]
+            if c.stage == SCREEN:
+                if not is_welcome(t, columns, i):
+                    continue
+                follow(t, columns.user[i], columns.timestamp_ms[i])
+                c.stage = DUE
+            if c.stage == DUE:
+                short = all_due(t)
+                if short != DONE:
+                    return at, short
+                c.stage = TAKE
+            lines = columns.item_bounds[i + 1] - columns.item_bounds[i]
+            decided = columns.kind[i] == DECISION
+            short = room(t, lines if decided else 0, 0 if decided else lines)
+            if short != DONE:
+                return at, short
+            take(t, columns, i)
+            c.stage = SCREEN
+        if watermark_ms != NONE:
+            advance(t, watermark_ms)
+            return len(rows), all_due(t)
+        return len(rows), DONE
+
+    compiled: Callable[..., tuple[int, int]] = njit(nogil=True, cache=True, error_model="numpy")(run)
+    return compiled
+
+
+_run: Final = _compiled(_digest())
+
+
+# --- the joiner ------------------------------------------------------------------------------------------
+
+
+class Joiner:
+    """Owns the join state of its partitions, which never touch one another. Used by one thread at a time.
+
+    Raises: JoinerError for a partition that was not assigned.
+    """
+
+    def __init__(self, settings: JoinSettings | None = None, partitions: Iterable[int] = ()) -> None:
+        self.settings = settings or JoinSettings()
+        self._out = new_out(self.settings.history_length)
+        self._nowhere = self._out  # what resting partitions refer to, so that grown buffers are not held
+        self._tables: dict[int, Tables] = {}
+        self._pushes = 0
+        self.assign(partitions)
+
+    @property
+    def partitions(self) -> list[int]:
+        """What is assigned, in order."""
+        return sorted(self._tables)
+
+    def assign(self, partitions: Iterable[int]) -> None:
+        """Take these partitions too, knowing nothing of them; those already held keep what they know."""
+        for partition in partitions:
+            if partition not in self._tables:
+                tables = new_tables(self.settings, self._nowhere)
+                tables.clock["partition"] = partition
+                self._tables[partition] = tables
+
+    def drop(self, partition: int) -> None:
+        """Forget a partition: its open steps give no transitions here."""
+        self._of(partition)
+        del self._tables[partition]
+
+    def push(self, columns: Columns) -> Joined:
+        """What these records give. Each partition's must come in offset order, none left out or repeated.
+
+        Bad rows are skipped: they are the caller's to dead-letter.
+        """
+        columns = _behaved(columns)
+        self._start(len(columns.kind))
+        for partition, rows in _by_partition(columns.partition):
+            self._drive(partition, columns, rows, NONE)
+        return self._joined()
+
+    def advance(self, partition: int, watermark_ms: int) -> Joined:
+        """What follows if all of the partition's records before watermark_ms (event time) have come: for idle ones.
+
+        Never moves back; watermarks outside 2000..2100 are cut to it.
+        """
+        self._start(0)
+        if watermark_ms >= FIRST_MS:
+            self._drive(partition, _NO_COLUMNS, _NO_ROWS, min(int(watermark_ms), LAST_MS))
+        return self._joined()
+
+    def watermark_ms(self, partition: int) -> int | None:
+        """Event time up to which the partition counts as complete; None before its first record."""
+        clock = self._of(partition).clock
+        return int(clock["watermark_ms"][0]) if clock["started"][0] else None
+
+    def counters(self) -> dict[str, int]:
+        """What was counted in the partitions held, since each began (restarts included); see COUNTERS."""
+        totals = np.zeros(len(COUNTERS), np.int64)
+        for tables in self._tables.values():
+            totals += tables.counters
+        return dict(zip(COUNTERS, totals.tolist(), strict=True))
+
+    def users(self) -> int:
+        """Users remembered."""
+        return sum(int(tables.user_slots.size[0]) for tables in self._tables.values())
+
+    def nbytes(self) -> int:
+        """Memory held by all tables."""
+        arrays = [a for tables in self._tables.values() for f in tables[:-2] for a in (f if isinstance(f, tuple) else (f,))]
+        return sum(array.nbytes for array in arrays)
+
+    def state(self, partition: int) -> dict[str, npt.NDArray[Any]]:
+        """All that is known of a partition, as copies, for a checkpoint."""
+        return dump(self._of(partition))
+
+    def restore(self, partition: int, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Take the partition, knowing just what `state` was taken from; goes on as if nothing had happened.
+
+        Raises: JoinerError if it was made under settings that do not fit (history_length, max_users).
+        """
+        try:
+            tables = load(state, self.settings, self._nowhere)
+        except (ValueError, KeyError) as error:
+            raise JoinerError(f"partition {partition}: {error}") from error
+        tables.clock["partition"] = partition
+        self._tables[partition] = tables
+
+    def _of(self, partition: int) -> Tables:
+        tables = self._tables.get(partition)
+        if tables is None:
+            raise JoinerError(f"partition {partition} is not assigned, only {self.partitions}; assign it first")
+        return tables
+
+    def _start(self, rows: int) -> None:
+        self._pushes += 1
+        self._out.counts[:] = 0
+        if len(self._out.late) < rows:
+            self._out = self._out._replace(late=np.zeros(rows, np.int64))
+
+    def _drive(
+        self, partition: int, columns: Columns, rows: npt.NDArray[np.int64], watermark_ms: int
+    ) -> None:
+        """Let the loop run, giving it room whenever it asks."""
+        tables = self._of(partition)._replace(out=self._out)
+        tables.clock["push"] = self._pushes
+        at, short = _run(tables, columns, rows, 0, watermark_ms)
+        while short != DONE:
+            tables = grown(tables, short)
+            at, short = _run(tables, columns, rows, at, watermark_ms)
+        self._out = tables.out
+        self._tables[partition] = tables._replace(out=self._nowhere)
+
+    def _joined(self) -> Joined:
+        late = self._out.late[: int(self._out.counts[3])].copy()
+        rejects = Rejects(late, np.full(len(late), Reason.LATE, np.uint8))
+        return Joined(states_of(self._out), transitions_of(self._out), amendments_of(self._out), rejects)
+
+
+_DTYPES: Final = tuple(
+    np.dtype(get_args(get_args(hint)[1])[0]) for hint in get_type_hints(Columns, include_extras=True).values()
+)
+_NO_ROWS: Final = np.zeros(0, np.int64)
+_NO_COLUMNS: Final = Columns(*(np.zeros(0, dtype) for dtype in _DTYPES))
+
+
+def _behaved(columns: Columns) -> Columns:
+    """The columns as the loop was compiled for: writable, contiguous, of the declared types."""
+    return Columns(
+        *(
+            a if a.flags.carray and a.dtype == dtype else np.array(a, dtype)
+            for a, dtype in zip(columns, _DTYPES, strict=True)
+        )
+    )
+
+
+def _by_partition(partition: npt.NDArray[np.int32]) -> list[tuple[int, npt.NDArray[np.int64]]]:
+    """Each partition with its rows, in order."""
+    if len(partition) == 0:
+        return []
+    if (partition == partition[0]).all():
+        return [(int(partition[0]), np.arange(len(partition)))]
+    order = np.argsort(partition, kind="stable")
+    cuts = np.flatnonzero(np.diff(partition[order])) + 1
+    return [(int(partition[rows[0]]), rows) for rows in np.split(order, cuts)]

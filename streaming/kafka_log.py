@@ -1,0 +1,509 @@
+"""The log on Kafka. The only module that knows confluent_kafka.
+
+Readers assign partitions by hand and start where they are told: no group, no rebalance, no stored positions.
+Positions are computed from the messages handed out, never taken from librdkafka. Producers are idempotent and
+place keys by murmur2, as Java's do, so that a shop's own producer and ours put one user into one partition.
+`read_committed`: records of aborted transactions are never seen, and leave holes among the offsets.
+
+Every librdkafka setting may be overridden by the caller.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, Final, TypeVar
+
+import numpy as np
+from confluent_kafka import (
+    Consumer,
+    ConsumerGroupTopicPartitions,
+    IsolationLevel,
+    KafkaError,
+    KafkaException,
+    Message,
+    Producer,
+    TopicCollection,
+    TopicPartition,
+)
+from confluent_kafka.admin import AdminClient, NewPartitions, NewTopic, OffsetSpec  # type: ignore[attr-defined]
+
+from streaming.log import (
+    Bounds,
+    LogError,
+    LogFull,
+    LogUnavailable,
+    OffsetOutOfRange,
+    RecordBatch,
+    UnknownTopic,
+)
+
+T = TypeVar("T")
+
+_ANY: Final = {
+    "bootstrap.servers": "",
+    "client.id": "bellwether",
+    "topic.metadata.refresh.interval.ms": "30000",
+}
+_PRODUCER: Final = {
+    "enable.idempotence": "true",
+    "acks": "all",
+    "partitioner": "murmur2_random",
+    "compression.type": "lz4",
+    "linger.ms": "5",
+    "queue.buffering.max.messages": "500000",
+    "queue.buffering.max.kbytes": "262144",
+    "delivery.report.only.error": True,
+}
+_CONSUMER: Final = {
+    "group.id": "bellwether-readers",  # librdkafka asks for one; it is never joined and nothing is committed to it
+    "enable.auto.commit": "false",
+    "enable.auto.offset.store": "false",
+    "auto.offset.reset": "error",
+    "isolation.level": "read_committed",
+    # its marks move our position over holes at the end of a partition, which no message tells of
+    "enable.partition.eof": "true",
+    "allow.auto.create.topics": "false",
+    "queued.max.messages.kbytes": "32768",
+    "fetch.wait.max.ms": "200",
+    "reconnect.backoff.max.ms": "2000",
+}
+_REQUEST_S: Final = 10.0
+_STALL_S: Final = 30.0
+_STRANGE_S: Final = 2.0  # even an empty partition is heard of sooner, if there is one
+
+_UNAVAILABLE: Final = {
+    KafkaError._TRANSPORT,
+    KafkaError._ALL_BROKERS_DOWN,
+    KafkaError._TIMED_OUT,
+    KafkaError._TIMED_OUT_QUEUE,
+    KafkaError._RESOLVE,
+    KafkaError._WAIT_COORD,
+    KafkaError.LEADER_NOT_AVAILABLE,
+    KafkaError.NOT_LEADER_FOR_PARTITION,
+    KafkaError.REQUEST_TIMED_OUT,
+    KafkaError.BROKER_NOT_AVAILABLE,
+    KafkaError.REPLICA_NOT_AVAILABLE,
+    KafkaError.NETWORK_EXCEPTION,
+    KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
+    KafkaError.COORDINATOR_NOT_AVAILABLE,
+    KafkaError.NOT_COORDINATOR,
+    KafkaError.NOT_CONTROLLER,
+    KafkaError.NOT_ENOUGH_REPLICAS,
+}
+_NO_TOPIC: Final = {
+    KafkaError.UNKNOWN_TOPIC_OR_PART,
+    KafkaError._UNKNOWN_TOPIC,
+    KafkaError._UNKNOWN_PARTITION,
+}
+_OUT_OF_RANGE: Final = {KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE}
+
+logger = logging.getLogger(__name__)
+
+
+class KafkaLog:
+    """A Log on the cluster at `servers` (host:port, comma-separated). Threads may share one.
+
+    options: librdkafka settings; they win over ours. Raises: LogError for a setting that librdkafka refuses.
+    """
+
+    def __init__(self, url: str, servers: str, options: Mapping[str, str]) -> None:
+        if not servers:
+            raise LogError(f"{url!r} names no server; use kafka://host:9092")
+        self.url = url
+        self._options = dict(options)
+        self._settings = {**_ANY, "bootstrap.servers": servers}
+        self._admin = self._client(AdminClient, {})
+
+    def create_topic(
+        self, topic: str, partitions: int, *, compacted: bool = False, retention_ms: int | None = None
+    ) -> bool:
+        config = {"cleanup.policy": "compact"} if compacted else {}
+        if retention_ms is not None:
+            config["retention.ms"] = str(retention_ms)
+            config |= {"cleanup.policy": "compact,delete"} if compacted else {}
+        have = self.partitions(topic)
+        if have >= partitions:
+            return False
+        with contextlib.suppress(_Exists):
+            if have:
+                self._wait(self._admin.create_partitions([NewPartitions(topic, partitions)]))
+            else:
+                # replication factor -1: the broker's default
+                new = NewTopic(topic, num_partitions=partitions, replication_factor=-1, config=config)
+                self._wait(self._admin.create_topics([new]))
+        self._await_leaders(topic, partitions)
+        return True
+
+    def partitions(self, topic: str) -> int:
+        try:
+            description = self._wait(self._admin.describe_topics(TopicCollection([topic])))
+        except UnknownTopic:
+            return 0
+        return len(description.partitions)
+
+    def bounds(self, topic: str) -> dict[int, Bounds]:
+        count = self.partitions(topic)
+        if not count:
+            raise _unknown(topic)
+        lows = self._offsets(topic, count, OffsetSpec.earliest())  # type: ignore[no-untyped-call]
+        highs = self._offsets(topic, count, OffsetSpec.latest())  # type: ignore[no-untyped-call]
+        return {p: Bounds(lows[p], max(lows[p], highs[p])) for p in range(count)}
+
+    def reader(self, topic: str, offsets: Mapping[int, int], *, keys: bool = False) -> KafkaReader:
+        errors = _ClientErrors()
+        consumer = self._client(Consumer, {**_CONSUMER, "error_cb": errors})
+        return KafkaReader(consumer, errors, topic, offsets, keys)
+
+    def producer(self) -> KafkaProducer:
+        return KafkaProducer(
+            lambda failed: self._client(Producer, {**_PRODUCER, "on_delivery": failed}), self
+        )
+
+    def commit(self, group: str, topic: str, offsets: Mapping[int, int]) -> None:
+        places = [TopicPartition(topic, partition, offset) for partition, offset in offsets.items()]
+        request = [ConsumerGroupTopicPartitions(group, places)]
+        done = self._wait(self._admin.alter_consumer_group_offsets(request, request_timeout=_REQUEST_S))
+        for place in done.topic_partitions:
+            if place.error is not None:
+                raise _translated(place.error, topic)
+
+    def committed(self, group: str, topic: str) -> dict[int, int]:
+        places = [TopicPartition(topic, partition) for partition in range(self.partitions(topic))]
+        if not places:
+            return {}
+        request = [ConsumerGroupTopicPartitions(group, places)]
+        found = self._wait(self._admin.list_consumer_group_offsets(request, request_timeout=_REQUEST_S))
+        return {place.partition: place.offset for place in found.topic_partitions if place.offset >= 0}
+
+    def close(self) -> None:
+        """Nothing to let go of: librdkafka's handle goes with the object."""
+
+    def _client(self, make: Callable[..., T], settings: Mapping[str, Any]) -> T:
+        try:
+            return make({**self._settings, **settings, **self._options, "logger": logger})
+        except (KafkaException, TypeError, ValueError) as error:
+            reason = error.args[0].str() if isinstance(error, KafkaException) else error
+            raise LogError(f"Kafka client refuses its settings: {reason}") from error
+
+    def _offsets(self, topic: str, count: int, spec: OffsetSpec) -> dict[int, int]:
+        places = {TopicPartition(topic, partition): spec for partition in range(count)}
+        level = IsolationLevel.READ_COMMITTED
+        futures = self._admin.list_offsets(places, isolation_level=level, request_timeout=_REQUEST_S)
+        return {place.partition: int(_result(future).offset) for place, future in futures.items()}
+
+    def _await_leaders(self, topic: str, partitions: int, timeout_s: float = 30.0) -> None:
+        """A topic that was just made cannot be used at once."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            with contextlib.suppress(UnknownTopic, LogUnavailable):
+                if len(self.bounds(topic)) >= partitions:
+                    return
+            if time.monotonic() > deadline:
+                raise LogUnavailable(f"topic {topic!r} was created but has no leaders after {timeout_s} s")
+            time.sleep(0.05)
+
+    def _wait(self, futures: Mapping[Any, Future[Any]]) -> Any:
+        """The result of a request about one thing."""
+        (future,) = futures.values()
+        return _result(future)
+
+
+class KafkaProducer:
+    """Hands records to librdkafka, whose own threads send them; one of ours collects what was refused.
+
+    A record that cannot be delivered within `delivery.timeout.ms` (5 minutes) has failed.
+    """
+
+    def __init__(self, make: Callable[[Callable[..., None]], Producer], log: KafkaLog) -> None:
+        self._producer = make(self._refused)
+        self._log = log
+        self._topics: set[str] = set()
+        self._failed = self._failed_told = 0
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._serve, name="kafka-producer", daemon=True)
+        self._thread.start()
+
+    def send(self, topic: str, key: bytes, value: bytes | None, timestamp_ms: int | None = None) -> None:
+        if self._closed.is_set():
+            raise LogError("this producer is closed")
+        if topic not in self._topics:
+            # librdkafka would let the broker create it, with one partition
+            if not self._log.partitions(topic):
+                raise _unknown(topic)
+            self._topics.add(topic)
+        try:
+            self._producer.produce(topic, value, key, timestamp=timestamp_ms or 0)
+        except BufferError:
+            raise LogFull(
+                f"{len(self._producer):,} records wait to be sent to {self._log.url}; flush or wait"
+            ) from None
+        except KafkaException as error:
+            if error.args[0].code() == KafkaError.MSG_SIZE_TOO_LARGE:
+                size = len(key) + len(value or b"")
+                raise LogError(f"record of {size:,} bytes for {topic!r} is over message.max.bytes") from error
+            raise _translated(error.args[0], topic) from error
+
+    def flush(self, timeout_s: float = 30.0) -> int:
+        left = int(self._producer.flush(timeout_s))
+        lost, self._failed_told = self._failed - self._failed_told, self._failed
+        if lost:
+            raise LogError(f"{lost} records could not be written to {self._log.url}; see the log")
+        return left
+
+    @property
+    def failed(self) -> int:
+        return self._failed
+
+    def close(self, timeout_s: float = 30.0) -> None:
+        if self._closed.is_set():
+            return
+        try:
+            left = self.flush(timeout_s)
+        finally:
+            self._closed.set()
+            self._thread.join()
+        if left:
+            raise LogError(f"{left} records were not written to {self._log.url} within {timeout_s} s")
+
+    def _serve(self) -> None:
+        while not self._closed.is_set():
+            self._producer.poll(0.1)
+
+    def _refused(self, error: KafkaError | None, message: Message) -> None:
+        if error is not None:
+            self._failed += 1
+            logger.error("a record for %s was lost: %s", message.topic(), error.str())
+
+
+class _ClientErrors:
+    """librdkafka's errors that belong to no message; what matters to a reader is that nobody can be reached."""
+
+    def __init__(self) -> None:
+        self.down: str | None = None
+
+    def __call__(self, error: KafkaError) -> None:
+        if error.code() == KafkaError._ALL_BROKERS_DOWN or error.fatal():
+            self.down = error.str()
+        else:
+            logger.debug("%s", error.str())
+
+
+class KafkaReader:
+    """Reads partitions of one topic. Survives restarts of the brokers: LogUnavailable until one answers again."""
+
+    def __init__(
+        self, consumer: Consumer, errors: _ClientErrors, topic: str, offsets: Mapping[int, int], keys: bool
+    ) -> None:
+        self._consumer, self._errors, self._topic, self._keys = consumer, errors, topic, keys
+        self._next = dict(offsets)
+        self._paused: set[int] = set()
+        self._broken: dict[int, LogError] = {}  # raised until somebody seeks
+        self._heard: dict[int, float] = {}  # when a partition last gave something, or was started
+        self._silent: set[int] = set()  # gave nothing since it was started
+        self._closed = False
+        self._start()
+
+    def poll(self, max_records: int, timeout_s: float) -> RecordBatch:
+        if self._closed:
+            raise LogError("this reader is closed")
+        deadline = time.monotonic() + timeout_s
+        while True:
+            messages = self._take(max_records, deadline - time.monotonic())
+            records = self._sort_out(messages)
+            if records:
+                self._errors.down = None
+                return self._batch(records)
+            if self._broken:
+                raise next(iter(self._broken.values()))
+            if not messages:
+                self._look_after(max(0.1, min(1.0, deadline - time.monotonic())))
+            if time.monotonic() >= deadline:
+                return self._batch([])
+
+    def position(self) -> dict[int, int]:
+        return dict(self._next)
+
+    def seek(self, offsets: Mapping[int, int]) -> None:
+        if strangers := offsets.keys() - self._next.keys():
+            raise LogError(
+                f"cannot seek in partitions {sorted(strangers)}, which this reader is not assigned"
+            )
+        self._next.update(offsets)
+        for partition in offsets:
+            self._broken.pop(partition, None)
+        self._start()
+
+    def assign(self, offsets: Mapping[int, int]) -> None:
+        self._next = {partition: self._next.get(partition, offset) for partition, offset in offsets.items()}
+        self._paused &= self._next.keys()
+        self._broken = {
+            partition: error for partition, error in self._broken.items() if partition in self._next
+        }
+        self._start()
+
+    def pause(self, partitions: Iterable[int]) -> None:
+        new = set(partitions) & self._next.keys() - self._paused
+        self._paused |= new
+        self._consumer.pause(self._places(new))
+
+    def resume(self, partitions: Iterable[int]) -> None:
+        again = set(partitions) & self._paused
+        self._paused -= again
+        self._consumer.resume(self._places(again))
+        self._heard |= dict.fromkeys(again, time.monotonic())
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._consumer.close()
+
+    def _start(self) -> None:
+        """(Re)start fetching at our positions; what librdkafka has fetched is forgotten.
+
+        One way for every move: its own `seek` refuses partitions that are not being fetched just now.
+        """
+        places = [TopicPartition(self._topic, partition, offset) for partition, offset in self._next.items()]
+        self._consumer.assign(places)
+        self._consumer.pause(self._places(self._paused))
+        self._heard = dict.fromkeys(self._next, time.monotonic())
+        self._silent = set(self._next)
+
+    def _take(self, max_records: int, timeout_s: float) -> list[Message]:
+        messages: list[Message] = self._consumer.consume(max_records, 0)
+        if messages or timeout_s <= 0:
+            return messages
+        # `consume` would wait for max_records or the whole timeout; we want the first
+        first = self._consumer.poll(timeout_s)
+        if first is None:
+            return []
+        return [first, *self._consumer.consume(max_records - 1, 0)] if max_records > 1 else [first]
+
+    def _sort_out(self, messages: Sequence[Message]) -> list[Message]:
+        """The records among the messages; positions move, errors are kept for later."""
+        records = []
+        for message in messages:
+            error = message.error()
+            if error is None:
+                records.append(message)
+            elif error.code() == KafkaError._PARTITION_EOF:
+                # after the records before it, which are in this batch or were in an earlier one
+                partition, offset = message.partition(), message.offset()
+                if partition is not None and offset is not None:
+                    self._next[partition] = max(self._next[partition], offset)
+                    self._hear(partition)
+            else:
+                self._keep(error, message.partition())
+        return records
+
+    def _keep(self, error: KafkaError, partition: int | None) -> None:
+        code = error.code()
+        if partition in self._next and code in _OUT_OF_RANGE:
+            self._broken[partition] = OffsetOutOfRange(
+                f"{self._topic}/{partition} does not hold offset {self._next[partition]}; seek to where to go on"
+            )
+        elif partition in self._next and code in _NO_TOPIC:
+            self._broken[partition] = UnknownTopic(
+                f"there is no {self._topic!r} partition {partition}; create it with `streaming topics`"
+            )
+        elif code in _UNAVAILABLE or error.retriable():
+            logger.info("%s: %s", self._topic, error.str())
+        else:
+            self._broken[-1 if partition is None else partition] = _translated(error, self._topic)
+
+    def _hear(self, partition: int) -> None:
+        self._heard[partition] = time.monotonic()
+        self._silent.discard(partition)
+
+    def _check(self, timeout_s: float) -> None:
+        """A reader must not seem idle where there is no broker, no topic or no partition."""
+        try:
+            found = self._consumer.list_topics(self._topic, timeout=timeout_s).topics[self._topic]
+        except KafkaException as error:
+            raise LogUnavailable(f"no broker answers: {error.args[0].str()}") from error
+        self._errors.down = None
+        if found.error is not None and found.error.code() not in _NO_TOPIC:
+            return
+        for partition in self._next.keys() - found.partitions.keys():
+            self._broken[partition] = UnknownTopic(
+                f"there is no {self._topic!r} partition {partition}; create it with `streaming topics`"
+            )
+
+    def _look_after(self, timeout_s: float) -> None:
+        """Find out why partitions are silent; nothing came just now."""
+        now = time.monotonic()
+        silence = {p: now - self._heard[p] for p in self._next if p not in self._paused}
+        if self._errors.down is not None or any(silence.get(p, 0) > _STRANGE_S for p in self._silent):
+            self._check(timeout_s)
+            self._silent.clear()
+        for partition in [p for p, silence_s in silence.items() if silence_s > _STALL_S]:
+            self._heard[partition] = now
+            place = TopicPartition(self._topic, partition)
+            _, high = self._consumer.get_watermark_offsets(place, cached=True)
+            if high > self._next[partition]:
+                # librdkafka has been seen to stall
+                where = f"{self._topic}/{partition}"
+                logger.warning(
+                    "%s: nothing since %d though high is %d; fetching anew",
+                    where,
+                    self._next[partition],
+                    high,
+                )
+                self._start()
+                return
+
+    def _batch(self, records: Sequence[Message]) -> RecordBatch:
+        values = [record.value() for record in records]
+        partition = np.fromiter((record.partition() for record in records), np.int32, len(records))
+        offset = np.fromiter((record.offset() for record in records), np.int64, len(records))
+        bounds = np.zeros(len(records) + 1, np.int64)
+        sizes: Iterator[int] = (0 if value is None else len(value) for value in values)
+        np.cumsum(np.fromiter(sizes, np.int64, len(records)), out=bounds[1:])
+        for p in np.unique(partition).tolist():
+            self._next[p] = max(self._next[p], int(offset[partition == p][-1]) + 1)
+            self._hear(p)
+        return RecordBatch(
+            partition=partition,
+            offset=offset,
+            timestamp_ms=np.fromiter((record.timestamp()[1] for record in records), np.int64, len(records)),
+            data=np.frombuffer(b"".join(value for value in values if value), np.uint8),
+            bounds=bounds,
+            null=np.fromiter((value is None for value in values), np.bool_, len(records)),
+            keys=[record.key() for record in records] if self._keys else None,
+        )
+
+    def _places(self, partitions: Iterable[int]) -> list[TopicPartition]:
+        return [TopicPartition(self._topic, partition) for partition in partitions]
+
+
+class _Exists(LogError):
+    """Another process created it first."""
+
+
+def _result(future: Future[Any]) -> Any:
+    try:
+        return future.result(timeout=6 * _REQUEST_S)
+    except KafkaException as error:
+        raise _translated(error.args[0]) from error
+    except TimeoutError as error:
+        raise LogUnavailable("Kafka did not answer; retry") from error
+
+
+def _translated(error: KafkaError, topic: str | None = None) -> LogError:
+    """librdkafka's error as one of ours."""
+    code = error.code()
+    if code in _NO_TOPIC:
+        return _unknown(topic) if topic else UnknownTopic(f"{error.str()}; create it with `streaming topics`")
+    if code == KafkaError.TOPIC_ALREADY_EXISTS:
+        return _Exists(error.str())
+    return (LogUnavailable if code in _UNAVAILABLE or error.retriable() else LogError)(
+        f"Kafka: {error.str()}"
+    )
+
+
+def _unknown(topic: str) -> UnknownTopic:
+    return UnknownTopic(f"there is no topic {topic!r}; create it with `streaming topics`")
