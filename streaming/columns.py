@@ -38,6 +38,8 @@ class Reason(IntEnum):
     EMPTY_SLATE = 15
     DUPLICATE_SLOT = 16  # one item twice in a slate
     LATE = 17  # older than the limit, by the partition's watermark
+    UNREADABLE = 18  # a catalog record that its own schema cannot read
+    OTHER_KEY = 19  # a catalog record whose key is not its item_id
 
 
 class Columns(NamedTuple):

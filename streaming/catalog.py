@@ -1,0 +1,150 @@
+"""The catalog as arrays by vocabulary id: what each item is, and whether it may be recommended.
+
+Its topic is compacted, so reading it from the beginning gives the catalog as it stands. An item whose tombstone
+was compacted away with it is not in the topic any more: whoever goes on from a checkpoint says by `expect` what it
+knew, and what does not come again is gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from streaming.columns import Reason
+from streaming.interning import Vocabulary, hash_string
+from streaming.log import RecordBatch
+from streaming.schemas import ITEM, Codec, SchemaError, prefix_of
+from streaming.transitions import Rejects
+
+MAX_ID_BYTES: Final = 1024
+MAX_PRICE: Final = 1e9
+MAX_VECTOR: Final = 256
+
+
+class Catalog:
+    """Items by vocabulary id, as many rows as the largest id met asks for; row 0 is the unknown item.
+
+    >>> catalog = Catalog(Codec(), Vocabulary())
+    >>> catalog.known.tolist(), catalog.version
+    ([False], 0)
+    """
+
+    def __init__(self, codec: Codec, vocabulary: Vocabulary) -> None:
+        self._codec = codec
+        self._vocabulary = vocabulary
+        self.version = 0  # changes whenever an array does
+        self.known = np.zeros(1, np.bool_)  # [N] is in the catalog
+        self.gone = np.zeros(1, np.bool_)  # [N] was taken out of it; what it was stays known
+        self.in_stock = np.zeros(1, np.bool_)  # [N] as the catalog says; False where it says nothing
+        self.category = np.zeros(1, np.uint64)  # [N] hash, 0 unknown
+        self.brand = np.zeros(1, np.uint64)  # [N] hash, 0 unknown
+        self.price = np.full(1, np.nan, np.float32)  # [N] NaN unknown
+        self.vector = np.zeros((1, 1), np.float32)  # [N, longest vector met]
+
+    def apply(self, batch: RecordBatch) -> Rejects:
+        """Take in records of the catalog's topic, read with their keys; returns those that cannot be used.
+
+        Raises: RegistryUnavailable where a record's schema cannot be asked for now; then nothing was taken in.
+        """
+        keys = batch.keys
+        if keys is None:
+            raise ValueError("the catalog's reader must return keys: a tombstone is nothing but a key")
+        items = [self._read(batch.value(i), keys[i]) for i in range(len(batch))]
+        bad = [(i, item) for i, item in enumerate(items) if isinstance(item, Reason)]
+        good = [
+            ((key or b"").decode(), item)
+            for key, item in zip(keys, items, strict=True)
+            if not isinstance(item, Reason)
+        ]
+        if good:
+            self._put_all([item_id for item_id, _ in good], [item for _, item in good])
+        return Rejects(np.array([i for i, _ in bad], np.int64), np.array([r for _, r in bad], np.uint8))
+
+    def expect(self, known: npt.NDArray[np.integer]) -> None:
+        """These vocabulary ids were in the catalog once: they count as gone until their records come again."""
+        if len(known):
+            self._reserve(int(known.max()) + 1, 1)
+            self.gone[known] = ~self.known[known]
+            self.version += 1
+
+    def met(self) -> npt.NDArray[np.int64]:
+        """Vocabulary ids that are or were in the catalog, for `expect`."""
+        return np.flatnonzero(self.known | self.gone)
+
+    def _read(self, value: bytes | None, key: bytes | None) -> Mapping[str, Any] | Reason | None:
+        """The item's fields; None for a tombstone; the Reason where the record cannot be used."""
+        if not key or len(key) > MAX_ID_BYTES:
+            return Reason.EMPTY_STRING if not key else Reason.TOO_LONG
+        if value is None:
+            return None if _is_utf8(key) else Reason.BAD_UTF8
+        try:
+            name, item = self._codec.decode(value)
+        except SchemaError:
+            prefix = prefix_of(value)
+            if not value:
+                return Reason.EMPTY
+            if prefix is None:
+                return Reason.BAD_FRAME
+            return Reason.UNREADABLE if self._codec.resolve(prefix) else Reason.UNKNOWN_SCHEMA
+        if name != ITEM:
+            return Reason.UNKNOWN_SCHEMA
+        return _trouble(item, key) or item
+
+    def _put_all(self, item_ids: Sequence[str], items: Sequence[Mapping[str, Any] | None]) -> None:
+        """In order, so that the newest record of an item is the one that stays."""
+        ids = self._vocabulary.intern_all(item_ids)
+        self._reserve(int(ids.max()) + 1, max(len(item["vector"]) if item else 1 for item in items))
+        for i, item in zip(ids.tolist(), items, strict=True):
+            if i:  # 0: the vocabulary is full, and counts what it refuses
+                self.known[i] = item is not None
+                self.gone[i] = item is None
+                if item is not None:
+                    self._describe(i, item)
+        self.version += 1
+
+    def _describe(self, i: int, item: Mapping[str, Any]) -> None:
+        self.in_stock[i] = item["in_stock"]
+        self.category[i] = hash_string(item["category"] or "")
+        self.brand[i] = hash_string(item["brand"] or "")
+        self.price[i] = np.nan if item["price"] is None else item["price"]
+        self.vector[i] = 0.0
+        self.vector[i, : len(item["vector"])] = item["vector"]
+
+    def _reserve(self, rows: int, width: int) -> None:
+        """Room for so many rows, and for vectors of this width."""
+        have, wide = self.vector.shape
+        rows = max(have, rows)
+        if (rows, max(width, wide)) == (have, wide):
+            return
+        more = rows - have
+        for name in ("known", "gone", "in_stock", "category", "brand"):
+            array = getattr(self, name)
+            setattr(self, name, np.concatenate([array, np.zeros(more, array.dtype)]))
+        self.price = np.concatenate([self.price, np.full(more, np.nan, np.float32)])
+        vector = np.zeros((rows, max(width, wide)), np.float32)
+        vector[:have, :wide] = self.vector
+        self.vector = vector
+
+
+def _is_utf8(key: bytes) -> bool:
+    try:
+        return "\0" not in key.decode()
+    except UnicodeDecodeError:
+        return False
+
+
+def _trouble(item: Mapping[str, Any], key: bytes) -> Reason | None:
+    """What is wrong with an item by the bounds of proto/item.avsc."""
+    if item["item_id"].encode() != key:
+        return Reason.OTHER_KEY
+    if "\0" in item["item_id"]:
+        return Reason.BAD_UTF8
+    price, vector = item["price"], np.asarray(item["vector"], np.float64)
+    if len(vector) > MAX_VECTOR:
+        return Reason.TOO_LONG
+    if not np.isfinite(vector).all() or (price is not None and not 0.0 <= price <= MAX_PRICE):
+        return Reason.BAD_NUMBER
+    return None
