@@ -15,12 +15,13 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-from streaming.catalog import Catalog
 
 from learner.policy import Entry
 from serving import metrics
 from serving.user_state import UserState
-from streaming.columns import Decoder, Kind
+from streaming.catalog import Catalog
+from streaming.columns import Kind
+from streaming.decoder import Decoder
 from streaming.interning import Vocabulary, hash_string
 from streaming.log import Log, LogError, OffsetOutOfRange, Reader, UnknownTopic
 from streaming.rewards import EVENT_NAMES, RewardTable
@@ -96,7 +97,7 @@ class View:
             config.popularity_half_life,
             RewardTable(),
         )
-        self._catalog = Catalog(self.vocabulary)
+        self._catalog = Catalog(codec, self.vocabulary)
         self._decoder = Decoder(codec, self.vocabulary, None)
         self._bought_window_ms = int(config.bought_window_s * 1000)
         self._item_ids: list[str] = [""]  # by vocabulary id; grows in place, never changes
