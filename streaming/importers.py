@@ -35,6 +35,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from streaming.log import Log, LogError, LogFull, Producer
+from streaming.topics import TopicSettings, create_topics
 
 Mask = npt.NDArray[np.bool_]
 
@@ -67,8 +68,10 @@ class ImportSettings:
     scratch: str | None = field(
         default=None, metadata={"help": "folder for sorted runs, as large as the file; none: the system's"}
     )
+    topic: str = field(default="events", metadata={"help": "topic that the events go to"})
+    catalog: str = field(default="catalog", metadata={"help": "topic that the items go to"})
     partitions: int = field(
-        default=8, metadata={"help": "partitions of topics that are not there yet; 1..10000"}
+        default=8, metadata={"help": "partitions of a topic of events that is not there yet; 1..10000"}
     )
 
     def __post_init__(self) -> None:
@@ -125,15 +128,15 @@ def import_file(
     settings: ImportSettings | None = None,
     progress: Progress = lambda phase, done, total: None,
 ) -> Imported:
-    """Write what the file holds to the topics `events` and `catalog`, in order of event time.
+    """Write what the file holds to the topics of events and items, in order of event time.
 
     layout: one of LAYOUTS. Topics that are not there are created.
     Raises: ImportFailed when the file is not of this layout, or broken off; LogError from the log.
     """
     settings = settings or ImportSettings()
-    for topic, compacted in (("events", False), ("catalog", True)):
-        if log.partitions(topic) == 0:
-            log.create_topic(topic, settings.partitions, compacted=compacted)
+    topics = TopicSettings(settings.topic, settings.catalog, settings.partitions)
+    for _ in create_topics(log, topics):
+        pass
     imported = Imported()
     with tempfile.TemporaryDirectory(prefix="bellwether-import-", dir=settings.scratch) as scratch:
         tables = read_events(layout, path, imported, progress)
@@ -142,7 +145,7 @@ def import_file(
             raise ImportFailed(f"{path}: nothing in it could be read as {layout}\n{imported}")
         producer = log.producer()
         try:
-            _publish(in_order, rows, producer, codec, imported, progress)
+            _publish(in_order, rows, topics, producer, codec, imported, progress)
         finally:
             producer.close()  # raises if anything queued could not be written
     return imported
@@ -773,6 +776,7 @@ def _merged(runs: Sequence[Iterator[pa.RecordBatch]]) -> Iterator[pa.Table]:
 def _publish(
     blocks: Iterable[pa.Table | pa.RecordBatch],
     rows: int,
+    topics: TopicSettings,
     producer: Producer,
     codec: Encoder,
     imported: Imported,
@@ -786,10 +790,10 @@ def _publish(
                 now_ms, seen = event["timestamp"], Counter()
             for item in event["items"]:
                 if (record := _catalog_record(item, known)) is not None:
-                    _send(producer, "catalog", item["item_id"], codec.encode_item(record))
+                    _send(producer, topics.catalog, item["item_id"], codec.encode_item(record))
                     imported.items += 1
             event["event_id"] = event["event_id"] or _event_id(event, seen)
-            _send(producer, "events", event["user_id"], codec.encode_event(event))
+            _send(producer, topics.topic, event["user_id"], codec.encode_event(event))
             imported.first_ms = imported.first_ms or now_ms
             imported.last_ms = now_ms
             imported.events += 1

@@ -412,10 +412,21 @@ def test_pandas_floats_for_ids_are_whole_again(log: Log, tmp_path: Path) -> None
     assert imported.refused == {Refusal.USER: 1}
 
 
-def test_topics_that_are_there_keep_their_partitions(log: Log, tmp_path: Path) -> None:
+def test_topics_that_are_there_keep_their_partitions_and_missing_ones_are_created(
+    log: Log, tmp_path: Path
+) -> None:
     log.create_topic("events", 3)  # growing it would move users to other partitions
     import_file("taobao", written(tmp_path, TAOBAO), log, CODEC, ImportSettings(partitions=5))
-    assert (log.partitions("events"), log.partitions("catalog")) == (3, 5)
+    topics = ("events", "catalog", "events.dlq", "events.late")
+    assert [log.partitions(topic) for topic in topics] == [3, 1, 1, 1]
+
+
+def test_topics_may_have_other_names(log: Log, tmp_path: Path) -> None:
+    settings = ImportSettings(topic="deeds", catalog="goods", partitions=2)
+    import_file("taobao", written(tmp_path, TAOBAO), log, CODEC, settings)
+    assert sum(bounds.high for bounds in log.bounds("deeds").values()) == 4
+    assert log.bounds("goods")[0].high == 3
+    assert log.partitions("events") == 0
 
 
 def test_a_full_producer_queue_delays_and_loses_nothing(log: Log, tmp_path: Path) -> None:
@@ -428,8 +439,8 @@ def test_a_full_producer_queue_delays_and_loses_nothing(log: Log, tmp_path: Path
         def partitions(self, topic: str) -> int:
             return log.partitions(topic)
 
-        def create_topic(self, topic: str, partitions: int, *, compacted: bool) -> bool:
-            return log.create_topic(topic, partitions, compacted=compacted)
+        def create_topic(self, topic: str, partitions: int, **rest: Any) -> bool:
+            return log.create_topic(topic, partitions, **rest)
 
         def producer(self) -> Narrow:
             return self
