@@ -58,4 +58,6 @@ def _new_name() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from serving import __main__ as importable  # what travels to children must be found by name
+
+    sys.exit(importable.main())

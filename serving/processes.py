@@ -11,7 +11,7 @@ import threading
 import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Final, NamedTuple
@@ -93,17 +93,14 @@ class _Child:
         )
         process.start()
         tell.close()  # ours: so that the pipe ends when the child does
+        self._told = False
         return process, ready
 
     def wait_ready(self, stop: threading.Event) -> bool:
         """True once it serves; False if it died before, or `stop` came."""
         while not stop.is_set():
             if wait([self._ready], timeout=_LOOK_S):
-                try:
-                    self._ready.recv_bytes()
-                except EOFError:
-                    return False
-                return True
+                return self._served()
         return False
 
     def look_after(self) -> None:
@@ -123,7 +120,17 @@ class _Child:
         """Its exit status, when it has ended by itself: how long a drain may take is its own affair."""
         self._process.join()
         code = self._process.exitcode
+        if code == -signal.SIGTERM and not self._served():
+            return 0  # told to end while it was still starting: nothing was lost
         return 1 if code is None else code
+
+    def _served(self) -> bool:
+        """Whether it ever said that it was ready."""
+        if not self._told and self._ready.poll():
+            with suppress(EOFError):
+                self._ready.recv_bytes()
+                self._told = True
+        return self._told
 
 
 def _serve_child(launch: Launch, index: int, port: int, tell: Connection) -> None:

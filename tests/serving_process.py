@@ -100,6 +100,7 @@ def publish(
     for name, tensor in tensors.items():
         if name.startswith(("online.", "target.")) and tensor.dtype == np.float32:
             tensors[name] = tensor + rng.normal(0, 0.1, tensor.shape).astype(np.float32)
+    tensors["catalog.seen"][1:] = True  # else all items share the one vector of what is new
     meta = {"published_ms": int(time.time() * 1000), "settings": made.shape(), **meta}
     words = Vocabulary()
     words.intern_all(vocabulary)

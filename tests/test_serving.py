@@ -514,6 +514,7 @@ def test_new_weights_under_load_are_swapped_whole(world: World) -> None:
         with server.client() as client:
             eventually(lambda: client.policy().policy_version == 16)
         load.stop()
+        assert server.terminate() == 0
     assert load.errors == []
     versions = {answer.policy_version for answer in load.answers}
     assert len(versions) >= 5
