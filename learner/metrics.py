@@ -18,26 +18,43 @@ class Metrics:
             return Gauge(name, text, labels, registry=self.registry)
 
         self.records = counter("learner_records", "Records read from the log.")
-        self.dead_letters = counter("learner_dead_letters", "Records that could not be used, by reason.", "reason")
+        self.dead_letters = counter(
+            "learner_dead_letters", "Records that could not be used, by reason.", "reason"
+        )
         self.transitions = counter("learner_transitions", "Transitions that entered replay.")
         self.amendments = counter("learner_amendments", "Rewards that came after their transition was made.")
         self.updates = counter("learner_updates", "Gradient steps.")
-        self.joined = gauge("learner_joiner_events", "The joiner's counts since the first start, by what happened.", "what")
+        self.joined = gauge(
+            "learner_joiner_events", "The joiner's counts since the first start, by what happened.", "what"
+        )
         self.replay_transitions = gauge("learner_replay_transitions", "Transitions in replay now.")
-        self.lag = gauge("learner_lag_records", "Records in the log that were not read yet, by partition.", "partition")
-        self.event_time = gauge("learner_events_through_seconds", "Newest event time read, seconds since 1970.")
+        self.lag = gauge(
+            "learner_lag_records", "Records in the log that were not read yet, by partition.", "partition"
+        )
+        self.event_time = gauge(
+            "learner_events_through_seconds", "Newest event time read, seconds since 1970."
+        )
         self.loss = gauge("learner_loss", "Loss of the last update; rising for long: divergence.")
         self.mean_q = gauge("learner_mean_q", "Mean Q(s, a) of the last update's actions, reward units.")
         self.updates_per_transition = gauge(
             "learner_updates_per_transition", "Gradient steps for each transition, since the first start."
         )
         self.stalled = gauge("learner_stalled", "1 while the pacing band holds this side up.", "side")
+        self.catalog_refused = gauge(
+            "learner_catalog_refused", "Catalog records that could not be used; see the log."
+        )
         self.items = gauge("learner_items", "Items in the vocabulary.")
         self.version = gauge("learner_policy_version", "Version of the weights published last.")
         self.publish_seconds = gauge("learner_publish_seconds", "Time that the last publishing took.")
-        self.checkpoint_seconds = gauge("learner_checkpoint_seconds", "Time that writing the last checkpoint took.")
-        self.checkpoint_age = gauge("learner_checkpoint_timestamp_seconds", "Wall clock of the last checkpoint.")
-        self.checkpoint_failures = counter("learner_checkpoint_failures", "Checkpoints that could not be written.")
+        self.checkpoint_seconds = gauge(
+            "learner_checkpoint_seconds", "Time that writing the last checkpoint took."
+        )
+        self.checkpoint_age = gauge(
+            "learner_checkpoint_timestamp_seconds", "Wall clock of the last checkpoint."
+        )
+        self.checkpoint_failures = counter(
+            "learner_checkpoint_failures", "Checkpoints that could not be written."
+        )
         self.log_errors = counter("learner_log_errors", "Polls that failed and were tried again.")
 
     def serve(self, port: int) -> None:

@@ -1,0 +1,206 @@
+"""`learner --topic events [--log URL] [--data-dir DIR] [--weights URL] ...`: the learner."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+
+import torch
+
+from learner.agent import AgentSettings
+from learner.catalog_feed import CatalogFeed
+from learner.checkpoint import CheckpointDamaged, CheckpointFailed, Checkpoints, CheckpointWriter, Loaded
+from learner.fence import Fenced
+from learner.learner import CannotContinue, Learner, LearnerSettings
+from learner.metrics import Metrics
+from learner.progress import ProgressLine
+from learner.publishing import WeightPublisher
+from learner.replay import ReplayError
+from learner.train import Arrivals, Source, TrainConfig, Trainer, offsets_to_start, open_store
+from learner.watch import LogWatch
+from learner.weights import WeightsError, WeightStore
+from streaming.chunks import Chunker
+from streaming.commandline import Parser, add_config, add_log, build, codec_from, log_from, run
+from streaming.dead_letters import DeadLetters, dlq_topic, late_topic
+from streaming.join_settings import JoinSettings
+from streaming.log import Log, Reader, UnknownTopic
+from streaming.rewards import RewardTable
+from streaming.schemas import Codec
+
+AWAIT_S = 1.0  # between two looks for a topic that is not there
+LOOK_S = 2.0  # between two looks at how much the log holds
+logger = logging.getLogger("learner")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command's exit status: 0 after a last checkpoint."""
+    parser = Parser(
+        prog="learner",
+        description="Learns from the events in a log, for ever: a double DQN whose weights are published each second. "
+        "SIGTERM or Ctrl-C ends it after a last checkpoint; started again, it goes on as if nothing had happened.",
+    )
+    add_config(parser, TrainConfig)
+    parser.add_argument(
+        "--rewards",
+        metavar="TABLE",
+        help="what each event earns: name=weight[+value_weight*value],...; others earn nothing "
+        f"[{_shown(RewardTable())}]",
+    )
+    add_log(parser)
+    add_config(parser, LearnerSettings)
+    add_config(parser, AgentSettings)
+    add_config(parser, JoinSettings, omit=("gamma", "history_length"))
+    namespace = parser.parse_args(arguments)
+    config = build(TrainConfig, namespace)
+    settings, agent = build(LearnerSettings, namespace), build(AgentSettings, namespace)
+    try:
+        rewards = RewardTable.parse(namespace.rewards) if namespace.rewards else RewardTable()
+    except ValueError as error:
+        parser.error(str(error))
+    join = build(
+        JoinSettings, namespace, rewards=rewards, gamma=agent.gamma, history_length=agent.history_length
+    )
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    return run(lambda: _guarded(lambda: _train(config, settings, agent, join, namespace, stop)))
+
+
+def _guarded(body: Callable[[], None]) -> int:
+    """0, or 1 and one line about what an operator can act on."""
+    try:
+        body()
+    except (CannotContinue, CheckpointDamaged, CheckpointFailed, Fenced, ReplayError, WeightsError) as error:
+        print(f"learner: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _train(
+    config: TrainConfig,
+    settings: LearnerSettings,
+    agent: AgentSettings,
+    join: JoinSettings,
+    namespace: Namespace,
+    stop: threading.Event,
+) -> None:
+    torch.set_num_threads(config.threads)
+    with ExitStack() as closing:
+        log, codec = log_from(namespace), codec_from(namespace)
+        closing.callback(log.close)
+        if not _await_topic(log, config, stop):
+            return
+        _, checkpoints, store = open_store(config, f"{socket.gethostname()}, pid {os.getpid()}")
+        group = f"bellwether-{config.name}"
+        watch = LogWatch(log, config.topic, config.catalog_topic, group, LOOK_S)
+        closing.callback(watch.close)
+        learner = Learner(settings, agent, join, codec, lambda: len(watch.bounds), config.device)
+        trainer = _prepared(config, learner, log, codec, watch, checkpoints, store, closing)
+        line = ProgressLine(sys.stderr, trainer.totals)
+        trainer.run(stop, line.tell)
+        line.end()
+
+
+def _await_topic(log: Log, config: TrainConfig, stop: threading.Event) -> bool:
+    """Make sure that the topics for dead letters are there, and wait for the one to read; False: stopped before."""
+    told = False
+    while not log.partitions(config.topic):
+        if config.until_caught_up:
+            raise UnknownTopic(
+                f"there is no topic {config.topic!r} in {log.url}; create it with `streaming topics`"
+            )
+        if not told:
+            logger.info("waiting for topic %r in %s; `streaming topics` creates it", config.topic, log.url)
+        told = True
+        if stop.wait(AWAIT_S):
+            return False
+    for topic in (dlq_topic(config.topic), late_topic(config.topic)):
+        if not log.partitions(topic):
+            log.create_topic(topic, 1)
+    return True
+
+
+def _prepared(
+    config: TrainConfig,
+    learner: Learner,
+    log: Log,
+    codec: Codec,
+    watch: LogWatch,
+    checkpoints: Checkpoints,
+    store: WeightStore,
+    closing: ExitStack,
+) -> Trainer:
+    """A trainer that goes on where the newest checkpoint ends, or begins."""
+    loaded = checkpoints.load()
+    saved = None if loaded is None else loaded.meta
+    since = 0 if loaded is None else learner.restore(loaded.parts)
+    offsets = offsets_to_start(config, saved, watch.bounds)
+    learner.assign(offsets)
+    logger.info("%s", _beginning(config, loaded))
+    producer = log.producer()
+    closing.callback(producer.close)
+    letters = DeadLetters(producer, codec, config.topic)
+    catalog = CatalogFeed(log, config.catalog_topic, learner.take_catalog)
+    closing.callback(catalog.close)
+    catalog.catch_up()
+    until = {p: bound.high for p, bound in watch.bounds.items()} if config.until_caught_up else None
+    reader = log.reader(config.topic, offsets)
+    closing.callback(reader.close)
+    source = _source(config, reader, until, 0 if saved is None else int(saved["turn"]))
+    writer, publisher = (
+        CheckpointWriter(checkpoints),
+        WeightPublisher(store, learner.vocabulary, time.monotonic),
+    )
+    closing.callback(writer.close)
+    closing.callback(publisher.close)
+    metrics = Metrics()
+    metrics.serve(config.metrics_port)
+    return Trainer(
+        config,
+        learner,
+        source,
+        until=until,
+        watch=watch,
+        catalog=catalog,
+        letters=letters,
+        checkpoints=writer,
+        publisher=publisher,
+        metrics=metrics,
+        clock=time.monotonic,
+        now_ms=lambda: int(time.time() * 1000),
+        since=since,
+    )
+
+
+def _source(config: TrainConfig, reader: Reader, until: Mapping[int, int] | None, turn: int) -> Source:
+    if config.deterministic:
+        return Chunker(reader, config.chunk, until, turn)
+    return Arrivals(reader, config.poll_records)
+
+
+def _beginning(config: TrainConfig, loaded: Loaded | None) -> str:
+    if loaded is None:
+        return f"no checkpoint of {config.name!r} in {config.data_dir}: beginning with the {config.start} records"
+    return (
+        f"going on from checkpoint {loaded.generation}: {loaded.meta['transitions']:,} transitions, "
+        f"{loaded.meta['updates']:,} updates"
+    )
+
+
+def _shown(table: RewardTable) -> str:
+    return ",".join(f"{name}={reward.weight:g}" for name, reward in table.rewards.items())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""The catalog's topic, read into the learner: all of it before the first update, then whatever is new.
+
+A record that cannot be used is named in the log and counted. It goes to no dead-letter topic: its own one is compacted,
+so it stays there until the shop writes the item anew.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from streaming.columns import Reason
+from streaming.log import Bounds, Log, Reader, RecordBatch, UnknownTopic
+from streaming.transitions import Rejects
+
+logger = logging.getLogger(__name__)
+
+MOST: Final = 20_000  # records in one batch
+SHOWN: Final = 5  # of a batch's bad records named one by one
+
+
+class CatalogFeed:
+    """Reads one topic from its beginning; a topic that is not there yet is an empty catalog."""
+
+    def __init__(self, log: Log, topic: str, apply: Callable[[RecordBatch], Rejects]) -> None:
+        self._log, self._topic, self._apply = log, topic, apply
+        self._reader: Reader | None = None
+        self.refused = 0
+
+    def catch_up(self) -> None:
+        """Take in all that is there now. Raises: LogError."""
+        try:
+            bounds = self._log.bounds(self._topic)
+        except UnknownTopic:
+            return
+        self.follow(bounds)
+        while self._reader and any(at < bounds[p].high for p, at in self._reader.position().items()):
+            self._take(self._reader.poll(MOST, 1.0))
+
+    def follow(self, bounds: Mapping[int, Bounds]) -> None:
+        """Take in what came since, without waiting. bounds: of the topic; empty where it is not there."""
+        if self._reader is None:
+            if not bounds:
+                return
+            self._reader = self._log.reader(self._topic, {p: b.low for p, b in bounds.items()}, keys=True)
+        position = self._reader.position()
+        if bounds.keys() - position.keys():
+            self._reader.assign({p: position.get(p, b.low) for p, b in bounds.items()})
+        self._take(self._reader.poll(MOST, 0.0))
+
+    def close(self) -> None:
+        """Let go; harmless twice."""
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+    def _take(self, batch: RecordBatch) -> None:
+        if len(batch):
+            rejects = self._apply(batch)
+            self.refused += len(rejects.row)
+            for row, reason in zip(
+                rejects.row[:SHOWN].tolist(), rejects.reason[:SHOWN].tolist(), strict=True
+            ):
+                place = f"{self._topic}/{batch.partition[row]} offset {batch.offset[row]}"
+                logger.warning("catalog record %s cannot be used: %s", place, Reason(reason).name)
+            if len(rejects.row) > SHOWN:
+                logger.warning("... and %d more of the catalog's records", len(rejects.row) - SHOWN)

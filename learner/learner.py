@@ -1,0 +1,264 @@
+"""The learner's mind: records in, weights out, and all of its memory in one snapshot. It knows no clock, log or disk.
+
+    learner = Learner(LearnerSettings(), AgentSettings(), JoinSettings(), codec, partitions=8)
+    learner.assign([0, 1, 2, 3])
+    taken = learner.take(batch)        # records → columns → transitions → replay
+    learner.train(most=10)             # replay → gradient, as far as the band allows
+
+One thread owns it. What it becomes depends on the records, in order, and on how many updates were made between them,
+on nothing else: so a learner restored from a snapshot goes on as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+
+from learner.agent import Agent, AgentSettings, Update
+from learner.checkpoint import Keep, Part
+from learner.pacing import Band
+from learner.replay import Batch, Replay, empty_batch
+from learner.weights import Meta
+from streaming.catalog import Catalog
+from streaming.columns import Columns, Kind
+from streaming.decoder import Decoder
+from streaming.interning import Vocabulary
+from streaming.join_settings import JoinSettings
+from streaming.joiner import Joiner, JoinerError
+from streaming.log import RecordBatch
+from streaming.schemas import Codec
+from streaming.transitions import Joined, Rejects
+
+STATE_FORMAT: Final = 1
+
+
+class CannotContinue(Exception):
+    """A checkpoint does not fit the flags that this learner was started with; the message says which and what to do."""
+
+
+def _setting(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class LearnerSettings:
+    """Replay and pace."""
+
+    replay_capacity: int = _setting(
+        1_000_000, "transitions kept, the oldest go first; transitions, 2..1073741824"
+    )
+    prioritised: bool = _setting(True, "draw transitions by their TD error, else uniformly")
+    priority_alpha: float = _setting(0.6, "how far priorities count; 0..1, 0: uniform")
+    priority_beta: float = _setting(0.4, "how far importance weights undo the priorities; 0..1")
+    min_replay: int = _setting(1000, "transitions before the first update; >= 1")
+    updates_low: float = _setting(0.0, "fewer updates per transition than this hold up reading; >= 0")
+    updates_high: float = _setting(0.1, "no more updates per transition than this; > 0")
+    seed: int = _setting(0, "of weights and sampling; >= 0")
+
+    def __post_init__(self) -> None:
+        checks = {
+            "replay_capacity": (2, 1 << 30),
+            "priority_alpha": (0, 1),
+            "priority_beta": (0, 1),
+            "min_replay": (1, 1 << 30),
+            "updates_low": (0, 1e6),
+            "updates_high": (1e-9, 1e6),
+            "seed": (0, 2**63 - 1),
+        }
+        for name, (low, high) in checks.items():
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} must be within {low}..{high}, not {getattr(self, name)}")
+        if self.updates_low > self.updates_high:
+            raise ValueError(
+                f"updates_low={self.updates_low} must not exceed updates_high={self.updates_high}"
+            )
+
+
+class Taken(NamedTuple):
+    """What came of a batch of records."""
+
+    columns: Columns
+    joined: Joined
+    bad: Rejects  # rows that cannot be read
+    inserted: int  # transitions that are new in replay
+
+
+class Learner:
+    """Everything that learns, and everything that must survive a restart but the offsets."""
+
+    def __init__(
+        self,
+        settings: LearnerSettings,
+        agent: AgentSettings,
+        join: JoinSettings,
+        codec: Codec,
+        partitions: Callable[[], int] | int | None,
+        device: str = "cpu",
+    ) -> None:
+        """partitions: of the topic, now; to find users whose producer hashes keys otherwise than we do."""
+        self.settings = settings
+        self.vocabulary = Vocabulary()
+        self.catalog = Catalog(codec, self.vocabulary)
+        self.decoder = Decoder(codec, self.vocabulary, partitions)
+        self.joiner = Joiner(join)
+        self.replay = Replay(
+            settings.replay_capacity,
+            agent.history_length,
+            prioritised=settings.prioritised,
+            alpha=settings.priority_alpha,
+        )
+        self.agent = Agent(agent, device, settings.seed)
+        self.band = Band(settings.updates_low, settings.updates_high, settings.min_replay)
+        self.rng = np.random.default_rng([settings.seed, 1])
+        self.events_through_ms = 0  # newest event time taken in; 0: none
+        self.last: Update | None = None  # the update made last
+        self.observe: Callable[[Joined, Agent], None] | None = None  # sees transitions before they are learnt
+        self._batch: Batch = empty_batch(agent.batch_size, agent.history_length)
+        self._catalog_version = 0
+
+    # --- records → replay
+
+    def assign(self, partitions: Iterable[int]) -> None:
+        """Take these partitions too; those already held keep what they know."""
+        self.joiner.assign(partitions)
+
+    def take(self, batch: RecordBatch) -> Taken:
+        """Records of `events`, each partition's in offset order, none left out or repeated.
+
+        Raises: RegistryUnavailable when a schema cannot be asked for now; nothing was taken, try the same again.
+        """
+        columns = self.decoder.decode(batch)
+        joined = self.joiner.push(columns)
+        bad = np.flatnonzero(columns.kind == Kind.BAD)
+        if len(bad) < len(columns.kind):
+            newest = int(columns.timestamp_ms[columns.kind != Kind.BAD].max())
+            self.events_through_ms = max(self.events_through_ms, newest)
+        return Taken(columns, joined, Rejects(bad, columns.reason[bad]), self._remember(joined))
+
+    def advance(self, due_ms: Mapping[int, int]) -> int:
+        """Let event time pass in partitions that are idle; returns how many transitions that gave."""
+        return sum(self._remember(self.joiner.advance(p, at)) for p, at in sorted(due_ms.items()))
+
+    def take_catalog(self, batch: RecordBatch) -> Rejects:
+        """Records of `catalog`; returns those that cannot be used."""
+        return self.catalog.apply(batch)
+
+    def _remember(self, joined: Joined) -> int:
+        self.agent.grow(len(self.vocabulary))
+        if self.observe is not None and len(joined.transitions.action):
+            self.observe(joined, self.agent)
+        return self.replay.insert(joined)
+
+    # --- replay → weights
+
+    @property
+    def updates_left(self) -> int:
+        """Updates that the band allows before the next transition comes; 0 also while replay holds too little."""
+        if len(self.replay) < max(self.agent.settings.batch_size, 1):
+            return 0
+        return self.band.updates_left(self.replay.inserted, self.agent.updates)
+
+    @property
+    def may_read(self) -> bool:
+        """Whether the band lets more transitions in; never False while training may not catch up."""
+        return self.updates_left == 0 or self.band.may_ingest(self.replay.inserted, self.agent.updates)
+
+    def train(self, most: int, enough: Callable[[], bool] = lambda: False) -> int:
+        """At most so many updates, as many as the band allows, and no more once `enough` says so; returns the count."""
+        self._look_at_catalog()
+        due = min(most, self.updates_left)
+        for done in range(due):
+            if done and enough():
+                return done
+            self._update()
+        return due
+
+    def _update(self) -> None:
+        agent = self.agent
+        batch = self.replay.sample(
+            agent.settings.batch_size,
+            self.rng,
+            self.settings.priority_beta,
+            agent.settings.n_step,
+            agent.settings.gamma,
+            out=self._batch,
+        )
+        self.last = agent.update(batch)
+        self.replay.update_priorities(batch.index, self.last.td_error)
+
+    def _look_at_catalog(self) -> None:
+        if self.catalog.version != self._catalog_version:
+            self._catalog_version = self.catalog.version
+            self.agent.set_catalog(self.catalog)
+
+    # --- the outside
+
+    def meta(self, positions: Mapping[int, int], now_ms: int, epsilon: float) -> Meta:
+        """What the weight store should say of the weights as they are."""
+        return Meta(
+            step=self.agent.updates,
+            last_target_sync_step=self.agent.last_target_sync_update,
+            published_ms=now_ms,
+            positions=dict(positions),
+            events_through_ms=self.events_through_ms,
+            transitions=self.replay.inserted,
+            updates=self.agent.updates,
+            epsilon=epsilon,
+            settings=self.agent.shape(),
+        )
+
+    def snapshot(self, since: int = 0) -> tuple[int, dict[str, Part | Keep]]:
+        """(token, parts): all of its memory, as copies; the next call's `since` is the token, once this one is safe."""
+        token, replay = self.replay.snapshot(since)
+        parts: dict[str, Part | Keep] = {
+            "learner": {
+                "format": STATE_FORMAT,
+                "rng": self.rng.bit_generator.state,
+                "band": self.band.state(),
+                "limits": [self.band.low, self.band.high, self.band.min_replay],
+                "events_through_ms": self.events_through_ms,
+                "catalog": self.catalog.met(),
+            },
+            "vocabulary": self.vocabulary.state(),
+            "agent": self.agent.state(),
+            **replay,
+        }
+        for partition in self.joiner.partitions:
+            parts[f"joiner/{partition}"] = self.joiner.state(partition)
+        return token, parts
+
+    def restore(self, parts: Mapping[str, Part]) -> int:
+        """Become what was snapshot; returns the token for the next snapshot's `since`.
+
+        Raises: CannotContinue, naming the flag that does not fit.
+        """
+        state = parts["learner"]
+        if state["format"] != STATE_FORMAT:
+            raise CannotContinue(
+                f"the checkpoint is of format {state['format']}, this version reads {STATE_FORMAT}; "
+                "use the version that wrote it, or an empty --data-dir"
+            )
+        try:
+            self.vocabulary.restore(parts["vocabulary"])
+            self.agent.restore(parts["agent"])
+            for name in parts:
+                if name.startswith("joiner/"):
+                    self.joiner.restore(int(name.removeprefix("joiner/")), parts[name])
+            token = self.replay.restore(parts)
+        except (ValueError, JoinerError) as error:
+            raise CannotContinue(
+                f"the checkpoint does not fit these flags: {error}; start with those it was made with, "
+                "or with an empty --data-dir"
+            ) from error
+        self.rng.bit_generator.state = state["rng"]
+        self.events_through_ms = state["events_through_ms"]
+        self.catalog.expect(state["catalog"])
+        inserted, updates = self.replay.inserted, self.agent.updates
+        if state["limits"] == [self.band.low, self.band.high, self.band.min_replay]:
+            self.band.restore(state["band"], inserted, updates)
+        else:
+            self.band.adjust(self.band.low, self.band.high, inserted, updates)
+        return token

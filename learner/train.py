@@ -1,0 +1,427 @@
+"""The training loop: poll, decode, join, learn, publish, checkpoint; for ever, or until the log is read.
+
+One thread does it all, in turns of a tenth of a second: what is slow (disk, weight store, asking the log how
+much there is) runs beside it. `Trainer.run` names every step once.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal, Protocol
+
+from learner.catalog_feed import CatalogFeed
+from learner.checkpoint import CheckpointFailed, Checkpoints, CheckpointWriter
+from learner.fence import Fence
+from learner.learner import CannotContinue, Learner
+from learner.metrics import Metrics
+from learner.progress import Totals
+from learner.publishing import PublishFailed, WeightPublisher
+from learner.watch import LogWatch
+from learner.weights import WeightStore
+from streaming.columns import Reason
+from streaming.dead_letters import DeadLetters
+from streaming.idle import IdleClock
+from streaming.log import LogError, LogUnavailable, Reader, RecordBatch
+from streaming.schemas import RegistryUnavailable
+
+logger = logging.getLogger(__name__)
+
+TURN_S: Final = 0.1  # updates in a row before the log is looked at again
+PATIENCE_S: Final = 0.05  # longest wait for records while there is nothing to train on
+RETRY_S: Final = 0.5  # between two tries to reach what cannot be reached
+ANY_NUMBER: Final = 1 << 62
+
+
+def _setting(default: Any, help: str, **more: Any) -> Any:
+    return field(default=default, metadata={"help": help, **more})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The learner."""
+
+    topic: str = _setting("events", "topic with events and decisions")
+    catalog_topic: str = _setting("catalog", "topic with the items; it need not be there")
+    name: str = _setting(
+        "learner", "a second learner with this name and --data-dir takes over from the first"
+    )
+    data_dir: str = _setting(".bellwether/learner", "directory of the checkpoints", metavar="DIR")
+    weights: str = _setting(
+        ".bellwether/weights",
+        "weight store to publish to: a directory, or any fsspec URL (s3://...)",
+        metavar="URL",
+    )
+    start: Literal["earliest", "latest"] = _setting("earliest", "where a learner without a checkpoint begins")
+    until_caught_up: bool = _setting(False, "end once everything that is in the log now was learnt from")
+    deterministic: bool = _setting(
+        False,
+        "same log, same weights, bit for bit, restarts included: batches cut by offset, updates tied to transitions, "
+        "the catalog as it stands at the start; needs --device cpu",
+    )
+    chunk: int = _setting(1000, "offsets in one batch where --deterministic; 1..1000000")
+    poll_records: int = _setting(20_000, "most records in one batch elsewhere; 1..1000000")
+    device: str = _setting("cpu", "cpu, cuda or cuda:N")
+    threads: int = _setting(1, "CPU threads of a gradient step; 1..256")
+    epsilon: float = _setting(0.05, "exploration that the weights suggest to servers; 0..1")
+    publish_s: float = _setting(1.0, "seconds between two versions of the weights; 0.05..3600")
+    keep_versions: int = _setting(10, "newest versions kept in the weight store; 1..1000")
+    checkpoint_s: float = _setting(10.0, "seconds between two checkpoints; 0.1..86400")
+    keep_checkpoints: int = _setting(3, "newest checkpoints kept; 1..1000")
+    idle_s: float = _setting(
+        60.0, "silence after which a partition no longer holds up event time; s, 1..86400"
+    )
+    metrics_port: int = _setting(0, "Prometheus port; 0: none, 1..65535")
+    prequential: str | None = _setting(
+        None,
+        "rank each next item before learning it, and write how well that went here (JSON)",
+        metavar="FILE",
+    )
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("chunk", 1, 1_000_000),
+            ("poll_records", 1, 1_000_000),
+            ("threads", 1, 256),
+            ("epsilon", 0, 1),
+            ("publish_s", 0.05, 3600),
+            ("keep_versions", 1, 1000),
+            ("checkpoint_s", 0.1, 86_400),
+            ("keep_checkpoints", 1, 1000),
+            ("idle_s", 1, 86_400),
+            ("metrics_port", 0, 65_535),
+        ):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} must be within {low}..{high}, not {getattr(self, name)}")
+        if self.deterministic and self.device != "cpu":
+            raise ValueError(f"deterministic needs device cpu, not {self.device!r}")
+
+
+class Source(Protocol):
+    """Where batches come from: `Arrivals`, or a `streaming.chunks.Chunker` where they are cut by offset."""
+
+    turn: int  # whose chunk is next, where batches are cut by offset; goes into the checkpoint
+
+    def next(self, timeout_s: float) -> RecordBatch | None:
+        """The next batch; None or an empty one when none came in time."""
+
+    def position(self) -> dict[int, int]:
+        """Next offset to be given out, for each partition."""
+
+
+class Arrivals:
+    """Batches as they come."""
+
+    def __init__(self, reader: Reader, most: int) -> None:
+        self._reader, self._most = reader, most
+        self.turn = 0
+
+    def next(self, timeout_s: float) -> RecordBatch:
+        """Up to `most` records, waiting at most so long for the first."""
+        return self._reader.poll(self._most, timeout_s)
+
+    def position(self) -> dict[int, int]:
+        """See Source."""
+        return self._reader.position()
+
+
+class Trainer:
+    """Drives one learner over one topic."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        learner: Learner,
+        source: Source,
+        *,
+        until: Mapping[int, int] | None,
+        watch: LogWatch,
+        catalog: CatalogFeed,
+        letters: DeadLetters,
+        checkpoints: CheckpointWriter,
+        publisher: WeightPublisher,
+        metrics: Metrics,
+        clock: Callable[[], float],
+        now_ms: Callable[[], int],
+        since: int = 0,
+    ) -> None:
+        """until: ends before these offsets; None: never. clock: monotonic seconds. now_ms: wall clock. since: the
+        token of the snapshot that the learner was restored from."""
+        self._config, self._learner, self._source, self._until = config, learner, source, until
+        self._watch, self._catalog, self._letters = watch, catalog, letters
+        self._checkpoints, self._publisher, self._metrics = checkpoints, publisher, metrics
+        self._clock, self._now_ms = clock, now_ms
+        self._idle = IdleClock(config.idle_s)
+        self._parked: RecordBatch | None = None  # its schemas cannot be asked for now
+        self._records = 0
+        self._learnt = dict(source.position())  # the weights have seen all before these offsets
+        self._published: tuple[object, ...] = ()
+        self._safe = since  # token of the newest snapshot on disk
+        self._saving: tuple[int, dict[int, int]] | None = None  # token and offsets of the one being written
+        now = clock()
+        self._due = {"publish": now, "checkpoint": now + config.checkpoint_s, "look": now, "retry": now}
+        self._last_error = ""
+        metrics.updates.inc(0)
+
+    # --- the loop
+
+    def run(self, stop: threading.Event, tell: Callable[[float], None]) -> None:
+        """Until `stop`, or the end of what is to be read; then a last version and a last checkpoint.
+
+        tell: called each turn with the time. Raises: LogError where the log is at fault for good (gaps, missing
+        topics); Fenced; WeightsError when training has diverged.
+        """
+        while not stop.is_set() and not self._finished():
+            self._read()
+            self._train()
+            self._publish()
+            self._checkpoint()
+            self._look_around()
+            tell(self._clock())
+        self._end()
+
+    def totals(self) -> Totals:
+        """Where things stand."""
+        learner, last = self._learner, self._learner.last
+        return Totals(
+            self._clock(),
+            self._records,
+            learner.replay.inserted,
+            learner.agent.updates,
+            sum(self._watch.lag(self._source.position()).values()),
+            math.nan if last is None else last.loss,
+            math.nan if last is None else last.mean_q,
+            self._publisher.version,
+            self._waiting(),
+        )
+
+    def _finished(self) -> bool:
+        until = self._until
+        if until is None or self._parked is not None or self._learner.updates_left > 0:
+            return False
+        position = self._source.position()
+        return all(position[p] >= offset for p, offset in until.items())
+
+    def _waiting(self) -> str:
+        if self._last_error:
+            return self._last_error
+        learner = self._learner
+        reason = learner.band.reason(learner.replay.inserted, learner.agent.updates)
+        return "" if "training waits for new" in reason else reason
+
+    # --- records → replay
+
+    def _read(self) -> None:
+        """One batch, all the way into replay. What cannot be reached is tried again: training goes on meanwhile."""
+        now = self._clock()
+        if not self._learner.may_read or now < self._due["retry"]:
+            return
+        try:
+            batch = self._parked or self._source.next(0.0 if self._learner.updates_left else PATIENCE_S)
+            if batch is not None and len(batch):
+                self._parked = batch
+                self._take(batch)
+                self._parked = None
+            self._last_error = ""
+        except (LogUnavailable, RegistryUnavailable) as error:
+            if not self._last_error:
+                logger.warning("%s; trying again", error)
+            self._last_error = "the log cannot be reached"
+            self._metrics.log_errors.inc()
+            self._due["retry"] = now + RETRY_S
+
+    def _take(self, batch: RecordBatch) -> None:
+        taken = self._learner.take(batch)
+        self._idle.heard(batch, taken.columns, self._clock())
+        self._records += len(batch)
+        self._metrics.records.inc(len(batch))
+        self._metrics.transitions.inc(taken.inserted)
+        self._metrics.amendments.inc(len(taken.joined.amendments.reward))
+        for rejects in (taken.bad, taken.joined.late):
+            if len(rejects.row):
+                self._letters.write(batch, rejects.row, rejects.reason)
+                for reason in rejects.reason.tolist():
+                    self._metrics.dead_letters.labels(Reason(reason).name).inc()
+
+    # --- replay → weights
+
+    def _train(self) -> None:
+        """As many updates as the band allows; where time matters, no longer than a turn."""
+        learner = self._learner
+        if self._config.deterministic:
+            done = learner.train(ANY_NUMBER)
+        else:
+            end = self._clock() + TURN_S
+            done = learner.train(ANY_NUMBER, lambda: self._clock() >= end)
+        self._metrics.updates.inc(done)
+        if done or learner.updates_left == 0:
+            self._learnt = self._source.position() if self._parked is None else self._learnt
+
+    def _publish(self) -> None:
+        """A new version each second, if anything is new. Nothing before the first update."""
+        try:
+            if self._publisher.finished() is not None:
+                self._metrics.version.set(self._publisher.version)
+                self._metrics.publish_seconds.set(self._publisher.took_s)
+        except PublishFailed as error:
+            logger.warning("%s; trying again", error)
+            self._published = ()
+        now = self._clock()
+        if now >= self._due["publish"] and not self._publisher.busy:
+            self._due["publish"] = now + self._config.publish_s
+            self._start_publishing()
+
+    def _start_publishing(self) -> None:
+        learner = self._learner
+        what = (learner.agent.updates, tuple(self._learnt.items()), learner.catalog.version)
+        if learner.agent.updates and what != self._published:
+            self._published = what
+            meta = learner.meta(self._learnt, self._now_ms(), self._config.epsilon)
+            self._publisher.start(learner.agent.tensors(), meta)
+
+    # --- memory → disk
+
+    def _checkpoint(self) -> None:
+        """Now and then; a failure leaves the last good one, is said, and tried again."""
+        self._collect()
+        now = self._clock()
+        if now >= self._due["checkpoint"] and not self._checkpoints.busy and self._parked is None:
+            self._due["checkpoint"] = now + self._config.checkpoint_s
+            self._start_checkpoint()
+
+    def _start_checkpoint(self) -> None:
+        try:
+            self._letters.flush()  # what a checkpoint counts as read must be somewhere
+        except LogError as error:
+            logger.warning("no checkpoint now: %s", error)
+            self._due["checkpoint"] = self._clock() + RETRY_S
+            return
+        position = self._source.position()
+        token, parts = self._learner.snapshot(self._safe)
+        learner = self._learner
+        meta = {
+            "topic": self._config.topic,
+            "positions": {str(p): offset for p, offset in sorted(position.items())},
+            "turn": self._source.turn,
+            "transitions": learner.replay.inserted,
+            "updates": learner.agent.updates,
+            "items": len(learner.vocabulary),
+            "joined": learner.joiner.counters(),
+            "written_ms": self._now_ms(),
+        }
+        self._saving = (token, position)
+        self._checkpoints.start(parts, meta)
+
+    def _collect(self, timeout_s: float = 0.0) -> bool:
+        """Take note of a checkpoint that has become safe; True if one has."""
+        try:
+            if self._checkpoints.finished(timeout_s) is None:
+                return False
+        except CheckpointFailed as error:
+            self._metrics.checkpoint_failures.inc()
+            logger.error("%s; training goes on", error)
+            return False
+        assert self._saving is not None  # a checkpoint that has finished was started
+        self._safe, position = self._saving
+        self._watch.safe(position)
+        self._metrics.checkpoint_age.set(self._now_ms() / 1000)
+        return True
+
+    # --- housekeeping
+
+    def _look_around(self) -> None:
+        """Once a second: partitions added and idle ones, the catalog, gauges."""
+        now = self._clock()
+        if now < self._due["look"]:
+            return
+        self._due["look"] = now + 1.0
+        if not self._config.deterministic:
+            try:
+                self._catalog.follow(self._watch.bounds_beside)
+            except LogError as error:
+                logger.warning("catalog: %s; trying again", error)
+            self._let_time_pass(now)
+        self._show()
+
+    def _let_time_pass(self, now_s: float) -> None:
+        joiner, position = self._learner.joiner, self._source.position()
+        watermarks = {p: joiner.watermark_ms(p) for p in joiner.partitions}
+        due = self._idle.due(watermarks, self._watch.lag(position), now_s, self._now_ms())
+        if due and self._parked is None:
+            self._metrics.transitions.inc(self._learner.advance(due))
+
+    def _show(self) -> None:
+        learner, metrics, last = self._learner, self._metrics, self._learner.last
+        for what, count in learner.joiner.counters().items():
+            metrics.joined.labels(what).set(count)
+        for partition, lag in self._watch.lag(self._source.position()).items():
+            metrics.lag.labels(str(partition)).set(lag)
+        metrics.replay_transitions.set(len(learner.replay))
+        metrics.event_time.set(learner.events_through_ms / 1000)
+        metrics.catalog_refused.set(self._catalog.refused)
+        metrics.items.set(len(learner.vocabulary))
+        ratio = learner.band.ratio(learner.replay.inserted, learner.agent.updates)
+        metrics.updates_per_transition.set(ratio)
+        metrics.stalled.labels("reading").set(not learner.may_read)
+        metrics.stalled.labels("training").set(learner.updates_left == 0)
+        if last is not None:
+            metrics.loss.set(last.loss)
+            metrics.mean_q.set(last.mean_q)
+
+    def _end(self) -> None:
+        """A last version and a last checkpoint, waited for."""
+        while self._publisher.busy:
+            self._settle_publishing()
+        self._start_publishing()
+        while self._publisher.busy:
+            self._settle_publishing()
+        while self._checkpoints.busy:
+            self._collect(60.0)
+        if self._parked is None:
+            self._start_checkpoint()
+            if self._checkpoints.busy and not self._collect(600.0):
+                raise CheckpointFailed("the last checkpoint was not written; the one before is intact")
+        self._show()
+
+    def _settle_publishing(self) -> None:
+        try:
+            self._publisher.finished(60.0)
+        except PublishFailed as error:
+            logger.error("%s", error)
+
+
+def open_store(config: TrainConfig, owner: str) -> tuple[Fence, Checkpoints, WeightStore]:
+    """Claim the name, then open checkpoints and weight store under that claim. Raises: ValueError, OSError."""
+    above = WeightStore(config.weights).epoch()
+    fence = Fence(config.data_dir, config.name, owner, above)
+    directory = Path(config.data_dir) / config.name
+    checkpoints = Checkpoints(directory, fence=fence, keep=config.keep_checkpoints)
+    return fence, checkpoints, WeightStore(config.weights, config.keep_versions, fence)
+
+
+def offsets_to_start(
+    config: TrainConfig, saved: Mapping[str, Any] | None, bounds: Mapping[int, Any]
+) -> dict[int, int]:
+    """Where to read each partition from: the checkpoint's offsets, else the beginning (or, as told, the end).
+
+    Raises: CannotContinue when the checkpoint is of another topic, or ahead of what the log ever held.
+    """
+    known = {} if saved is None else {int(p): int(o) for p, o in saved["positions"].items()}
+    if saved is not None and saved["topic"] != config.topic:
+        raise CannotContinue(
+            f"the checkpoint in {config.data_dir} is of topic {saved['topic']!r}, not {config.topic!r}; "
+            "give each topic a --name or --data-dir of its own"
+        )
+    for p, offset in known.items():
+        if p not in bounds or offset > bounds[p].high:
+            holds = f"ends at {bounds[p].high}" if p in bounds else "is not there"
+            raise CannotContinue(
+                f"the checkpoint was read to offset {offset} of {config.topic}/{p}, which {holds}: another log, "
+                "or the topic was recreated. Point --log at the old one, or start with an empty --data-dir"
+            )
+    first = saved is None and config.start == "latest"
+    return {p: known.get(p, b.high if first else b.low) for p, b in sorted(bounds.items())}
