@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from simulator.figures import mean_interval, over_seeds
 from simulator.goods import DAY_MS
 from simulator.policies import (
     GreedyOracle,
@@ -32,7 +33,6 @@ from simulator.policies import (
     Recommender,
 )
 from simulator.shop import HOUR_MS, Mind, Shop, ShopSettings, Visits
-from simulator.traffic import mean_interval
 
 # mechanism -> the shop without it
 WITHOUT = {
@@ -109,14 +109,6 @@ def run_seed(
     return out
 
 
-def mean_over_seeds(values: list[float]) -> tuple[float, float]:
-    """Mean and half width of its 95 % interval (Student's t); nan for one seed."""
-    t = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-    n = len(values)
-    half = t.get(n, 1.96) * float(np.std(values, ddof=1)) / n**0.5 if n > 1 else float("nan")
-    return float(np.mean(values)), half
-
-
 def table(seeds: list[dict[str, Any]]) -> list[str]:
     """A Markdown table of the means over seeds."""
     lines = [
@@ -130,12 +122,11 @@ def table(seeds: list[dict[str, Any]]) -> list[str]:
             / (s["planning oracle"]["reward_per_visit"] - s["random"]["reward_per_visit"])
             for s in seeds
         ]
-        reward, half = mean_over_seeds([s[name]["reward_per_visit"] for s in seeds])
-        if len(seeds) == 1:
-            half = m["high"] - reward
+        reward = over_seeds([s[name]["reward_per_visit"] for s in seeds])
+        high = reward.high if len(seeds) > 1 else m["high"]
         lines.append(
             f"| {name} | {m['pages_per_visit']:.1f} | {100 * m['ctr']:.1f} % | {100 * m['carts_per_click']:.1f} % "
-            f"| {m['purchases_per_visit']:.3f} | {reward:.2f} ± {half:.2f} | {np.mean(share):.2f} |"
+            f"| {m['purchases_per_visit']:.3f} | {reward.mean:.2f} ± {high - reward.mean:.2f} | {np.mean(share):.2f} |"
         )
     return lines
 
@@ -178,10 +169,11 @@ def main() -> int:
             greedy, planning = (
                 [p[who]["reward_per_visit"] for p in pairs] for who in ("greedy oracle", "planning oracle")
             )
-            gain, half = mean_over_seeds([b / a - 1 for a, b in zip(greedy, planning, strict=True)])
+            gain = over_seeds([b / a - 1 for a, b in zip(greedy, planning, strict=True)])
             why[name] = {"greedy": greedy, "planning": planning}
+            half = 100 * (gain.high - gain.mean)
             print(
-                f"| {name} | {np.mean(greedy):.2f} | {np.mean(planning):.2f} | {100 * gain:+.0f} % ± {100 * half:.0f} |"
+                f"| {name} | {np.mean(greedy):.2f} | {np.mean(planning):.2f} | {100 * gain.mean:+.0f} % ± {half:.0f} |"
             )
     speed = bare_speed(settings, options.slate_size)
     print(f"\nthe shop alone: {speed:,.0f} decisions a second ({1e6 / speed:.0f} µs each)")

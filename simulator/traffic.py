@@ -20,6 +20,7 @@ import numpy as np
 
 from serving import policy_pb2 as pb
 from serving.client import CallError, Client
+from simulator.figures import mean_interval
 from simulator.shop import HOUR_MS, Events, Outcome, Rows, Shop, Turn, Visits
 from streaming.log import Log, LogFull, Producer
 from streaming.rewards import EVENT_NAMES
@@ -403,19 +404,6 @@ def _refuse_refusals(error: Any) -> None:
     """Raise TrafficError where the server answered that no such request will ever do."""
     if error.code().name in ("INVALID_ARGUMENT", "UNIMPLEMENTED", "UNAUTHENTICATED", "PERMISSION_DENIED"):
         raise TrafficError(f"the server refuses our requests: {error.code().name}: {error.details()}")
-
-
-def mean_interval(visits: Visits) -> tuple[float, float, float]:
-    """Mean reward of a visit, and its 95 % interval (normal; shoppers, who come again, are the units)."""
-    if not len(visits.reward):
-        return 0.0, 0.0, 0.0
-    _, who = np.unique(visits.shopper, return_inverse=True)
-    total, count = np.bincount(who, visits.reward), np.bincount(who)
-    mean = float(total.sum() / count.sum())
-    # ratio of two sums over shoppers, linearised
-    spread = total - mean * count
-    half = 1.96 * float(np.sqrt((spread**2).sum())) / float(count.sum())
-    return mean, mean - half, mean + half
 
 
 def start_after(log: Log, topic: str, codec: Codec, now_ms: int, partitions_tail: int = 50) -> int:

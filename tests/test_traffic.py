@@ -14,6 +14,7 @@ from serving import policy_pb2 as pb
 from serving import policy_pb2_grpc
 from serving.client import Client
 from simulator import __main__ as command
+from simulator.figures import mean_interval
 from simulator.shop import HOUR_MS, Shop, ShopSettings, Visits
 from simulator.traffic import (
     Publisher,
@@ -21,7 +22,6 @@ from simulator.traffic import (
     Traffic,
     TrafficConfig,
     TrafficError,
-    mean_interval,
     start_after,
 )
 from streaming.log import open_log
