@@ -7,6 +7,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from streaming.jit import jit
+
 
 class Slate(NamedTuple):
     """K slots, best first."""
@@ -27,13 +29,14 @@ def epsilon_greedy_slate(
 
         P(a in slot | slots before) = ε / |left| + (1 - ε) [a is the best left]
 
-    q: [N]; eligible: [N]; equal q: the lower id is better. Fewer than k slots come back when fewer items are eligible.
+    q: [N], no NaN; eligible: [N]; equal q: the lower id is better. Fewer than k slots come back when fewer items are
+    eligible.
     """
     left = int(np.count_nonzero(eligible))
     k = min(k, left)
     explored = rng.random(k) < epsilon
     ids, propensity = np.empty(k, np.int64), np.empty(k)
-    best = iter(_best(q, eligible, k))
+    best = iter(_best(q, eligible, k).tolist())
     taken: set[int] = set()
     greedy = next(best, -1)
     for slot in range(k):
@@ -46,17 +49,48 @@ def epsilon_greedy_slate(
     return Slate(ids, propensity, explored)
 
 
-def _best(q: npt.NDArray[np.floating], eligible: npt.NDArray[np.bool_], k: int) -> list[int]:
-    """The k eligible items of highest q, best first. Whatever was taken before, the best left is among them."""
-    score = np.where(eligible, q, -np.inf)
-    if 0 < k < len(score):
-        threshold = np.partition(score, len(score) - k)[len(score) - k]
-        among = np.flatnonzero(score >= threshold)
-    else:
-        among = np.arange(len(score))
-    among = among[eligible[among]]
-    order = np.argsort(-score[among], kind="stable")
-    return [int(i) for i in among[order][:k]]
+@jit
+def _best(q: npt.NDArray[np.floating], eligible: npt.NDArray[np.bool_], k: int) -> npt.NDArray[np.int64]:
+    """[k] the eligible items of highest q, best first. Whatever was taken before, the best left is among them.
+
+    k: at most as many as are eligible. One pass with a heap of the k best so far, the worst of them at its root.
+    """
+    heap = np.empty(k, np.int64)
+    size = 0
+    for i in range(len(q)):
+        if not eligible[i]:
+            continue
+        if size < k:
+            heap[size] = i
+            size += 1
+            if size == k:
+                for root in range(k // 2 - 1, -1, -1):
+                    _sink(q, heap, root, k)
+        elif k and q[i] > q[heap[0]]:  # an equal one has the higher id, and so is worse
+            heap[0] = i
+            _sink(q, heap, 0, k)
+    for end in range(k - 1, 0, -1):
+        heap[0], heap[end] = heap[end], heap[0]
+        _sink(q, heap, 0, end)
+    return heap
+
+
+@jit
+def _sink(q: npt.NDArray[np.floating], heap: npt.NDArray[np.int64], at: int, size: int) -> None:
+    """Move the entry at `at` down until no child of it is worse."""
+    while 2 * at + 1 < size:
+        child = 2 * at + 1
+        if child + 1 < size and _worse(q, heap[child + 1], heap[child]):
+            child += 1
+        if not _worse(q, heap[child], heap[at]):
+            return
+        heap[at], heap[child] = heap[child], heap[at]
+        at = child
+
+
+@jit
+def _worse(q: npt.NDArray[np.floating], a: int, b: int) -> bool:
+    return q[a] < q[b] or (q[a] == q[b] and a > b)
 
 
 def _draw(eligible: npt.NDArray[np.bool_], taken: set[int], left: int, rng: np.random.Generator) -> int:
