@@ -22,7 +22,6 @@ from learner.networks import (
     Queries,
     StateTensors,
     score_all,
-    score_at,
 )
 from learner.replay import Batch, Histories
 
@@ -123,7 +122,7 @@ class Update(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """A batch as tensors; `here`, `there` and `action` are its items as rows of the keys in use."""
+    """A batch as tensors; `here`, `there` and `slate` are its items as rows of the keys in use."""
 
     ids: Tensor | None  # [N] vocabulary ids behind the rows; None: row i is id i
     on_offer: Tensor  # [N] bool
@@ -131,14 +130,14 @@ class _Rows(NamedTuple):
     next_state: StateTensors
     here: Tensor  # [B, H]
     there: Tensor  # [B, H]
-    action: Tensor  # [B]
+    slate: Tensor  # [B, K] the step's items; the batch's own action first
+    present: Tensor  # [B, K] bool: there is such a slot
+    slot: Tensor  # [B, K]
+    slate_reward: Tensor  # [B, K]
     reward: Tensor  # [B]
-    slot_reward: Tensor  # [B]
-    step_reward: Tensor  # [B]
     discount: Tensor  # [B]
-    weight: Tensor  # [B]
+    weight: Tensor  # [B] mean 1
     organic: Tensor  # [B] bool
-    slot: Tensor  # [B]
 
 
 class Agent:
@@ -167,6 +166,11 @@ class Agent:
     def rows(self) -> int:
         """Vocabulary ids that can be learnt, the unknown item included."""
         return len(self._on_offer)
+
+    @property
+    def items(self) -> ItemTensors:
+        """What is known of the items, by vocabulary id."""
+        return self._items
 
     def grow(self, items: int) -> None:
         """Make room for vocabulary ids 1..items; ids are never taken back."""
@@ -210,11 +214,9 @@ class Agent:
         keys = self.online.keys(self._items, rows.ids, self._forgotten())
         queries = self.online.queries(rows.state, keys.tower, rows.here)
         target = dqn.n_step_target(rows.reward, rows.discount, self._next_value(rows, keys))
-        choice = score_at(queries.choice, keys.choice, rows.action.unsqueeze(1)).squeeze(1)
-        reward = score_at(queries.reward, keys.reward, rows.action.unsqueeze(1)).squeeze(1)
-        continuation = score_at(queries.continuation, keys.continuation, rows.action.unsqueeze(1)).squeeze(1)
-        losses = self._losses(rows, keys, queries, target, choice, reward, continuation)
-        q = self._q(queries, choice, reward, continuation)
+        parts = self.online.parts_at(queries, keys, rows.slate)
+        losses = self._losses(rows, keys, queries, target, *parts)
+        q = self._q(queries, *(part[:, 0] for part in parts))
         loss = self._step(losses)
         error = (target - q).cpu().numpy()
         values = torch.stack([loss, q.mean(), *losses.values()]).tolist()
@@ -230,42 +232,44 @@ class Agent:
         reward: Tensor,
         continuation: Tensor,
     ) -> dict[str, Tensor]:
-        """Each part's weighted loss; every one is learnt from just the rows that speak of it."""
+        """Each part's weighted loss; every one is learnt from just the slots that speak of it.
+
+        All slots of a sampled transition's step count for one: the mean over them is what drawing one of them at
+        random would give, with less noise and for one state's encoding. choice, reward, continuation: [B, K].
+        """
         settings, online = self.settings, self.online
-        chosen = rows.organic | (rows.slot_reward != 0)
-        shown = rows.weight * ~rows.organic
-        # another slot of the slate was chosen: says nothing about a visit in which nothing was
-        informative = rows.weight * (chosen | (rows.step_reward == 0))
-        later = dqn.continuation_target(target, rows.slot_reward, settings.gamma)
-        aside = online.aside * rows.organic.unsqueeze(1)
-        ahead = queries.unchosen + torch.where(chosen, continuation + aside[:, 1], 0.0)
+        organic = rows.organic.unsqueeze(1)
+        chosen = rows.present & (organic | (rows.slate_reward != 0))
+        each = (rows.weight / rows.present.sum(dim=1)).unsqueeze(1) * rows.present  # [B, K]
+        aside = online.aside * organic  # [B, 2]
         position = online.position[rows.slot] * (rows.slot > 0)
+        later = dqn.continuation_target(target, rows.slate_reward[:, 0], settings.gamma)
+        ahead = queries.unchosen + ((continuation + aside[:, 1:]) * chosen).sum(dim=1)
+        earned = dqn.huber(reward + aside[:, :1], rows.slate_reward, settings.huber_delta)
         losses = {
-            "choice": dqn.weighted_mean(dqn.choice_loss(choice + position, chosen), shown),
-            "reward": settings.reward_weight
-            * dqn.weighted_mean(
-                dqn.huber(reward + aside[:, 0], rows.slot_reward, settings.huber_delta), rows.weight * chosen
-            ),
+            "choice": dqn.weighted_mean(dqn.choice_loss(choice + position, chosen), each * ~organic),
+            "reward": settings.reward_weight * dqn.weighted_mean(earned, each * chosen),
             "td": settings.td_weight
-            * dqn.weighted_mean(dqn.huber(ahead, later, settings.huber_delta), informative),
+            * dqn.weighted_mean(dqn.huber(ahead, later, settings.huber_delta), rows.weight),
         }
         if settings.sqn_weight > 0:
             losses["next_item"] = settings.sqn_weight * self._next_item_loss(rows, keys, queries)
         if settings.cql_weight > 0:
             q_all = online.q_all(queries, keys)
-            q_action = q_all.gather(1, rows.action.unsqueeze(1)).squeeze(1)
+            q_action = q_all.gather(1, rows.slate[:, :1]).squeeze(1)
             conservative = dqn.conservative_loss(q_all, q_action, rows.on_offer)
             losses["conservative"] = settings.cql_weight * dqn.weighted_mean(conservative, rows.weight)
         return losses
 
     def _next_item_loss(self, rows: _Rows, keys: Keys, queries: Queries) -> Tensor:
         """SQN's loss over the rows in which the user went to, or rewarded, the action. A part of the batch."""
-        label = torch.nonzero((rows.organic | (rows.slot_reward > 0)) & (rows.action > 0)).squeeze(1)
-        if not len(label):
+        label = rows.present[:, 0] & (rows.organic | (rows.slate_reward[:, 0] > 0))
+        went = torch.nonzero(label).squeeze(1)
+        if not len(went):
             return torch.zeros((), device=self.device)
-        query = queries.organic.rows(label)
-        loss = dqn.next_item_loss(score_all(query, keys.organic), rows.action[label])
-        return dqn.weighted_mean(loss, rows.weight[label]) * (len(label) / len(rows.action))
+        logits = score_all(queries.organic.rows(went), keys.organic)
+        loss = dqn.next_item_loss(logits, rows.slate[went, 0])
+        return dqn.weighted_mean(loss, rows.weight[went]) * (len(went) / len(rows.weight))
 
     @torch.no_grad()
     def _next_value(self, rows: _Rows, keys: Keys) -> Tensor:
@@ -371,14 +375,14 @@ class Agent:
         self.slots = float(state["slots"][0])
         self._target_keys = None
 
+    @torch.no_grad()
     def _q(self, queries: Queries, choice: Tensor, reward: Tensor, continuation: Tensor) -> Tensor:
         """Q(s, a) of the batch's own actions, [B], detached."""
         gamma = self.settings.gamma
-        with torch.no_grad():
-            return gamma * queries.unchosen + torch.sigmoid(choice) * (reward + gamma * continuation)
+        return gamma * queries.unchosen + torch.sigmoid(choice) * (reward + gamma * continuation)
 
     def _check(self, batch: Batch) -> None:
-        top = max(int(batch.action.max()), int(batch.state.item.max()), int(batch.next_state.item.max()))
+        top = max(int(part.max()) for part in (batch.slate, batch.state.item, batch.next_state.item))
         if top >= self.rows:
             raise ValueError(
                 f"batch names vocabulary id {top}, agent has room for {self.rows - 1}; call grow"
@@ -387,21 +391,22 @@ class Agent:
     def _rows(self, batch: Batch) -> _Rows:
         """The batch on the device, its items as rows of the keys that this update will make."""
         state, next_state = self._state(batch.state), self._state(batch.next_state)
-        action = self._to(batch.action, torch.int64)
-        self._items.seen[action] = True
+        width = max(1, int(np.count_nonzero(batch.slate, axis=1).max()))
+        slate = self._to(batch.slate[:, :width], torch.int64)
+        present = slate > 0
+        self._items.seen[slate] = True
         self._items.seen[state.item] = True
         self._items.seen[0] = False
-        slot = self._to(_extra(batch, "slot", 0), torch.int64).clamp(0, MAX_SLOTS - 1)
-        slots = _extra(batch, "slots", 1)[~batch.organic]
+        slots = batch.slots[~batch.organic]
         if len(slots):
             self.slots += 0.01 * (float(slots.mean()) - self.slots)
         ids, on_offer, here, there = None, self._on_offer, state.item, next_state.item
         if self.rows > self.settings.exact_items:
             drawn = torch.randint(self.rows, (self.settings.candidates,), generator=self._generator)
-            named = (drawn.to(self.device), action, here.flatten(), there.flatten(), action.new_zeros(1))
-            ids = torch.unique(torch.cat(named))
+            named = (drawn.to(self.device), *(part.flatten() for part in (slate, here, there)))
+            ids = torch.unique(torch.cat((*named, slate.new_zeros(1))))
             on_offer = self._on_offer[ids]
-            action, here, there = (torch.searchsorted(ids, part) for part in (action, here, there))
+            slate, here, there = (torch.searchsorted(ids, part) for part in (slate, here, there))
         return _Rows(
             ids,
             on_offer,
@@ -409,14 +414,14 @@ class Agent:
             next_state,
             here,
             there,
-            action,
+            slate,
+            present,
+            self._to(batch.slate_slot[:, :width], torch.int64).clamp(0, MAX_SLOTS - 1),
+            self._to(batch.slate_reward[:, :width]),
             self._to(batch.reward),
-            self._to(batch.slot_reward),
-            self._to(_extra(batch, "step_reward", batch.slot_reward)),
             self._to(batch.discount),
-            self._to(batch.weight),
+            self._to(batch.weight / batch.weight.mean()),
             self._to(batch.organic, torch.bool),
-            slot,
         )
 
     def _state(self, histories: Histories) -> StateTensors:
@@ -452,20 +457,20 @@ class Agent:
         before = dict(self._optimiser.state)
         renamed: dict[Tensor, Tensor] = {}
         for network in (self.online, self.target):
-            for table in (network.tower.id, network.item_bias):
-                old = table.weight
-                weight = torch.zeros(capacity, old.shape[1], device=self.device)
-                weight[: len(old)] = old.detach()
-                table.num_embeddings = capacity
-                table.weight = torch.nn.Parameter(weight, requires_grad=old.requires_grad)
-                renamed[old] = table.weight
+            table = network.tower.id
+            old = table.weight
+            weight = torch.zeros(capacity, old.shape[1], device=self.device)
+            weight[: len(old)] = old.detach()
+            table.num_embeddings = capacity
+            table.weight = torch.nn.Parameter(weight, requires_grad=old.requires_grad)
+            renamed[old] = table.weight
         self._optimiser = self._new_optimiser()
         for old, state in before.items():
             new = renamed.get(old, old)
             self._optimiser.state[new] = {key: _padded(value, new) for key, value in state.items()}
 
 
-BY_ITEM = ("tower.id.weight", "item_bias.weight")  # tables with one row for each vocabulary id
+BY_ITEM = ("tower.id.weight",)  # tables with one row for each vocabulary id
 
 
 def _padded(value: Tensor, like: Tensor) -> Tensor:
@@ -506,8 +511,3 @@ def bucket(hashes: npt.NDArray[np.uint64], buckets: int) -> Tensor:
     """[N] int64 in 1..buckets-1; 0 where the hash is 0 (unknown)."""
     spread = np.asarray(hashes, np.uint64) % np.uint64(buckets - 1) + np.uint64(1)
     return torch.from_numpy(np.where(np.asarray(hashes) == 0, np.uint64(0), spread).astype(np.int64))
-
-
-def _extra(batch: Batch, name: str, default: Any) -> npt.NDArray[Any]:
-    # a copy: torch wants arrays that may be written
-    return np.broadcast_to(getattr(batch, name, default), batch.action.shape).copy()

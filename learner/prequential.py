@@ -1,0 +1,272 @@
+"""Rank, then learn: how well the next item would have been foretold, step by step along the stream.
+
+Each item that a user went to (organic steps, and slots that earned something) is ranked among all items known, in the
+state just before, by what the network was at that moment; only then is it learnt from. Beside it stand rules that
+anybody can have for nothing. "The user's most recent distinct items" beats many published tables: a learner that
+is below it has learnt less than the user's own history tells.
+
+Popularity is what this process has seen so far, updated every BLOCK steps, while the network learns when the
+whole batch is in: the rules have the fresher view. Ties go to the item that was known first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from learner.agent import Agent
+from learner.networks import Query, StateTensors, score_all
+from streaming.interning import Vocabulary
+from streaming.rewards import RewardTable
+from streaming.transitions import Joined
+
+TOP: Final = 20  # hit rate and reciprocal rank count down to this place
+BLOCK: Final = 256  # steps ranked at once, at most
+_MOST_SCORES: Final = 1 << 24  # at once: bounds memory where there are very many items
+METHODS: Final = {
+    "learned_q": "the network's Q(s, a)",
+    "learned_next_item": "the network's next-item head, which Q leans on",
+    "recent_then_learned": "the user's most recent distinct items, then the next-item head",
+    "recent": "the user's most recent distinct items, then popularity",
+    "popularity": "how often users went to an item so far",
+}
+
+Ints = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+
+
+class _Steps(NamedTuple):
+    """B states, and the item that each led to."""
+
+    item: npt.NDArray[np.int32]  # [B, H] newest first, 0 padding or unknown
+    name: npt.NDArray[np.uint8]  # [B, H]
+    age_s: npt.NDArray[np.float32]  # [B, H]
+    value: npt.NDArray[np.float32]  # [B, H]
+    target: Ints  # [B]
+    reward: npt.NDArray[np.float32]  # [B] when the step was complete
+
+    def rows(self, which: Any) -> _Steps:
+        return _Steps(*(column[which] for column in self))
+
+
+class Ranked(NamedTuple):
+    """N steps that were ranked."""
+
+    number: Ints  # [N] of the step, from 0 along the stream
+    rank: Ints  # [N, len(METHODS)] the target's place among all items, from 1
+    repeat: Mask  # [N] the item is in the user's history
+    reward: npt.NDArray[np.float32]  # [N]
+
+    def rows(self, which: Any) -> Ranked:
+        """These steps."""
+        return Ranked(*(column[which] for column in self))
+
+
+class Prequential:
+    """Watches the transitions that a learner is about to take in. At most `most` ranked steps are kept, evenly spread:
+    when there are more, every second one is dropped, and from then on only so many are ranked.
+
+    rewards: the table in use, by which carts and purchases are told apart from views.
+    """
+
+    def __init__(
+        self, vocabulary: Vocabulary, rewards: RewardTable | None = None, most: int = 32_768
+    ) -> None:
+        if most < 3:
+            raise ValueError(f"most must be at least 3 steps, not {most}")
+        self._vocabulary, self._rewards, self._most = vocabulary, rewards or RewardTable(), most
+        self._visits = np.zeros(1, np.int64)  # [N] by vocabulary id: popularity
+        self._steps = 0
+        self._every = 1
+        self._ranked = [Ranked(*_NOTHING)]
+        self._kept = 0
+
+    def observe(self, joined: Joined, agent: Agent) -> None:
+        """Rank what these transitions led to, before the agent learns from them."""
+        steps = _steps_of(joined)
+        if not len(steps.target):
+            return
+        if agent.rows > len(self._visits):
+            self._visits = np.concatenate((self._visits, np.zeros(agent.rows - len(self._visits), np.int64)))
+        scorer = _Scorer(agent)
+        size = max(1, min(BLOCK, _MOST_SCORES // agent.rows))
+        for start in range(0, len(steps.target), size):
+            block = steps.rows(slice(start, start + size))
+            numbers = self._steps + np.arange(len(block.target))
+            chosen = numbers % self._every == 0
+            if chosen.any():
+                self._rank(block.rows(chosen), numbers[chosen], scorer)
+            self._steps += len(block.target)
+            np.add.at(self._visits, block.target, 1)
+
+    def ranked(self) -> Ranked:
+        """What was kept, in the order of the stream."""
+        self._ranked = [Ranked(*(np.concatenate(columns) for columns in zip(*self._ranked, strict=True)))]
+        return self._ranked[0]
+
+    def report(self) -> dict[str, Any]:
+        """Hit rate@20 and MRR@20 of each method: overall, by thirds of the stream, and for kinds of steps."""
+        ranked = self.ranked()
+        thirds = np.array_split(np.arange(len(ranked.number)), 3)
+        cart, bought = (self._rewards.reward(name) for name in ("add_to_cart", "purchase"))
+        return {
+            "steps": self._steps,
+            "ranked": len(ranked.number),
+            "sampled": 1 / self._every,
+            "items": len(self._vocabulary),
+            "top": TOP,
+            "methods": METHODS,
+            "all": _figures(ranked),
+            "thirds": [_figures(ranked.rows(third)) for third in thirds],
+            "first_time": _figures(ranked.rows(~ranked.repeat)),
+            "repeat": _figures(ranked.rows(ranked.repeat)),
+            # by what a step had earned when the next one came
+            "carts_or_more": _figures(ranked.rows(ranked.reward >= cart)),
+            "purchases": _figures(ranked.rows(ranked.reward >= bought)),
+        }
+
+    def write(self, path: str | Path) -> None:
+        """The report as a JSON file, whole or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        part.write_text(json.dumps(self.report(), indent=2) + "\n")
+        part.replace(path)
+
+    def _rank(self, steps: _Steps, numbers: Ints, scorer: _Scorer) -> None:
+        organic, q = scorer.ranks(steps)
+        places = _places(self._visits)  # [N] by vocabulary id
+        place = places[steps.target]
+        popular = _Ranks(place, places[steps.item] < place[:, None])
+        recent = _recent(steps.item)  # [B, H]
+        columns = {
+            "learned_q": q.place,
+            "learned_next_item": organic.place,
+            "recent_then_learned": _recent_first(steps, recent, organic),
+            "recent": _recent_first(steps, recent, popular),
+            "popularity": popular.place,
+        }
+        repeat = (steps.item == steps.target[:, None]).any(axis=1)
+        rank = np.stack([columns[name] for name in METHODS], axis=1)
+        self._ranked.append(Ranked(numbers, rank, repeat, steps.reward))
+        self._kept += len(numbers)
+        while self._kept > self._most:
+            self._every *= 2
+            ranked = self.ranked()
+            self._ranked = [ranked.rows(ranked.number % self._every == 0)]
+            self._kept = len(self._ranked[0].number)
+
+
+class _Ranks(NamedTuple):
+    """Where one method puts the targets among all items."""
+
+    place: Ints  # [B] of the target, from 1
+    ahead: Mask  # [B, H] this entry of the history stands before the target; of padding it means nothing
+
+
+class _Scorer:
+    """The network as it is now."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+        with torch.no_grad():
+            self._keys = agent.online.keys(agent.items)
+
+    @torch.no_grad()
+    def ranks(self, steps: _Steps) -> tuple[_Ranks, _Ranks]:
+        """By the next-item head, and by Q."""
+        device, network = self._agent.device, self._agent.online
+        state = StateTensors(
+            torch.as_tensor(steps.item.astype(np.int64), device=device),
+            torch.as_tensor(steps.name.astype(np.int64), device=device),
+            torch.as_tensor(steps.age_s, device=device),
+            torch.as_tensor(steps.value, device=device),
+        )
+        queries = network.queries(state, self._keys.tower)
+        target = torch.as_tensor(steps.target, device=device)
+        organic: Query = queries.organic
+        return (
+            _ranks_of(score_all(organic, self._keys.organic), state.item, target),
+            _ranks_of(network.q_all(queries, self._keys), state.item, target),
+        )
+
+
+def _ranks_of(scores: Tensor, history: Tensor, target: Tensor) -> _Ranks:
+    """By scores [B, N], which are spoilt; id 0 is no item, lower ids win ties."""
+    scores[:, 0] = -torch.inf
+    ids = torch.arange(scores.shape[1], device=scores.device)
+    wanted = target.unsqueeze(1)
+    own, theirs = scores.gather(1, wanted), scores.gather(1, history)
+    before = (scores > own) | ((scores == own) & (ids < wanted))
+    ahead = (theirs > own) | ((theirs == own) & (history < wanted))
+    return _Ranks((before.sum(dim=1) + 1).cpu().numpy(), ahead.cpu().numpy())
+
+
+def _places(score: Ints) -> Ints:
+    """[N] each item's place by falling score, from 1; id 0 comes last, lower ids win ties."""
+    order = np.argsort(-score[1:], kind="stable") + 1
+    places = np.full(len(score), len(score), np.int64)
+    places[order] = np.arange(1, len(score))
+    return places
+
+
+def _recent(item: npt.NDArray[np.int32]) -> Mask:
+    """[B, H] the entries that name an item for the first time, newest first."""
+    same = item[:, :, None] == item[:, None, :]  # [B, h, h']
+    again = np.tril(same, k=-1).any(axis=2)
+    return ~again & (item > 0)
+
+
+def _recent_first(steps: _Steps, recent: Mask, rest: _Ranks) -> Ints:
+    """[B] the target's place if the user's items come first, newest first, then all others as they stand in rest."""
+    here = recent & (steps.item == steps.target[:, None])
+    place = np.cumsum(recent, axis=1)  # from 1
+    # what was ahead of the target anyway does not push it back once more
+    behind = rest.place + (recent & ~rest.ahead).sum(axis=1)
+    return np.where(here.any(axis=1), (place * here).max(axis=1, initial=0), behind)
+
+
+def _steps_of(joined: Joined) -> _Steps:
+    t = joined.transitions
+    went = np.flatnonzero((t.organic | (t.reward > 0)) & (t.action > 0))
+    states, rows = joined.states, t.state[went]
+    return _Steps(
+        states.item[rows],
+        states.name[rows],
+        states.age_s[rows],
+        states.value[rows],
+        t.action[went].astype(np.int64),
+        t.reward[went],
+    )
+
+
+def _figures(ranked: Ranked) -> Mapping[str, Any]:
+    """Hit rate and mean reciprocal rank of each method, with the half-width of the hit rate's 95 % interval."""
+    n = len(ranked.number)
+    out: dict[str, Any] = {"steps": n}
+    for column, method in enumerate(METHODS if n else ()):
+        rank = ranked.rank[:, column]
+        hit = rank <= TOP
+        rate = float(hit.mean())
+        out[method] = {
+            f"hit_rate_at_{TOP}": round(rate, 5),
+            "ci95": round(1.96 * (rate * (1 - rate) / n) ** 0.5, 5),
+            f"mrr_at_{TOP}": round(float(np.where(hit, 1.0 / rank, 0.0).mean()), 5),
+        }
+    return out
+
+
+_NOTHING: Final = (
+    np.empty(0, np.int64),
+    np.empty((0, len(METHODS)), np.int64),
+    np.empty(0, np.bool_),
+    np.empty(0, np.float32),
+)
