@@ -141,7 +141,8 @@ class KafkaLog:
 
     def partitions(self, topic: str) -> int:
         try:
-            description = self._wait(self._admin.describe_topics(TopicCollection([topic])))
+            request = TopicCollection([topic])
+            description = self._wait(self._admin.describe_topics(request, request_timeout=_REQUEST_S))
         except UnknownTopic:
             return 0
         return len(description.partitions)
