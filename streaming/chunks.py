@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 
 import numpy as np
 
@@ -46,7 +47,7 @@ def split(batch: RecordBatch) -> Iterator[tuple[int, RecordBatch]]:
     """Runs of rows of one partition, in order."""
     cuts = np.flatnonzero(np.diff(batch.partition)) + 1
     edges = [0, *cuts.tolist(), len(batch.offset)]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         if stop > start:
             yield int(batch.partition[start]), rows(batch, start, stop)
 

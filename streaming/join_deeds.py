@@ -89,7 +89,8 @@ def evict_stalest(t: Tables) -> None:
     c.cursor = (c.cursor + SAMPLE) % t.rules.max_users
     t.counters[USERS_EVICTED] += 1
     u = t.users[stalest]
-    t.counters[STEPS_CLOSED_EARLY] += (1 if u.open_decision != NONE else 0) + (1 if u.open_organic != NONE else 0)
+    t.counters[STEPS_CLOSED_EARLY] += 1 if u.open_decision != NONE else 0
+    t.counters[STEPS_CLOSED_EARLY] += 1 if u.open_organic != NONE else 0
     forget_user(t, stalest)
 
 
@@ -137,7 +138,14 @@ def active_user(t: Tables, hash: np.uint64, timestamp_ms: int) -> int:
 
 @part
 def wait(
-    t: Tables, user: int, deeds: int, name: int, offset: int, timestamp_ms: int, recommendation: np.uint64, row: int
+    t: Tables,
+    user: int,
+    deeds: int,
+    name: int,
+    offset: int,
+    timestamp_ms: int,
+    recommendation: np.uint64,
+    row: int,
 ) -> None:
     """Let the first `deeds` scratch deeds wait together, with the state they happened in."""
     c, u, mask = t.clock[0], t.users[user], len(t.waits) - 1
@@ -220,7 +228,7 @@ def first_waiting(t: Tables) -> int:
 def credit(t: Tables, user: int, sequence: int, k: int, item: int, name: int, reward: float) -> None:
     """Give a deed's reward to a slot. A purchase may be what a refund waits for."""
     add_reward(t, sequence, k, reward)
-    if name == PURCHASE or name == ADD:
+    if name in (PURCHASE, ADD):
         count(t, sequence, k, name)
         if t.users[user].waits > 0:
             retry_take_backs(t, user, item, REFUND if name == PURCHASE else REMOVE)
@@ -383,9 +391,7 @@ def take_decision(t: Tables, columns: Columns, i: int) -> None:
     close_both(t, user, row)
     start = columns.item_bounds[i]
     slots = columns.item_bounds[i + 1] - start
-    sequence = keep(
-        t, user, columns.offset[i], timestamp_ms, columns.id[i], columns.policy_version[i], slots
-    )
+    sequence = keep(t, user, columns.offset[i], timestamp_ms, columns.id[i], columns.policy_version[i], slots)
     for k in range(slots):
         fill_slot(t, sequence, k, columns.item[start + k], columns.propensity[start + k])
     u = t.users[user]
@@ -416,9 +422,7 @@ def meet_waits(t: Tables, user: int, decision: int, id: np.uint64) -> None:
 
 
 @part
-def attribute_all_by_id(
-    t: Tables, user: int, decision: int, deeds: int, name: int, timestamp_ms: int
-) -> int:
+def attribute_all_by_id(t: Tables, user: int, decision: int, deeds: int, name: int, timestamp_ms: int) -> int:
     """Credit the scratch deeds to this decision; returns how many are left, now the first ones."""
     rest = 0
     for j in range(deeds):
@@ -479,7 +483,7 @@ def take_event(t: Tables, columns: Columns, i: int) -> None:
     user = active_user(t, columns.user[i], timestamp_ms)
     start, end = columns.item_bounds[i], columns.item_bounds[i + 1]
     rules = t.rules
-    if name == REFUND or name == REMOVE:
+    if name in (REFUND, REMOVE):
         for j in range(start, end):
             reward = rules.weight[name] + rules.value_weight[name] * value_of(columns, i, j)
             take_back_or_wait(t, user, columns.item[j], name, reward, columns.offset[i], timestamp_ms)
@@ -487,7 +491,7 @@ def take_event(t: Tables, columns: Columns, i: int) -> None:
         deeds = 0
         for j in range(start, end):
             reward = rules.weight[name] + rules.value_weight[name] * value_of(columns, i, j)
-            if reward != 0.0 or rules.moves[name] or name == PURCHASE or name == ADD:
+            if reward != 0.0 or rules.moves[name] or name in (PURCHASE, ADD):
                 t.out.deeds[deeds].item = columns.item[j]
                 t.out.deeds[deeds].reward = reward
                 deeds += 1
@@ -575,7 +579,8 @@ def do_due(t: Tables, second: int) -> None:
 def expire_wait(t: Tables, sequence: int) -> None:
     """It waited in vain: attribute by item, if it is no refund."""
     w = t.waits[sequence & (len(t.waits) - 1)]
-    user, deeds, name, offset, timestamp_ms = int(w.user), int(w.left), int(w.name), int(w.offset), int(w.timestamp_ms)
+    user, deeds, name = int(w.user), int(w.left), int(w.name)
+    offset, timestamp_ms = int(w.offset), int(w.timestamp_ms)
     t.counters[WAITS_EXPIRED] += deeds
     row = end_wait(t, sequence)
     if row == NONE:

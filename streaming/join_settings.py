@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from streaming.rewards import RewardTable
 
-JUMP: Final = 16  # records in a row, of two users or more, before a partition's clock is believed to have jumped
+JUMP: Final = 16  # records in a row, of two users or more, before a clock is believed to have jumped
 STEPS_PER_USER: Final = 256  # newest steps of a user in which a deed may find its cause
 WAITS_PER_USER: Final = 64  # items of overtaking events that may wait for one user
 FIRST_MS: Final = 946_684_800_000  # 2000-01-01 and 2100-01-01: no clock is outside

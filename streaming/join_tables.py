@@ -1,7 +1,7 @@
 """All that the joiner keeps of one partition: plain numpy tables, which numba's loops read and write.
 
-`steps`, their `slots` and `waits` are rings: an entry's sequence number never changes, it lies at (number mod capacity),
-and capacities are powers of two. `users` and `rows` (states of open steps) are slabs with a free list.
+`steps`, their `slots` and `waits` are rings: an entry's sequence number never changes, it lies at (number mod
+capacity), and capacities are powers of two. `users` and `rows` (states of open steps) are slabs with a free list.
 Nothing here grows by itself: the loop checks `room` before each thing it does and stops, naming the table that is
 short; Python then calls `grown` and lets it go on.
 """
@@ -16,20 +16,26 @@ import numpy.typing as npt
 from numba import njit
 
 from streaming.interning import HashMap, map_new, map_put, map_reserve
+from streaming.jit import jit
 from streaming.join_settings import COUNTERS, JoinSettings, to_ms
 from streaming.rewards import ACTION_NAMES, CODES, EVENT_NAMES, HISTORY_NAMES
 from streaming.transitions import Amendments, States, Transitions
 
 Array = npt.NDArray[Any]
+Fields = dict[str, Any]  # arrays by field, for `_replace`
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def part(function: F) -> F:
-    """A piece of a compiled loop: compiled into its callers, and not cached by itself.
+    """A piece of a compiled loop, called by compiled functions only: part of its callers, not cached by itself.
 
     (numba's cache notices changes in a function's own file only; see `joiner._compiled`.)
     """
-    return cast(F, njit(nogil=True, error_model="numpy")(function))
+    options: dict[str, Any] = {
+        "no_cpython_wrapper": True,
+        "no_cfunc_wrapper": True,
+    }  # they would take longer than the rest
+    return cast(F, njit(nogil=True, error_model="numpy", **options)(function))
 
 
 NONE: Final = -1  # no such user, row or sequence number
@@ -172,7 +178,9 @@ TRANSITION: Final = np.dtype(
 AMENDMENT: Final = np.dtype(
     [("offset", np.int64), ("partition", np.int32), ("reward", np.float32), ("slot", np.int16)], align=True
 )
-STATE: Final = np.dtype([("offset", np.int64), ("timestamp_ms", np.int64), ("partition", np.int32)], align=True)
+STATE: Final = np.dtype(
+    [("offset", np.int64), ("timestamp_ms", np.int64), ("partition", np.int32)], align=True
+)
 
 
 class Rules(NamedTuple):
@@ -241,6 +249,8 @@ class Tables(NamedTuple):
 
 
 RINGS: Final = ("steps", "slots", "waits")
+SEEN: Final = ("seen_ms", "seen_value", "seen_item", "seen_name")
+ROW_COLUMNS: Final = ("row_item", "row_name", "row_age_s", "row_value")
 
 
 def rules_of(settings: JoinSettings) -> Rules:
@@ -330,29 +340,32 @@ def grown(t: Tables, short: int) -> Tables:
     need = int(t.clock["need"][0])
     if short == USERS:
         size = min(2 * len(t.users), t.rules.max_users)
-        fields = ("users", "seen_ms", "seen_value", "seen_item", "seen_name", "timers")
-        longer = {field: _extended(getattr(t, field), size) for field in fields}
-        return t._replace(**longer, user_slots=map_reserve(t.user_slots, size - t.user_slots.size[0]))
+        t = t._replace(user_slots=map_reserve(t.user_slots, size - t.user_slots.size[0]))
+        return t._replace(**_longer(t, ("users", *SEEN, "timers"), size))
     if short == ROWS:
-        fields = ("rows", "row_item", "row_name", "row_age_s", "row_value")
-        return t._replace(**{field: _extended(getattr(t, field), 2 * len(t.rows)) for field in fields})
+        return t._replace(**_longer(t, ("rows", *ROW_COLUMNS), 2 * len(t.rows)))
     if short in (STEPS, SLOTS, WAITS):
         field = {STEPS: "steps", SLOTS: "slots", WAITS: "waits"}[short]
         head, tail = (int(t.clock[f"{field}_{end}"][0]) for end in ("head", "tail"))
-        return t._replace(**{field: ring(unrolled(getattr(t, field), head, tail), head, need)})
+        longer: Fields = {field: ring(unrolled(getattr(t, field), head, tail), head, need)}
+        return t._replace(**longer)
     if short == IDS:
-        field = "ids_b" if t.clock["newer"][0] else "ids_a"
-        return t._replace(**{field: map_reserve(getattr(t, field), need)})
+        if t.clock["newer"][0]:
+            return t._replace(ids_b=map_reserve(t.ids_b, need))
+        return t._replace(ids_a=map_reserve(t.ids_a, need))
     return t._replace(out=_grown_out(t.out, short, need))
 
 
 def _grown_out(out: Out, short: int, need: int) -> Out:
     if short == OUT_STATES:
-        size = 2 * len(out.states) + need
         fields = ("states", "item", "name", "age_s", "value")
-        return out._replace(**{field: _extended(getattr(out, field), size) for field in fields})
+        return out._replace(**_longer(out, fields, 2 * len(out.states) + need))
     field = "transitions" if short == OUT_TRANSITIONS else "amendments"
-    return out._replace(**{field: _extended(getattr(out, field), 2 * len(getattr(out, field)) + need)})
+    return out._replace(**_longer(out, (field,), 2 * len(getattr(out, field)) + need))
+
+
+def _longer(tables: Tables | Out, fields: tuple[str, ...], size: int) -> Fields:
+    return {field: _extended(getattr(tables, field), size) for field in fields}
 
 
 def _extended(array: Array, size: int) -> Array:
@@ -392,11 +405,13 @@ def dump(t: Tables) -> dict[str, Array]:
     _dump_fields(state, "timers", t.timers[:timers])
     for field in RINGS:
         _dump_fields(
-            state, field, unrolled(getattr(t, field), int(clock[f"{field}_head"][0]), int(clock[f"{field}_tail"][0]))
+            state,
+            field,
+            unrolled(getattr(t, field), int(clock[f"{field}_head"][0]), int(clock[f"{field}_tail"][0])),
         )
-    for field in ("seen_ms", "seen_value", "seen_item", "seen_name"):
+    for field in SEEN:
         state[field] = getattr(t, field)[:users].copy()
-    for field in ("row_item", "row_name", "row_age_s", "row_value"):
+    for field in ROW_COLUMNS:
         state[field] = getattr(t, field)[:rows].copy()
     for field in ("ids_a", "ids_b"):
         ids: HashMap = getattr(t, field)
@@ -434,10 +449,10 @@ def load(state: Mapping[str, Array], settings: JoinSettings, out: Out) -> Tables
     )
     for slot in np.flatnonzero(t.users["timer"][:users] != NONE):
         map_put(t.user_slots, t.users["hash"][slot], int(slot))
-    longer: dict[str, Array] = {}
-    for field in ("seen_ms", "seen_value", "seen_item", "seen_name"):
+    longer: Fields = {}
+    for field in SEEN:
         longer[field] = _extended(state[field], len(t.users))
-    for field in ("row_item", "row_name", "row_age_s", "row_value"):
+    for field in ROW_COLUMNS:
         longer[field] = _extended(state[field], len(t.rows))
     for field in RINGS:
         entries = np.zeros(len(state[f"{field}.{getattr(t, field).dtype.names[0]}"]), getattr(t, field).dtype)
@@ -447,7 +462,9 @@ def load(state: Mapping[str, Array], settings: JoinSettings, out: Out) -> Tables
     return t._replace(**longer)
 
 
-def _load_fields(state: Mapping[str, Array], table: str, dtype: np.dtype[Any], size: int, fresh: Array) -> Array:
+def _load_fields(
+    state: Mapping[str, Array], table: str, dtype: np.dtype[Any], size: int, fresh: Array
+) -> Array:
     names = [name for name in dtype.names or () if f"{table}.{name}" in state]
     used = len(state[f"{table}.{names[0]}"])
     array = np.zeros(max(used, size, len(fresh)), dtype)
@@ -462,7 +479,7 @@ def _id_set(keys: Array) -> HashMap:
     return ids
 
 
-@part
+@jit
 def _put_all(ids: HashMap, keys: Array) -> None:
     for i in range(len(keys)):
         map_put(ids, keys[i], 0)
@@ -496,5 +513,3 @@ def amendments_of(out: Out) -> Amendments:
     """Copies of the amendments that have piled up."""
     entries = out.amendments[: int(out.counts[2])]
     return Amendments(**{name: entries[name].copy() for name in Amendments._fields})
-
-

@@ -17,7 +17,16 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from streaming import interning, join_clock, join_deeds, join_settings, join_steps, join_tables, rewards
+from streaming import (
+    interning,
+    join_clock,
+    join_deeds,
+    join_settings,
+    join_steps,
+    join_tables,
+    pinned,
+    rewards,
+)
 from streaming.columns import Columns, Kind, Reason
 from streaming.interning import combine
 from streaming.join_clock import advance, follow, is_known, is_late, newer_ids, remember
@@ -47,6 +56,7 @@ from streaming.join_tables import (
     states_of,
     transitions_of,
 )
+from streaming.pinned import pin
 from streaming.transitions import Joined, Rejects
 
 __all__ = ["JoinSettings", "Joiner", "JoinerError"]
@@ -156,7 +166,7 @@ def take(t: Tables, columns: Columns, i: int) -> None:
 
 def _digest() -> int:
     """A number that changes with the source of what is compiled into the loop."""
-    modules = (interning, join_clock, join_deeds, join_settings, join_steps, join_tables, rewards)
+    modules = (interning, join_clock, join_deeds, join_settings, join_steps, join_tables, pinned, rewards)
     return zlib.crc32(b"".join(Path(str(module.__file__)).read_bytes() for module in modules)) | 1
 
 
@@ -165,12 +175,13 @@ def _compiled(digest: int) -> Callable[..., tuple[int, int]]:
     a closed-over value, makes it notice changes in the other modules too."""
 
     def run(
-        t: Tables, columns: Columns, rows: npt.NDArray[np.int64], begin: int, watermark_ms: int
+        tables: Tables, records: Columns, rows: npt.NDArray[np.int64], begin: int, watermark_ms: int
     ) -> tuple[int, int]:
         """Take the records rows[begin:], then advance (watermark_ms NONE: do not).
 
         Returns how far it came and which table is too short to go on, or DONE.
         """
+        t, columns = pin(tables), pin(records)
         c = t.clock[0]
         for at in range(begin, len(rows) if digest else 0):
             i = rows[at]
@@ -277,8 +288,8 @@ class Joiner:
 
     def nbytes(self) -> int:
         """Memory held by all tables."""
-        arrays = [a for tables in self._tables.values() for f in tables[:-2] for a in (f if isinstance(f, tuple) else (f,))]
-        return sum(array.nbytes for array in arrays)
+        fields = [field for tables in self._tables.values() for field in tables[:-2]] + [self._out]
+        return sum(a.nbytes for field in fields for a in (field if isinstance(field, tuple) else (field,)))
 
     def state(self, partition: int) -> dict[str, npt.NDArray[Any]]:
         """All that is known of a partition, as copies, for a checkpoint."""
@@ -299,7 +310,9 @@ class Joiner:
     def _of(self, partition: int) -> Tables:
         tables = self._tables.get(partition)
         if tables is None:
-            raise JoinerError(f"partition {partition} is not assigned, only {self.partitions}; assign it first")
+            raise JoinerError(
+                f"partition {partition} is not assigned, only {self.partitions}; assign it first"
+            )
         return tables
 
     def _start(self, rows: int) -> None:
@@ -336,10 +349,11 @@ _NO_COLUMNS: Final = Columns(*(np.zeros(0, dtype) for dtype in _DTYPES))
 
 def _behaved(columns: Columns) -> Columns:
     """The columns as the loop was compiled for: writable, contiguous, of the declared types."""
+    arrays: tuple[npt.NDArray[Any], ...] = tuple(columns)
     return Columns(
         *(
             a if a.flags.carray and a.dtype == dtype else np.array(a, dtype)
-            for a, dtype in zip(columns, _DTYPES, strict=True)
+            for a, dtype in zip(arrays, _DTYPES, strict=True)
         )
     )
 

@@ -28,7 +28,17 @@ from typing import NamedTuple
 import numpy as np
 
 from streaming.columns import Kind
-from streaming.join_settings import COUNTERS, FIRST_MS, JUMP, LAST_MS, SAMPLE, STEPS_PER_USER, WAITS_PER_USER, JoinSettings, to_ms
+from streaming.join_settings import (
+    COUNTERS,
+    FIRST_MS,
+    JUMP,
+    LAST_MS,
+    SAMPLE,
+    STEPS_PER_USER,
+    WAITS_PER_USER,
+    JoinSettings,
+    to_ms,
+)
 from streaming.rewards import ACTION_NAMES, CODES, HISTORY_NAMES, OTHER
 from tests.rows import Line, Row
 
@@ -73,7 +83,9 @@ class Output:
     """What records and watermarks gave, in order."""
 
     transitions: list[Transition] = field(default_factory=list)
-    amendments: list[tuple[int, int, int, float]] = field(default_factory=list)  # partition, offset, slot, reward
+    amendments: list[tuple[int, int, int, float]] = field(
+        default_factory=list
+    )  # partition, offset, slot, reward
     late: list[tuple[int, int]] = field(default_factory=list)  # partition, offset
 
 
@@ -291,7 +303,9 @@ class ReferencePartition:
         target_ms = high_ms - self.delay_ms
         while True:
             due_s, first = min(((w.due_s, w) for w in list(self.waits)[:1]), default=(2**62, None))
-            user_s, slot = min(((self.user_due_s(u), u.slot) for u in self.users.values()), default=(2**62, -1))
+            user_s, slot = min(
+                ((self.user_due_s(u), u.slot) for u in self.users.values()), default=(2**62, -1)
+            )
             if min(due_s, user_s) > target_ms // 1000:
                 break
             self.watermark_ms = max(self.watermark_ms, min(due_s, user_s) * 1000)
@@ -358,7 +372,9 @@ class ReferencePartition:
         user = self.slots[stalest]
         assert user is not None
         self.counters["users_evicted"] += 1
-        self.counters["steps_closed_early"] += (user.open_decision is not None) + (user.open_organic is not None)
+        self.counters["steps_closed_early"] += (user.open_decision is not None) + (
+            user.open_organic is not None
+        )
         self.forget_user(user)
 
     def forget_user(self, user: User) -> None:
@@ -391,9 +407,11 @@ class ReferencePartition:
         for k, slot in enumerate(step.slots):
             self.counters["transitions"] += 1
             self.out.transitions.append(
-                Transition(self.partition, step.offset, k, step.state, next_state, slot.item, slot.reward, discount,
-                           slot.propensity, step.organic, step.policy_version)  # fmt: skip
-            )
+                Transition(
+                    self.partition, step.offset, k, step.state, next_state, slot.item, slot.reward, discount,
+                    slot.propensity, step.organic, step.policy_version,
+                )
+            )  # fmt: skip
         step.open = False
         if step.user.open_decision is step:
             step.user.open_decision = None
@@ -591,7 +609,9 @@ class ReferencePartition:
 
     def later_open(self, user: User, step: Step) -> list[Step]:
         """What the user has open that came after the step's event, in log order."""
-        opened = [s for s in (user.open_organic, user.open_decision) if s is not None and s.offset > step.offset]
+        opened = [
+            s for s in (user.open_organic, user.open_decision) if s is not None and s.offset > step.offset
+        ]
         return sorted(opened, key=lambda s: s.offset)
 
     # --- taking back --------------------------------------------------------------------------------------
