@@ -21,6 +21,7 @@ from learner.checkpoint import CheckpointDamaged, CheckpointFailed, Checkpoints,
 from learner.fence import Fenced
 from learner.learner import CannotContinue, Learner, LearnerSettings
 from learner.metrics import Metrics
+from learner.prequential import Prequential
 from learner.progress import ProgressLine
 from learner.publishing import WeightPublisher
 from learner.replay import ReplayError
@@ -107,9 +108,14 @@ def _train(
         closing.callback(watch.close)
         learner = Learner(settings, agent, join, codec, lambda: len(watch.bounds), config.device)
         trainer = _prepared(config, learner, log, codec, watch, checkpoints, store, closing)
+        prequential = Prequential(learner.vocabulary, join.rewards)
+        if config.prequential is not None:
+            learner.observe = prequential.observe
         line = ProgressLine(sys.stderr, trainer.totals)
         trainer.run(stop, line.tell)
         line.end()
+        if config.prequential is not None:
+            prequential.write(config.prequential)
 
 
 def _await_topic(log: Log, config: TrainConfig, stop: threading.Event) -> bool:
