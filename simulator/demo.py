@@ -33,7 +33,7 @@ from serving.client import CallError, Client
 from simulator import report
 from simulator.contest import Rivals
 from simulator.figures import Figures, figures, same_visits
-from simulator.freshness import Freshness, FreshnessProbe, follow
+from simulator.freshness import Freshness, FreshnessProbe
 from simulator.goods import DAY_MS
 from simulator.parts import Broken, Parts, own_cpu_s
 from simulator.shop import HOUR_MS, Shop, ShopSettings, Visits
@@ -45,6 +45,7 @@ FOLDER: Final = Path(".bellwether/demo")
 PARTITIONS: Final = 8
 _MARKER: Final = "demo.json"  # a folder that holds it is a demo's, and may be replaced
 _LOOK_S: Final = 0.25
+_PROBE_S, _MARK_S = 0.05, 1.0  # between looks at what is served, and at where the log ends
 _CATCH_UP_S: Final = 10.0  # longest wait, after the traffic, for weights that have seen all of it
 
 
@@ -52,6 +53,10 @@ _CATCH_UP_S: Final = 10.0  # longest wait, after the traffic, for weights that h
 class DemoConfig:
     """The demo."""
 
+    seeds: tuple[int, ...] = field(
+        default=(1,),
+        metadata={"help": "played one after the other, each another shop and another learner; >= 0"},
+    )
     minutes: float = field(default=4.5, metadata={"help": "from start to report; minutes, 0.4..1440"})
     rate: float = field(default=500.0, metadata={"help": "recommendations a second, 1..100000"})
     epsilon: float = field(
@@ -68,6 +73,8 @@ class DemoConfig:
     )
 
     def __post_init__(self) -> None:
+        if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds must be >= 0, each once, not {','.join(map(str, self.seeds))}")
         bounds = {
             "minutes": (0.4, 1440.0),
             "rate": (1.0, 100_000.0),
@@ -145,19 +152,28 @@ class Observer:
         self._log, self._topic = log, topic
         self._client = Client(target)
         self._probe = FreshnessProbe()
+        self._next_mark_s = -math.inf
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="observer", daemon=True)
         self.policy = pb.GetPolicyResponse()  # the newest answer
-        self.records = 0  # in the log
-        self.waiting = 0
+        self.records = 0  # in the log, a second ago at most
 
     @property
     def learnt_from(self) -> int:
         """Records behind the weights that are served."""
         return sum(position.next_offset for position in self.policy.positions)
 
+    @property
+    def caught_up(self) -> bool:
+        """The weights that are served have learnt from every record marked."""
+        return self._next_mark_s > -math.inf and not self._probe.waiting
+
     def start(self) -> None:
         self._thread.start()
+
+    def mark(self) -> None:
+        """Look at once where the log ends."""
+        self._next_mark_s = -math.inf
 
     def close(self) -> None:
         """Harmless twice."""
@@ -171,18 +187,22 @@ class Observer:
         return self._probe.found(time.monotonic())
 
     def _run(self) -> None:
-        follow(self._probe, self._ends, self._positions, time.monotonic, self._stop)
+        while not self._stop.wait(_PROBE_S):
+            with contextlib.suppress(CallError, LogError):  # what is gone is found out elsewhere
+                self._look()
 
-    def _ends(self) -> dict[int, int]:
-        ends = {p: bounds.high for p, bounds in self._log.bounds(self._topic).items()}
-        self.records = sum(ends.values())
-        return ends
-
-    def _positions(self) -> dict[int, int]:
-        with contextlib.suppress(CallError):  # a server that is gone is found out elsewhere
-            self.policy = self._client.policy()
-        self.waiting = self._probe.waiting
-        return {position.partition: position.next_offset for position in self.policy.positions}
+    def _look(self) -> None:
+        now_s = time.monotonic()
+        if now_s >= self._next_mark_s:
+            ends = {p: bounds.high for p, bounds in self._log.bounds(self._topic).items()}
+            self.records = sum(ends.values())
+            # how long it took until the first weights is no freshness
+            if self.policy.policy_version:
+                self._probe.mark(ends, now_s)
+            self._next_mark_s = now_s + _MARK_S
+        self.policy = self._client.policy()
+        read_to = {position.partition: position.next_offset for position in self.policy.positions}
+        self._probe.look(read_to, time.monotonic())
 
 
 class Shoppers:
@@ -240,30 +260,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="The whole loop on this machine: simulated shoppers, a learner, a policy server. It ends by itself "
         "with a report; the exit status is 1 if the loop broke or did not learn. Ctrl-C ends it at once.",
     )
-    parser.add_argument(
-        "--seeds",
-        metavar="K,...",
-        type=_seeds,
-        default=(1,),
-        help="shops to play, one after the other, each with its own catalog, people and learner [1]",
-    )
-    parser.add_argument(
-        "--seed", metavar="K", dest="seeds", type=_seeds, help="the same, for one", default=(1,)
-    )
+    parser.add_argument("--seed", metavar="K", type=int, help="the same as --seeds K")
     add_config(parser, DemoConfig)
     add_log(parser, default=None)
     namespace = parser.parse_args(arguments)
-    config = build(DemoConfig, namespace)
+    given = {} if namespace.seed is None else {"seeds": (namespace.seed,)}
+    config = build(DemoConfig, namespace, **given)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     return run(lambda: _demo(config, namespace))
-
-
-def _seeds(text: str) -> tuple[int, ...]:
-    seeds = tuple(int(part) for part in text.split(","))
-    if min(seeds) < 0 or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds must be >= 0, each once, not {text}")
-    return seeds
 
 
 def _interrupt(*_: Any) -> NoReturn:
@@ -273,8 +278,8 @@ def _interrupt(*_: Any) -> NoReturn:
 def _demo(config: DemoConfig, namespace: Namespace) -> int:
     with _fresh(config.folder) as lock:
         made = []
-        for seed in namespace.seeds:
-            folder = config.folder if len(namespace.seeds) == 1 else config.folder / f"seed-{seed}"
+        for seed in config.seeds:
+            folder = config.folder if len(config.seeds) == 1 else config.folder / f"seed-{seed}"
             folder.mkdir(exist_ok=True)
             one = _one_seed(config, namespace, seed, folder, lock)
             if one is None:
@@ -478,7 +483,8 @@ class Loop:
             status.event_ms, lambda: self._screen.now("the other policies serve their last visits")
         )
         until_s = self._clock.now_s() + _CATCH_UP_S
-        while observer.waiting and self._clock.now_s() < until_s:
+        observer.mark()
+        while not observer.caught_up and self._clock.now_s() < until_s:
             self._parts.check()
             self._screen.now("the last events are being learnt from")
             time.sleep(_LOOK_S)

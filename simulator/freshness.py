@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -59,25 +58,3 @@ class FreshnessProbe:
             return Freshness(float("nan"), float("nan"), float("nan"), 0, 0)
         p50, p99, longest = (float(x) for x in np.percentile(taken, [50, 99, 100]))
         return Freshness(p50, p99, longest, len(taken), len(self._waiting))
-
-
-def follow(
-    probe: FreshnessProbe,
-    ends: Callable[[], Mapping[int, int]],
-    positions: Callable[[], Mapping[int, int]],
-    clock: Callable[[], float],
-    stop: threading.Event,
-    mark_s: float = 1.0,
-    look_s: float = 0.05,
-) -> None:
-    """Mark each `mark_s` and look each `look_s` until `stop`; the figures are `look_s` too long at most. Marks begin
-    with the first weights: how long it took to get there is no freshness."""
-    next_mark_s, begun = clock(), False
-    while not stop.wait(look_s):
-        seen = positions()
-        begun = begun or bool(seen)
-        now_s = clock()
-        probe.look(seen, now_s)
-        if begun and now_s >= next_mark_s:
-            probe.mark(ends(), now_s)
-            next_mark_s = now_s + mark_s

@@ -172,7 +172,7 @@ def words(made: Json, folder: Path) -> str:
         "",
         f"  learned - popularity: {_signed(gain)} reward per visit ({_signed(gain, 'to')}, 95 %)",
         f"  gap closed: {made['gap_closed']:.2f} ({low:.2f} to {high:.2f}) of the way from random to the oracle",
-        f"  freshness: event -> recommendations by weights that learnt from it: p50 {fresh['p50']:.2f} s, "
+        f"  freshness: from an event to answers by weights that learnt from it: p50 {fresh['p50']:.2f} s, "
         f"p99 {fresh['p99']:.2f} s",
         *([] if several else _counts(made)),
         "",
