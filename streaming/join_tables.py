@@ -422,7 +422,7 @@ def dump(t: Tables) -> dict[str, Array]:
 def _dump_fields(state: dict[str, Array], table: str, entries: Array, leave: set[str] | None = None) -> None:
     for name in entries.dtype.names or ():
         if name not in (leave or ()):
-            state[f"{table}.{name}"] = np.ascontiguousarray(entries[name])
+            state[f"{table}.{name}"] = entries[name].copy()
 
 
 def load(state: Mapping[str, Array], settings: JoinSettings, out: Out) -> Tables:
@@ -493,9 +493,9 @@ def states_of(out: Out) -> States:
     n = int(out.counts[0])
     meta = out.states[:n]
     return States(
-        np.ascontiguousarray(meta["partition"]),
-        np.ascontiguousarray(meta["offset"]),
-        np.ascontiguousarray(meta["timestamp_ms"]),
+        meta["partition"].copy(),
+        meta["offset"].copy(),
+        meta["timestamp_ms"].copy(),
         out.item[:n].copy(),
         out.name[:n].copy(),
         out.age_s[:n].copy(),

@@ -64,6 +64,10 @@ class Row:
     offset: int = -1
     reason: Reason = Reason.OK
 
+    def at_offset(self, offset: int) -> Row:
+        """The same record at its place in the log."""
+        return replace(self, offset=offset)
+
 
 def ms(at: float) -> int:
     """Event time `at` seconds after START_MS, in ms."""
@@ -121,7 +125,7 @@ def logged(rows: Iterable[Row]) -> list[Row]:
     ends: dict[int, int] = {}
     placed = []
     for row in rows:
-        placed.append(replace(row, offset=ends.get(row.partition, 0)))
+        placed.append(row.at_offset(ends.get(row.partition, 0)))
         ends[row.partition] = placed[-1].offset + 1
     return placed
 
