@@ -31,7 +31,11 @@ class Player:
 class Rivals:
     """Random, popularity and the planning oracle, kept up with a leader's event time by a thread."""
 
-    def __init__(self, settings: ShopSettings, seed: int, slate_size: int) -> None:
+    def __init__(
+        self, settings: ShopSettings, seed: int, slate_size: int, plan_decisions: int = 16_000
+    ) -> None:
+        """plan_decisions: in each round of the oracle's planning."""
+        self._plan_decisions = plan_decisions
         self._settings, self._seed, self._slate_size = settings, seed, slate_size
         self._players: dict[str, Player] = {}
         self._target_ms = 0
@@ -77,7 +81,7 @@ class Rivals:
 
     def _run(self) -> None:
         try:
-            oracle = PlanningOracle(self._new_shop(), self._slate_size)
+            oracle = PlanningOracle(self._new_shop(), self._slate_size, decisions=self._plan_decisions)
             policies: dict[str, Recommender] = {
                 "random": Random(self._seed),
                 "popularity": Popularity(self._settings.items),

@@ -123,7 +123,7 @@ def test_visits_pair_up_by_shopper_and_number_and_those_not_over_everywhere_are_
 
 def test_rivals_meet_the_same_shoppers_at_the_same_times():
     settings = ShopSettings(items=60, shoppers=100)
-    rivals = Rivals(settings, seed=3, slate_size=4)
+    rivals = Rivals(settings, seed=3, slate_size=4, plan_decisions=500)
     rivals.start()
     end_ms = settings.start_ms + 4 * HOUR_MS
     accounts = rivals.finish(end_ms, waiting=lambda: None)
