@@ -29,6 +29,11 @@ from streaming.rewards import CODES, OTHER
 PROBES: Final = 16  # made-up histories that `check` ranks for
 
 
+def use_threads(threads: int) -> None:
+    """Let one matrix product of this process use so many CPU threads."""
+    torch.set_num_threads(threads)
+
+
 class PolicyDamaged(Exception):
     """These weights must not serve; the message says what is wrong with them."""
 
@@ -73,7 +78,9 @@ class Policy:
         items: ItemTensors,
         on_offer: Tensor,
         item_ids: Sequence[str],
+        before: Policy | None = None,
     ) -> None:
+        """before: one whose vocabulary may be the same; what is made of it is then shared."""
         self.manifest = manifest
         self.version = manifest.version
         self.items = len(on_offer) - 1
@@ -82,14 +89,27 @@ class Policy:
         self.on_offer: npt.NDArray[np.bool_] = on_offer.numpy()
         self._network = network.eval().requires_grad_(False)
         self._items = items
-        self._item_ids = ["", *item_ids]
-        self._id_of = {item_id: i for i, item_id in enumerate(self._item_ids) if i}
+        self._item_ids: list[str]
+        self._id_of: dict[str, int]
+        same = before and before.manifest.vocabulary_sha256 == manifest.vocabulary_sha256
+        if before and same and before.items == self.items:
+            # the same strings: to look at each of them again would hold up whoever is answering
+            self._item_ids, self._id_of = before._item_ids, before._id_of
+        else:
+            self._item_ids = ["", *item_ids]
+            self._id_of = {item_id: i for i, item_id in enumerate(self._item_ids) if i}
         with torch.inference_mode():
             self._keys = network.keys(items)
 
     @classmethod
-    def from_weights(cls, weights: Weights, network: Literal["online", "target"] = "online") -> Policy:
-        """The policy that these weights are. network: the newest one, or the steadier target.
+    def from_weights(
+        cls,
+        weights: Weights,
+        network: Literal["online", "target"] = "online",
+        before: Policy | None = None,
+    ) -> Policy:
+        """The policy that these weights are. network: the newest one, or the steadier target. before: the one in
+        use so far; making the next one is cheaper beside it.
 
         Raises: PolicyDamaged where tensors are missing or do not fit together.
         """
@@ -97,13 +117,23 @@ class Policy:
             settings = NetworkSettings.from_dict(weights.manifest.settings)
             tensors = {name: torch.as_tensor(array) for name, array in weights.tensors.items()}
             items = ItemTensors(*(tensors[f"catalog.{name}"] for name in ItemTensors._fields))
-            q_network = QNetwork(settings, len(items.seen))
+            rows = len(items.seen)
+            lengths = {len(column) for column in (*items, tensors["catalog.on_offer"])}
+            if lengths != {rows} or len(weights.vocabulary) < rows - 1:
+                raise ValueError(
+                    f"{rows - 1} items, but {len(weights.vocabulary)} item ids, columns of {lengths}"
+                )
+            q_network = QNetwork(settings, rows)
             q_network.load_state_dict(_under(tensors, f"{network}."))
-            vocabulary = list(weights.vocabulary[: len(items.seen) - 1])
-            if len(vocabulary) < len(items.seen) - 1:
-                raise ValueError(f"{len(items.seen) - 1} items, but {len(vocabulary)} item ids")
-            return cls(weights.manifest, q_network, items, tensors["catalog.on_offer"], vocabulary)
-        except (KeyError, ValueError, RuntimeError) as error:
+            return cls(
+                weights.manifest,
+                q_network,
+                items,
+                tensors["catalog.on_offer"],
+                weights.vocabulary[: rows - 1],  # it may have grown since the tensors were taken
+                before,
+            )
+        except (KeyError, ValueError, RuntimeError, TypeError, IndexError) as error:
             raise PolicyDamaged(f"version {weights.manifest.version}: {error}") from error
 
     def item_id(self, i: int) -> str:
@@ -127,11 +157,14 @@ class Policy:
             np.zeros(shape, np.float32),
         )
         for b, (entries, now) in enumerate(zip(histories, now_ms, strict=True)):
-            for h, entry in enumerate(reversed(entries[-self.history_length :])):
-                out.item[b, h] = self._id_of.get(entry.item_id, 0)
-                out.name[b, h] = CODES.get(entry.name, OTHER)
-                out.age_s[b, h] = max(now - entry.timestamp_ms, 0) / 1000.0
-                out.value[b, h] = entry.value
+            if entries:
+                newest = entries[: -self.history_length - 1 : -1]
+                item_ids, names, timestamps, values = zip(*newest, strict=True)
+                n = len(newest)
+                out.item[b, :n] = [self._id_of.get(item_id, 0) for item_id in item_ids]
+                out.name[b, :n] = [CODES.get(name, OTHER) for name in names]
+                out.age_s[b, :n] = np.maximum(now - np.array(timestamps, np.int64), 0) / 1000.0
+                out.value[b, :n] = values
         return out
 
     def q(self, states: Histories) -> npt.NDArray[np.float32]:
