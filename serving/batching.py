@@ -52,12 +52,16 @@ class Batcher(Generic[Query, Answer]):
         self._led = False  # guarded by _lock
 
     def run(self, queries: Sequence[Query], deadline_s: float = float("inf")) -> Sequence[Answer]:
-        """The answers, in the order of the queries.
+        """The answers, in the order of the queries. More than one batch of them takes its turn again for each.
 
         deadline_s: on the batcher's clock; work whose deadline has passed when its turn comes is skipped, so
         that an overloaded server spends its time on those who still listen.
         Raises: DeadlinePassed; whatever `compute` raised for the batch.
         """
+        if len(queries) > self._max_batch:
+            cuts = range(0, len(queries), self._max_batch)
+            parts = (self.run(queries[cut : cut + self._max_batch], deadline_s) for cut in cuts)
+            return [answer for part in parts for answer in part]
         job: _Job[Query, Answer] = _Job(queries, deadline_s)
         with self._lock:
             self._waiting.append(job)
@@ -83,7 +87,7 @@ class Batcher(Generic[Query, Answer]):
             job.wake.release()
 
     def _take(self) -> list[_Job[Query, Answer]]:
-        """The longest run of waiting jobs that fits one batch; one job that is larger goes alone."""
+        """The longest run of waiting jobs that fits one batch."""
         jobs = [self._waiting.popleft()]
         size = len(jobs[0].queries)
         while self._waiting and size + len(self._waiting[0].queries) <= self._max_batch:
@@ -110,9 +114,7 @@ class Batcher(Generic[Query, Answer]):
 
     def _answer(self, jobs: list[_Job[Query, Answer]]) -> None:
         queries = [query for job in jobs for query in job.queries]
-        answers: list[Answer] = []
-        for start in range(0, len(queries), self._max_batch):
-            answers.extend(self._compute(queries[start : start + self._max_batch]))
+        answers = self._compute(queries) if queries else ()
         start = 0
         for job in jobs:
             job.answers = answers[start : start + len(job.queries)]

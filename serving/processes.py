@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Final, NamedTuple
 
+from learner.policy import use_threads
 from serving.server import Instance, PolicyServer, ServingConfig
 from serving.view import ViewConfig
 from streaming.commandline import codec_from, run
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 _RESTART_PAUSE_S: Final = 1.0
 _LOOK_S: Final = 0.2
+_SWITCH_S: Final = 0.0005  # Python's own 5 ms would be a quarter of what an answer may take
 _SPAWN: Final = multiprocessing.get_context("spawn")  # gRPC does not survive fork
 
 
@@ -164,6 +166,8 @@ def _stop_with_parent(stop: threading.Event) -> None:
 
 
 def _server(launch: Launch, index: int) -> PolicyServer:
+    use_threads(1)  # calls run beside each other; a second thread for one of them only gets in their way
+    sys.setswitchinterval(_SWITCH_S)
     log = None if launch.log_url is None else open_log(launch.log_url, launch.kafka)
     codec = codec_from(Namespace(registry=launch.registry, registry_headers=launch.registry_headers))
     return PolicyServer(launch.config, launch.view, log, codec, Instance(launch.name(), index), launch.now_ms)

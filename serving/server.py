@@ -18,7 +18,7 @@ from serving import metrics
 from serving.decisions import DecisionWriter
 from serving.ranking import Ranker
 from serving.service import SERVICE, Service
-from serving.view import Follower, View, ViewConfig
+from serving.view import Follower, View, ViewConfig, compile_view
 from serving.weights import WeightsFollower
 from streaming.log import Log
 from streaming.schemas import Codec
@@ -117,6 +117,7 @@ class PolicyServer:
         self._config = config
         self._view_config = view_config
         self._log = log
+        self._codec = codec
         self._instance = instance
         self._view = View(view_config, codec)
         self._follower = None if log is None else Follower(log, self._view, view_config, time.monotonic)
@@ -149,6 +150,8 @@ class PolicyServer:
         if self._config.metrics_port:
             metrics.expose(self._config.metrics_port + self._instance.index, self._config.host)
         self._weights.start()
+        if self._follower is not None:
+            compile_view(self._view_config, self._codec)
         if self._follower is not None and not self._follower.start(self._view_config.warm_up_s):
             logger.warning(
                 "the log was not read to its end within %g s; histories and popularity are behind",

@@ -10,8 +10,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Final
+from dataclasses import dataclass, field, replace
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ from streaming.catalog import Catalog
 from streaming.columns import Kind
 from streaming.decoder import Decoder
 from streaming.interning import Vocabulary, hash_string
-from streaming.log import Log, LogError, OffsetOutOfRange, Reader, UnknownTopic
+from streaming.log import Log, LogError, OffsetOutOfRange, Reader, RecordBatch, UnknownTopic
 from streaming.rewards import EVENT_NAMES, RewardTable
 from streaming.schemas import Codec
 
@@ -103,14 +103,14 @@ class View:
         self._item_ids: list[str] = [""]  # by vocabulary id; grows in place, never changes
         self._catalog_lock = threading.Lock()
 
-    def absorb(self, batch: Any) -> int:
+    def absorb(self, batch: RecordBatch) -> int:
         """Take in records of `events`; returns how many of them could not be read."""
         columns = self._decoder.decode(batch)
         self.users.absorb(columns, len(self.vocabulary))
         self._name_items()
         return int(np.count_nonzero(columns.kind == Kind.BAD))
 
-    def absorb_catalog(self, batch: Any) -> int:
+    def absorb_catalog(self, batch: RecordBatch) -> int:
         """Take in records of `catalog`; returns how many of them could not be read."""
         with self._catalog_lock:
             rejects = self._catalog.apply(batch)
@@ -162,7 +162,36 @@ class View:
 
     def _name_items(self) -> None:
         # strings once per item, not once per request
-        self._item_ids.extend(self.vocabulary.item_ids(len(self._item_ids)))
+        if len(self.vocabulary) >= len(self._item_ids):
+            self._item_ids.extend(self.vocabulary.item_ids(len(self._item_ids)))
+
+
+def compile_view(config: ViewConfig, codec: Codec) -> None:
+    """Have everything compiled that absorbing and asking needs, by a view that is thrown away.
+
+    It takes seconds where the cache is empty, in which nothing else in the process makes headway.
+    """
+    item, timestamp = {"item_id": "i", "price": 1.0}, 946_684_800_000
+    event = {"event_id": "e", "name": "purchase", "user_id": "u", "timestamp": timestamp, "items": [item]}
+    slot = {"item_id": "i", "propensity": 1.0}
+    decision = {"recommendation_id": "r", "user_id": "u", "timestamp": timestamp, "slate": [slot]}
+    view = View(replace(config, max_users=1), codec)
+    view.absorb(_batch([codec.encode_event(event), codec.encode_decision(decision)]))
+    view.history("u")
+    view.bought("u", timestamp)
+
+
+def _batch(values: Sequence[bytes]) -> RecordBatch:
+    n = len(values)
+    return RecordBatch(
+        partition=np.zeros(n, np.int32),
+        offset=np.arange(n),
+        timestamp_ms=np.zeros(n, np.int64),
+        data=np.frombuffer(b"".join(values), np.uint8),
+        bounds=np.cumsum([0, *map(len, values)]),
+        null=np.zeros(n, np.bool_),
+        keys=None,
+    )
 
 
 class Follower:
@@ -233,7 +262,9 @@ class Follower:
 class _Tail:
     """One topic, all its partitions, from the newest `backlog` records on (None: from the beginning)."""
 
-    def __init__(self, log: Log, topic: str, backlog: int | None, absorb: Callable[[Any], int]) -> None:
+    def __init__(
+        self, log: Log, topic: str, backlog: int | None, absorb: Callable[[RecordBatch], int]
+    ) -> None:
         self._log = log
         self._topic = topic
         self._backlog = backlog

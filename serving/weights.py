@@ -70,10 +70,14 @@ class WeightsFollower:
             if self._failures % _COMPLAIN_EVERY == 0:
                 logger.warning("weight store cannot be read, version %s stays in use: %s", in_use, error)
             self._failures += 1
+        except Exception:  # whatever else a store's driver or a file may hold: this thread must go on
+            self._refused = version
+            metrics.WEIGHTS_REFUSED.labels("damaged").inc()
+            logger.exception("weights refused, version %s stays in use", in_use)
 
     def _take(self, version: int) -> None:
         weights = self._store.load(version)
-        policy = Policy.from_weights(weights, self.network)
+        policy = Policy.from_weights(weights, self.network, self.served.policy if self.served else None)
         policy.check()
         first = self.served is None
         self.served = Served(weights.manifest, policy)

@@ -99,12 +99,25 @@ def test_a_batch_is_never_larger_than_allowed_and_nobody_is_overtaken() -> None:
     batcher = Batcher(squares, 3, time.monotonic)
     first = held(squares, batcher)
     callers = []
-    for queries in ((2, 3), (4, 5), (6,), (7, 8, 9, 10)):
+    for queries in ((2, 3), (4, 5), (6,), (7, 8, 9)):
         callers.append(Caller(batcher, *queries))
         waiting(batcher, len(callers))
     squares.gate.set()
-    assert [caller.result() for caller in (first, *callers)][-1] == [49, 64, 81, 100]
-    assert squares.calls == [[1], [2, 3], [4, 5, 6], [7, 8, 9], [10]]
+    assert [caller.result() for caller in (first, *callers)][-1] == [49, 64, 81]
+    assert squares.calls == [[1], [2, 3], [4, 5, 6], [7, 8, 9]]
+
+
+def test_a_call_for_many_lets_others_in_between_its_batches() -> None:
+    squares = Squares()
+    batcher = Batcher(squares, 2, time.monotonic)
+    first = held(squares, batcher)
+    many = Caller(batcher, 2, 3, 4, 5, 6)
+    waiting(batcher, 1)
+    one = Caller(batcher, 7)
+    waiting(batcher, 2)
+    squares.gate.set()
+    assert [caller.result() for caller in (first, many, one)] == [[1], [4, 9, 16, 25, 36], [49]]
+    assert squares.calls[:3] == [[1], [2, 3], [7]]
 
 
 def test_who_stopped_waiting_costs_nothing() -> None:
