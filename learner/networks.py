@@ -94,26 +94,24 @@ class ItemTensors(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """What the heads need to know of N items."""
+    """What the heads need to know of N items; v' = v + 2."""
 
     tower: Tensor  # [N, d] ψ(a)
-    organic: Tensor  # [N, d + 1]
-    choice: Tensor  # [N, 2d + 3]
-    reward: Tensor  # [N, v + 2]
-    continuation: Tensor  # [N, v + 2]
-    gain: Tensor  # [N, 2v + 4] both of these, for m + γ g in one product
+    organic: Tensor  # [N, d + 2]
+    choice: Tensor  # [N, 2d + 5]
+    gain: Tensor  # [N, 2v'] reward, then continuation
 
 
 class Query(NamedTuple):
     """One head's view of B states; score(s, a) = vector(s) · key(a) + Σ_h copy[h] · [history item h is a]."""
 
     vector: Tensor  # [B, D]
-    copy: Tensor | None  # [B, H] weights on the history's own items
+    copy: Tensor  # [B, H] weights on the history's own items
     item: Tensor  # [B, H]
 
     def rows(self, which: Tensor) -> Query:
         """The view of these states."""
-        return Query(self.vector[which], None if self.copy is None else self.copy[which], self.item[which])
+        return Query(self.vector[which], self.copy[which], self.item[which])
 
 
 class Queries(NamedTuple):
@@ -121,60 +119,58 @@ class Queries(NamedTuple):
 
     organic: Query
     choice: Query
-    reward: Query
-    continuation: Query
+    gain: Tensor  # [B, 2v'] reward, then continuation
     unchosen: Tensor  # [B] V0(s)
 
 
 def score_all(query: Query, keys: Tensor) -> Tensor:
     """Scores of all items. keys: [N, D]; returns [B, N]."""
-    scores = query.vector @ keys.T
-    return scores if query.copy is None else scores.scatter_add(1, query.item, query.copy)
+    return (query.vector @ keys.T).scatter_add(1, query.item, query.copy)
 
 
 def score_at(query: Query, keys: Tensor, ids: Tensor) -> Tensor:
     """Scores of chosen items. keys: [N, D] of the whole shelf; ids: [B, K] rows of it; returns [B, K]."""
-    scores = torch.einsum("bd,bkd->bk", query.vector, functional.embedding(ids, keys))
-    if query.copy is None:
-        return scores
+    scores = torch.bmm(functional.embedding(ids, keys), query.vector.unsqueeze(2)).squeeze(2)
     same = query.item.unsqueeze(1) == ids.unsqueeze(2)  # [B, K, H]
-    return scores + torch.where(same, query.copy.unsqueeze(1), 0.0).sum(dim=2)
+    return scores + (same * query.copy.unsqueeze(1)).sum(dim=2)
 
 
 class ItemTower(nn.Module):
-    """ψ: id embedding + hashed category + hashed brand + price + dense vector → d.
+    """ψ: id embedding + hashed category + hashed brand + price + dense vector → d; and two biases by id.
 
-    An id starts at zero and learns what its features do not say; ids never trained share one learnt vector, so that
+    An id starts at zero and learns what its features do not say; ids never trained share one learnt row, so that
     a new item scores from its features from its first second.
     """
 
     def __init__(self, settings: NetworkSettings, items: int) -> None:
         super().__init__()
         d = settings.dim
-        self.id = nn.Embedding(items, d)
+        self.id = nn.Embedding(items, d + BIASES)
         self.category = nn.Embedding(settings.category_buckets, d)
         self.brand = nn.Embedding(settings.brand_buckets, d)
-        self.price = nn.Linear(4, d)
-        self.vector = nn.Linear(settings.vector_dim, d, bias=False)
-        self.new = nn.Parameter(torch.zeros(d))
+        self.dense = nn.Linear(PRICE_FEATURES + settings.vector_dim, d)
+        self.new = nn.Parameter(torch.zeros(d + BIASES))
         nn.init.zeros_(self.id.weight)
         nn.init.normal_(self.category.weight, std=d**-0.5)
         nn.init.normal_(self.brand.weight, std=0.5 * d**-0.5)
-        nn.init.normal_(self.price.weight, std=0.2 * d**-0.5)
-        nn.init.zeros_(self.price.bias)
+        nn.init.normal_(self.dense.weight, std=0.2 * d**-0.5)
+        nn.init.zeros_(self.dense.bias)
 
-    def forward(self, items: ItemTensors, known: Tensor, own: Tensor) -> Tensor:
-        """[M, d]. known: [M] bool, was learnt from; own: [M, d] id embeddings, which count for those alone."""
-        return torch.where(known.unsqueeze(1), own, self.new) + self.features(items)
+    def forward(self, items: ItemTensors, known: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+        """Vectors [M, d] and biases [M, 2]. known: [M] bool, was learnt from; own: [M, d + 2] rows of the id table,
+        which count for those alone."""
+        own = torch.where(known.unsqueeze(1), own, self.new)
+        d = self.dense.out_features
+        return own[:, :d] + self.features(items), own[:, d:]
 
     def features(self, items: ItemTensors) -> Tensor:
-        """[M, d], from catalog features alone (inline candidates; items never seen)."""
-        return (
-            self.category(items.category)
-            + self.brand(items.brand)
-            + self.price(_price_features(items.price))
-            + self.vector(items.vector)
-        )
+        """[M, d], from catalog features alone."""
+        dense = torch.cat((_price_features(items.price), items.vector), dim=1)
+        return self.category(items.category) + self.brand(items.brand) + self.dense(dense)
+
+
+BIASES: Final = 2  # of organic interest and of choice: what an id's features do not say
+PRICE_FEATURES: Final = 4
 
 
 def _price_features(price: Tensor) -> Tensor:
@@ -190,9 +186,9 @@ class HistoryEncoder(nn.Module):
     def __init__(self, settings: NetworkSettings) -> None:
         super().__init__()
         c, d = settings.channels, settings.dim
-        self.name_weight = nn.Embedding(NAMES, c)
-        self.age_weight = nn.Embedding(AGES, c)
-        self.place_weight = nn.Embedding(PLACES, c)
+        self.name_weight = nn.Parameter(torch.zeros(NAMES, c))
+        self.age_weight = nn.Parameter(torch.zeros(AGES, c))
+        self.place_weight = nn.Parameter(torch.zeros(PLACES, c))
         self.mix = nn.Linear(c * d, d, bias=False)
         self.hidden = nn.Linear(c * d + COUNTS, settings.hidden)
         self.out = nn.Linear(settings.hidden, d)
@@ -201,37 +197,39 @@ class HistoryEncoder(nn.Module):
     @torch.no_grad()
     def _start(self, c: int, d: int) -> None:
         """Channels start as a practitioner would draw them, and `mix` as the sum of all: "more of the same"."""
-        for table in (self.name_weight, self.age_weight, self.place_weight):
-            nn.init.zeros_(table.weight)
-        self.place_weight.weight[1:, 1 % c] = -3.0  # the newest alone
-        self.age_weight.weight[SESSION_AGES:, 2 % c] = -4.0  # this visit
-        self.name_weight.weight[:, 3 % c] = -3.0  # deeds of weight
-        self.name_weight.weight[[CODES[name] for name in ("add_to_cart", "purchase")], 3 % c] = 0.0
-        self.place_weight.weight[:, 4 % c] = -0.7 * torch.arange(PLACES)  # fading out
-        self.age_weight.weight[:2, 5 % c] = 2.0  # the last minute
-        self.age_weight.weight[:SESSION_AGES, 6 % c] = -4.0  # earlier visits
-        self.name_weight.weight[CODES["view_item"], 7 % c] = 2.0  # views
+        self.place_weight[1:, 1 % c] = -3.0  # the newest alone
+        self.age_weight[SESSION_AGES:, 2 % c] = -4.0  # this visit
+        self.name_weight[:, 3 % c] = -3.0  # deeds of weight
+        self.name_weight[[CODES[name] for name in ("add_to_cart", "purchase")], 3 % c] = 0.0
+        self.place_weight[:, 4 % c] = -0.7 * torch.arange(PLACES)  # fading out
+        self.age_weight[:2, 5 % c] = 2.0  # the last minute
+        self.age_weight[:SESSION_AGES, 6 % c] = -4.0  # earlier visits
+        self.name_weight[CODES["view_item"], 7 % c] = 2.0  # views
         self.mix.weight.copy_(torch.cat([torch.eye(d) / c] * c, dim=1))
         nn.init.normal_(self.out.weight, std=0.05)
 
-    def forward(self, state: StateTensors, tower: Tensor, local: Tensor) -> Tensor:
-        """[B, d]. tower: [N, d] item vectors; local: [B, H], the rows of it that the history's items are."""
-        ages, places = age_buckets(state), place_buckets(state)
-        logits = self.name_weight(state.name) + self.age_weight(ages) + self.place_weight(places)  # [B, H, C]
-        weight = torch.exp(logits) * (state.name > 0).unsqueeze(2)
-        vectors = functional.embedding(local, tower)  # [B, H, d]
-        pooled = torch.bmm(weight.transpose(1, 2), vectors)  # [B, C, d]
+    def forward(self, state: StateTensors, kinds: Tensor, tower: Tensor, local: Tensor) -> Tensor:
+        """[B, d]. kinds: [B, H] of `entry_kinds`; tower: [N, d] item vectors; local: [B, H], its rows that the
+        history's items are."""
+        table = torch.exp(self.name_weight.unsqueeze(1) + self.age_weight).flatten(0, 1)  # [NAMES * AGES, C]
+        place = torch.exp(functional.embedding(place_buckets(state), self.place_weight))  # [1, H, C]
+        real = (state.name > 0).unsqueeze(2)
+        weight = functional.embedding(kinds, table) * place * real  # [B, H, C]
+        pooled = torch.bmm(weight.transpose(1, 2), functional.embedding(local, tower))  # [B, C, d]
         pooled = (pooled / (weight.sum(dim=1) + 0.5).unsqueeze(2)).flatten(1)
-        hidden = functional.relu(self.hidden(torch.cat((pooled, _counts(state, ages)), dim=1)))
+        hidden = functional.relu(self.hidden(torch.cat((pooled, _counts(state, kinds)), dim=1)))
         return self.mix(pooled) + self.out(hidden)
 
 
 COUNTS: Final = 2 * NAMES + 5
 
 
-def age_buckets(state: StateTensors) -> Tensor:
-    """[B, H] in 0..AGES-1."""
-    return torch.bucketize(state.age_s, torch.tensor(AGE_BOUNDS_S, device=state.age_s.device), right=True)
+def entry_kinds(state: StateTensors) -> Tensor:
+    """[B, H] in 0..NAMES * AGES - 1: event type x recency bucket of each entry; of padding, event type 0."""
+    ages = torch.zeros_like(state.name)
+    for bound in AGE_BOUNDS_S:  # a few comparisons are quicker than a search
+        ages += state.age_s >= bound
+    return ages.add_(state.name, alpha=AGES)
 
 
 def place_buckets(state: StateTensors) -> Tensor:
@@ -240,20 +238,18 @@ def place_buckets(state: StateTensors) -> Tensor:
     return torch.bucketize(place, torch.tensor(PLACE_BOUNDS, device=place.device), right=True).unsqueeze(0)
 
 
-def _counts(state: StateTensors, ages: Tensor) -> Tensor:
-    """[B, COUNTS]: how often each event type occurred, ever and in this visit, and when."""
+@torch.no_grad()
+def _counts(state: StateTensors, kinds: Tensor) -> Tensor:
+    """[B, COUNTS]: how often each event type occurred, in this visit and earlier, and when."""
     real = (state.name > 0).float()
-    visit = real * (ages < SESSION_AGES)
-    zeros = torch.zeros(len(real), NAMES, device=real.device)
-    ever = zeros.scatter_add(1, state.name, real)
-    now = zeros.scatter_add(1, state.name, visit)
-    recency = torch.log1p(state.age_s[:, 0]) * real[:, 0] / 10
-    since = torch.log1p((state.age_s * visit).amax(dim=1)) / 10
-    value = torch.log1p((state.value.clamp(min=0) * real).sum(dim=1)) / 10
-    empty, full = 1 - real[:, 0], real[:, -1]
-    return torch.cat(
-        (torch.log1p(ever), torch.log1p(now), torch.stack((recency, since, value, empty, full), 1)), 1
-    )
+    now = (kinds % AGES < SESSION_AGES).float() * real
+    counts = torch.zeros(len(real), 2 * NAMES, device=real.device)
+    counts.scatter_add_(1, state.name, now).scatter_add_(1, state.name + NAMES, real - now)
+    since = (state.age_s * now).amax(dim=1)
+    value = (state.value.clamp(min=0) * real).sum(dim=1)
+    times = torch.stack((state.age_s[:, 0] * real[:, 0], since, value), dim=1)
+    ends = torch.stack((1 - real[:, 0], real[:, -1]), dim=1)  # empty, full
+    return torch.cat((torch.log1p(counts), torch.log1p(times) / 10, ends), dim=1)
 
 
 class QNetwork(nn.Module):
@@ -262,21 +258,15 @@ class QNetwork(nn.Module):
     def __init__(self, settings: NetworkSettings, items: int) -> None:
         super().__init__()
         self.settings = settings
-        d, v = settings.dim, settings.value_dim
+        d, v = settings.dim, settings.value_dim + 2
         self.tower = ItemTower(settings, items)
         self.encoder = HistoryEncoder(settings)
-        self.item_bias = nn.Embedding(items, 2)  # organic and choice: what an id's features do not say
-        self.copy = nn.Embedding(
-            NAMES * AGES, 2
-        )  # organic and choice: weight on an item that is in the history
+        # weights of organic interest and of choice on an item that is in the history
+        self.copy = nn.Embedding(NAMES * AGES, BIASES)
         self.prior = nn.Parameter(torch.tensor(0.3))  # β: how far choice follows organic interest
         self.organic_key = nn.Linear(d, d + 1)
-        self.choice_query = nn.Linear(d, d + 1)
-        self.choice_key = nn.Linear(d, d + 1)
-        self.reward_query = nn.Linear(d, v + 1)
-        self.reward_key = nn.Linear(d, v + 1)
-        self.continuation_query = nn.Linear(d, v + 1)
-        self.continuation_key = nn.Linear(d, v + 1)
+        self.query = nn.Linear(d, d + 2 + 2 * v)  # choice, reward, continuation
+        self.key = nn.Linear(d, d + 2 + 2 * v)
         self.unchosen = nn.Sequential(nn.Linear(d, settings.hidden), nn.ReLU(), nn.Linear(settings.hidden, 1))
         self.position = nn.Parameter(torch.zeros(MAX_SLOTS))  # choice log-odds by slot, against slot 0
         self.aside = nn.Parameter(torch.zeros(2))  # reward, continuation: how organic choices differ
@@ -284,67 +274,65 @@ class QNetwork(nn.Module):
 
     @torch.no_grad()
     def _start(self) -> None:
-        d = self.settings.dim
-        nn.init.zeros_(self.item_bias.weight)
+        d, v = self.settings.dim, self.settings.value_dim + 2
         nn.init.zeros_(self.copy.weight)
-        self.organic_key.weight.zero_()
-        self.organic_key.weight[:d] = torch.eye(d) * 2.0
-        for layer in (self.choice_query, self.choice_key, self.reward_query, self.reward_key):
-            nn.init.normal_(layer.weight, std=0.3 * d**-0.5)
-        for layer in (self.continuation_query, self.continuation_key):
-            nn.init.normal_(layer.weight, std=0.1 * d**-0.5)
         for module in self.modules():
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        self.choice_query.bias[-1] = -3.0  # one slot in twenty
-        self.reward_query.bias[-1] = 1.0
+        self.organic_key.weight.zero_()
+        self.organic_key.weight[:d] = torch.eye(d) * 2.0
+        for layer in (self.query, self.key):
+            nn.init.normal_(layer.weight[: d + 2 + v], std=0.3 * d**-0.5)
+            nn.init.normal_(layer.weight[d + 2 + v :], std=0.1 * d**-0.5)
+        # each head's last two numbers start as (1, bias of the state) · (bias of the item, 1)
+        for end, bias in (
+            (d + 2, -3.0),
+            (d + 2 + v, 1.0),
+            (d + 2 + 2 * v, 0.0),
+        ):  # one slot in twenty; one unit
+            for layer, one in ((self.query, end - 2), (self.key, end - 1)):
+                layer.weight[one] = 0.0
+                layer.bias[one] = 1.0
+            self.query.bias[end - 1] = bias
 
     def keys(self, items: ItemTensors, ids: Tensor | None = None, forget: Tensor | None = None) -> Keys:
-        """The heads' keys of the items given by ids [M], or of all. forget: [N] bool, as for the tower."""
+        """The heads' keys of the items given by ids [M], or of all. forget: [N] bool, as never learnt from."""
         if ids is None:
-            rows, known = items, items.seen if forget is None else items.seen & ~forget
-            own, bias = self.tower.id.weight[: len(known)], self.item_bias.weight[: len(known)]
-        else:
-            rows = ItemTensors(*(column[ids] for column in items))
-            known = rows.seen if forget is None else rows.seen & ~forget[ids]
-            own, bias = self.tower.id(ids), self.item_bias(ids)
-        return self._keys(rows, known, own, bias)
+            known = items.seen if forget is None else items.seen & ~forget
+            return self._keys(items, known, self.tower.id.weight[: len(known)])
+        rows = ItemTensors(*(column[ids] for column in items))
+        known = rows.seen if forget is None else rows.seen & ~forget[ids]
+        return self._keys(rows, known, self.tower.id(ids))
 
     def keys_with(self, items: ItemTensors, ids: Tensor) -> Keys:
         """The heads' keys of M items whose features come with the request. items: of M rows; ids: [M], 0 unknown."""
-        return self._keys(items, items.seen, self.tower.id(ids), self.item_bias(ids))
+        return self._keys(items, items.seen, self.tower.id(ids))
 
-    def _keys(self, items: ItemTensors, known: Tensor, own: Tensor, bias: Tensor) -> Keys:
-        tower = self.tower(items, known, own)
-        bias = torch.where(known.unsqueeze(1), bias, 0.0)
-        one = torch.ones(len(tower), 1, device=tower.device)
-        organic = self.organic_key(tower)
-        organic = torch.cat((organic[:, :-1], organic[:, -1:] + bias[:, :1]), dim=1)
-        choice = self.choice_key(tower)
-        choice = torch.cat((organic, choice[:, :-1], choice[:, -1:] + bias[:, 1:], one), dim=1)
-        reward = torch.cat((self.reward_key(tower), one), dim=1)
-        continuation = torch.cat((self.continuation_key(tower), one), dim=1)
-        return Keys(tower, organic, choice, reward, continuation, torch.cat((reward, continuation), dim=1))
-
-    def features(self, state: StateTensors, tower: Tensor, local: Tensor | None = None) -> Tensor:
-        """φ(s), [B, d]. tower: item vectors [N, d]; local: rows of it; None: row i is vocabulary id i."""
-        return self.encoder(state, tower, state.item if local is None else local)
+    def _keys(self, items: ItemTensors, known: Tensor, own: Tensor) -> Keys:
+        d = self.settings.dim
+        tower, bias = self.tower(items, known, own)
+        key = self.key(tower)
+        organic = torch.cat((self.organic_key(tower), bias[:, :1]), dim=1)
+        choice = torch.cat((organic, key[:, : d + 2], bias[:, 1:]), dim=1)
+        return Keys(tower, organic, choice, key[:, d + 2 :])
 
     def queries(self, state: StateTensors, tower: Tensor, local: Tensor | None = None) -> Queries:
-        """Every head's view of the states. tower and local as for `features`; local also names the items scored."""
-        phi = self.features(state, tower, local)
+        """Every head's view of the states. tower: item vectors [N, d]; local: [B, H] rows of it that the history's
+        items are, and by which they are known to `score_all` and `score_at`; None: row i is vocabulary id i."""
         item = state.item if local is None else local
+        kinds = entry_kinds(state)
+        phi = self.encoder(state, kinds, tower, item)
         # the unknown item (0) and padding must not pull on anything
-        copy = self.copy(state.name * AGES + age_buckets(state)) * (state.item > 0).unsqueeze(2)  # [B, H, 2]
-        one = torch.ones(len(phi), 1, device=phi.device)
-        organic = torch.cat((phi, one), dim=1)
-        chosen = self.choice_query(phi)
-        choice = torch.cat((organic * self.prior, chosen[:, :-1], one, chosen[:, -1:]), dim=1)
+        copy = self.copy(kinds) * (state.item > 0).unsqueeze(2)  # [B, H, 2]
+        one = phi.new_ones(len(phi), 1)
+        organic = torch.cat((phi, one, one), dim=1)
+        heads = self.query(phi)
+        mine = self.settings.dim + 2
+        choice = torch.cat((organic * self.prior, heads[:, :mine], one), dim=1)
         return Queries(
             Query(organic, copy[..., 0], item),
             Query(choice, self.prior * copy[..., 0] + copy[..., 1], item),
-            Query(_with_bias(self.reward_query(phi)), None, item),
-            Query(_with_bias(self.continuation_query(phi)), None, item),
+            heads[:, mine:],
             self.unchosen(phi).squeeze(1),
         )
 
@@ -360,19 +348,23 @@ class QNetwork(nn.Module):
         """γ V0(s), [B, 1]: what is to come if nothing is chosen."""
         return self.settings.gamma * queries.unchosen.unsqueeze(1)
 
+    def gain_all(self, queries: Queries, keys: Keys) -> Tensor:
+        """m + γ g of all N items, [B, N]: what the choice of each is worth."""
+        half = self.settings.value_dim + 2
+        gain = torch.cat((queries.gain[:, :half], self.settings.gamma * queries.gain[:, half:]), dim=1)
+        return gain @ keys.gain.T
+
+    def parts_at(self, queries: Queries, keys: Keys, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Choice log-odds, m and g at ids [B, K], each [B, K]."""
+        product = functional.embedding(ids, keys.gain) * queries.gain.unsqueeze(1)
+        reward, continuation = product.reshape(*ids.shape, 2, -1).sum(dim=3).unbind(dim=2)
+        return score_at(queries.choice, keys.choice, ids), reward, continuation
+
     def advantage_all(self, queries: Queries, keys: Keys) -> Tensor:
         """p · (m + γ g) of all N items, [B, N]: what showing an item adds to showing nothing of interest."""
-        gain = torch.cat((queries.reward.vector, self.settings.gamma * queries.continuation.vector), dim=1)
-        return torch.sigmoid(score_all(queries.choice, keys.choice)) * (gain @ keys.gain.T)
+        return torch.sigmoid(score_all(queries.choice, keys.choice)) * self.gain_all(queries, keys)
 
     def advantage_at(self, queries: Queries, keys: Keys, ids: Tensor) -> Tensor:
         """p · (m + γ g) at ids [B, K], [B, K]."""
-        reward = score_at(queries.reward, keys.reward, ids)
-        continuation = score_at(queries.continuation, keys.continuation, ids)
-        choice = score_at(queries.choice, keys.choice, ids)
+        choice, reward, continuation = self.parts_at(queries, keys, ids)
         return torch.sigmoid(choice) * (reward + self.settings.gamma * continuation)
-
-
-def _with_bias(query: Tensor) -> Tensor:
-    """[q, c] → [q, 1, c], against a key [k, b, 1]: q · k + b + c."""
-    return torch.cat((query[:, :-1], torch.ones_like(query[:, :1]), query[:, -1:]), dim=1)

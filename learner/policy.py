@@ -20,7 +20,7 @@ from torch import Tensor
 
 from learner.agent import bucket
 from learner.exploration import epsilon_greedy_slate
-from learner.networks import ItemTensors, Keys, NetworkSettings, QNetwork, Query, StateTensors, score_at
+from learner.networks import ItemTensors, Keys, NetworkSettings, QNetwork, StateTensors
 from learner.replay import Histories
 from learner.weights import Manifest, Weights
 from streaming.interning import hash_string
@@ -179,15 +179,11 @@ class Policy:
         with torch.inference_mode():
             keys, ids = self._candidate_keys(candidates)
             queries = self._network.queries(_tensors(state), self._keys.tower)
-            rows = torch.arange(len(candidates)).unsqueeze(0)
-            item = queries.choice.item
-            log_odds = score_at(Query(queries.choice.vector, None, item), keys.choice, rows)
-            gain = score_at(queries.reward, keys.reward, rows)
-            gain += self._network.settings.gamma * score_at(queries.continuation, keys.continuation, rows)
-            copied = queries.choice.copy
-            assert copied is not None  # the choice head always has one
-            same = (item.unsqueeze(1) == ids.view(1, -1, 1)) & (ids > 0).view(1, -1, 1)  # [1, M, H]
-            log_odds += torch.where(same, copied.unsqueeze(1), 0.0).sum(dim=2)
+            choice = queries.choice
+            log_odds = choice.vector @ keys.choice.T
+            same = (choice.item == ids.unsqueeze(1)) & (ids > 0).unsqueeze(1)  # [M, H]
+            log_odds = log_odds + (same * choice.copy).sum(dim=1)
+            gain = self._network.gain_all(queries, keys)
             q: npt.NDArray[np.float32] = (self._network.value(queries) + torch.sigmoid(log_odds) * gain)[
                 0
             ].numpy()

@@ -23,6 +23,7 @@ SEGMENT: Final = 8192  # rows of a checkpoint part: what one change makes the ne
 PRIORITY_SEGMENTS: Final = 8  # priorities change everywhere all the time: fewer parts, so many times as large
 MAX_PARTITION: Final = 1 << 15
 MAX_OFFSET: Final = 1 << 48
+SIBLINGS: Final = 16  # slots of a sampled transition's step that come with it, itself included
 PRIORITY_FLOOR: Final = 1e-3  # added to |TD error|, so that nothing becomes unreachable
 
 # Places in Store.cursor.
@@ -68,6 +69,11 @@ class Batch(NamedTuple):
     next_timestamp_ms: npt.NDArray[np.int64]  # [B] event time of `next_state`; 0 where discount is 0
     # [B] sequence numbers, for `Replay.update_priorities`; never used twice
     index: npt.NDArray[np.int64]  # type: ignore[assignment]
+    # the whole step: `action` first, then the slots after it, then those before; action 0 where there is none (or
+    # it is no longer kept), the first SIBLINGS of them
+    slate: npt.NDArray[np.int32]  # [B, SIBLINGS] vocabulary ids
+    slate_slot: npt.NDArray[np.int16]  # [B, SIBLINGS] place in the slate, from 0
+    slate_reward: npt.NDArray[np.float32]  # [B, SIBLINGS] each slot's own reward
 
 
 def empty_batch(batch_size: int, history_length: int) -> Batch:
@@ -84,7 +90,8 @@ def empty_batch(batch_size: int, history_length: int) -> Batch:
 
     dtypes = (np.int32, *[np.float32] * 5, np.int16, np.int32, np.bool_, np.float32, *[np.int64] * 4)
     columns: list[npt.NDArray[Any]] = [np.zeros(batch_size, dtype) for dtype in dtypes]
-    return Batch(histories(), histories(), *columns)
+    slates = [np.zeros((batch_size, SIBLINGS), dtype) for dtype in (np.int32, np.int16, np.float32)]
+    return Batch(histories(), histories(), *columns, *slates)
 
 
 class _Steps(NamedTuple):
@@ -477,6 +484,7 @@ def _gather(store: _Store, n_step: int, gamma: float, out: Batch) -> None:
         out.propensity[b] = rows.propensity[at]
         out.policy_version[b] = steps.policy_version[step]
         out.timestamp_ms[b] = steps.timestamp_ms[step]
+        _copy_slate(store, step, out, b)
         _copy_state(steps, step, out.state, b)
         if discount > 0.0:
             out.next_timestamp_ms[b] = steps.timestamp_ms[last]
@@ -487,6 +495,24 @@ def _gather(store: _Store, n_step: int, gamma: float, out: Batch) -> None:
             out.next_state.name[b] = 0
             out.next_state.age_s[b] = 0.0
             out.next_state.value[b] = 0.0
+
+
+@jit
+def _copy_slate(store: _Store, step: int, out: Batch, b: int) -> None:
+    """The slots of row b's step that are kept, from the row's own on, round and round."""
+    rows, capacity = store.rows, len(store.rows.step)
+    first = max(store.steps.first[step], store.cursor[_TAIL])
+    count = store.steps.first[step] + store.steps.slots[step] - first
+    for k in range(out.slate.shape[1]):
+        if k < count:
+            at = (first + (out.index[b] - first + k) % count) % capacity
+            out.slate[b, k] = rows.action[at]
+            out.slate_slot[b, k] = rows.slot[at]
+            out.slate_reward[b, k] = rows.reward[at]
+        else:
+            out.slate[b, k] = 0
+            out.slate_slot[b, k] = 0
+            out.slate_reward[b, k] = 0.0
 
 
 @jit

@@ -1,0 +1,336 @@
+"""How fast does the agent learn the simulated shop, by decisions and by CPU time, and how far does it come?
+
+    python -m benchmarks.learning [--seeds 3] [--decisions 50000 150000] [--set batch_size=128 ...] [--json FILE]
+
+The whole loop in one process and one thread, without a log or a server: shop -> policy (epsilon-greedy slates from
+weights renewed each turn) -> feed -> joiner -> replay -> agent. Random, popularity and the oracles of
+simulator/policies.py meet the same shoppers on the same days (common random numbers). Figures at N decisions are of
+the visits that began in the last `--window-h` hours of event time before the learner's N-th decision (bar the last
+hour, whose visits are not over): exploration, and learning on, included.
+
+    gap closed = (learned - random) / (planning oracle - random), in reward per visit
+
+Intervals are 95 %, Student's t over seeds (over shoppers where there is one seed).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from benchmarks.shop import policies
+from learner.agent import Agent, AgentSettings
+from learner.pacing import Band
+from learner.policy import Policy
+from learner.replay import Histories, Replay, empty_batch
+from learner.weights import Manifest, Weights
+from simulator.feed import Feed
+from simulator.figures import figures, over_seeds, same_visits
+from simulator.shop import HOUR_MS, PURCHASE, Outcome, Shop, ShopSettings, Turn, Visits
+from streaming.interning import hash_string
+from streaming.joiner import Joiner, JoinSettings
+
+NAMES = ("random", "popularity", "greedy oracle", "history oracle", "planning oracle")
+
+
+class ShopCatalog(NamedTuple):
+    """The shop's goods as the agent reads a catalog; item row r has vocabulary id r + 1."""
+
+    category: npt.NDArray[np.uint64]
+    brand: npt.NDArray[np.uint64]
+    price: npt.NDArray[np.float32]
+    in_stock: npt.NDArray[np.bool_]
+    gone: npt.NDArray[np.bool_]
+    known: npt.NDArray[np.bool_]
+    vector: npt.NDArray[np.float32]
+
+    @classmethod
+    def of(cls, shop: Shop) -> ShopCatalog:
+        """As the catalog topic would say it now; what is not released yet counts as out of stock."""
+        g, n = shop.goods, len(shop.item_ids) + 1
+        categories = np.array([hash_string(name) for name in g.category_name], np.uint64)
+        brands = np.array([hash_string(name) for name in g.brand_name], np.uint64)
+        return cls(
+            np.append(np.uint64(0), categories[g.category]),
+            np.append(np.uint64(0), brands[g.brand]),
+            np.append(np.nan, g.price).astype(np.float32),
+            np.append(False, shop.available),
+            np.zeros(n, np.bool_),
+            np.arange(n) > 0,
+            np.vstack([np.zeros((1, g.vector.shape[1]), np.float32), g.vector]),
+        )
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """What is around the agent."""
+
+    epsilon: float = field(default=0.05, metadata={"help": "share of slots explored"})
+    updates_per_transition: float = field(
+        default=0.04, metadata={"help": "gradient steps for each transition"}
+    )
+    min_replay: int = field(default=1000, metadata={"help": "transitions before the first update"})
+    capacity: int = field(default=1_000_000, metadata={"help": "transitions kept"})
+    alpha: float = field(default=0.6, metadata={"help": "of prioritised replay; 0: uniform"})
+    beta: float = field(default=0.4, metadata={"help": "how far importance weights undo the priorities"})
+
+
+class Loop:
+    """The learned recommender: serves a shop's turns and learns from what comes of them."""
+
+    def __init__(self, shop: Shop, agent: AgentSettings, loop: LoopSettings, seed: int) -> None:
+        self.settings = loop
+        self.agent = Agent(agent, seed=seed)
+        self.updates_s = self.cpu_s = 0.0
+        self._shop, self._feed = shop, Feed(shop)
+        self._joiner = Joiner(JoinSettings(gamma=agent.gamma, history_length=agent.history_length), [0])
+        self._replay = Replay(
+            loop.capacity, agent.history_length, prioritised=loop.alpha > 0, alpha=loop.alpha
+        )
+        self._band = Band(0.0, loop.updates_per_transition, loop.min_replay)
+        self._batch = empty_batch(agent.batch_size, agent.history_length)
+        self._explore, self._draw = np.random.default_rng([seed, 21]), np.random.default_rng([seed, 22])
+        self._version = 0
+        self._hour = -1
+
+    def turn(self) -> tuple[Turn, Outcome]:
+        """One turn: stock, slates, outcome, learning."""
+        turn = self._shop.next_turn()
+        began = time.process_time()
+        hour = int(turn.timestamp_ms.min()) // HOUR_MS
+        if hour != self._hour:  # stock changes by the hour
+            self.agent.set_catalog(ShopCatalog.of(self._shop))
+            self._hour = hour
+        slates, propensity = self._slates(turn)
+        self.cpu_s += time.process_time() - began
+        outcome = self._shop.show(turn, slates)
+        began = time.process_time()
+        columns = self._feed.columns(turn, slates, propensity, outcome, self._version, self.settings.epsilon)
+        self._replay.insert(self._joiner.push(columns))
+        self._learn()
+        self.cpu_s += time.process_time() - began
+        return turn, outcome
+
+    def policy(self) -> Policy:
+        """The newest weights, by the way that they take to a server."""
+        tensors = {name: tensor.numpy() for name, tensor in self.agent.tensors().items()}
+        manifest = Manifest(
+            version=self._version,
+            epoch=1,
+            parent=None,
+            tensors_sha256="",
+            shapes={},
+            dtypes={},
+            vocabulary_sha256=(),
+            items=len(self._shop.item_ids),
+            settings=self.agent.shape(),
+        )
+        return Policy.from_weights(Weights(manifest, tensors, list(self._shop.item_ids)))
+
+    def _slates(self, turn: Turn) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float64]]:
+        """[B, 6] rows of the catalog and their propensities; what was bought lately is left out, as at a server."""
+        self._version += 1
+        policy, past = self.policy(), turn.history
+        states = histories(turn)
+        eligible = np.repeat(np.append(False, turn.available)[None], len(turn.shopper), axis=0)
+        b, h = np.nonzero(past.name == PURCHASE)
+        eligible[b, past.item[b, h] + 1] = False
+        slates = policy.recommend(states, SLOTS, self.settings.epsilon, self._explore, eligible)
+        return (
+            np.stack([slate.ids for slate in slates]).astype(np.int32) - 1,
+            np.stack([slate.propensity for slate in slates]),
+        )
+
+    def _learn(self) -> None:
+        """As many updates as the band allows."""
+        agent, replay = self.agent, self._replay
+        began = time.process_time()
+        for _ in range(self._band.updates_left(replay.inserted, agent.updates)):
+            s = agent.settings
+            batch = replay.sample(
+                s.batch_size, self._draw, self.settings.beta, s.n_step, s.gamma or None, out=self._batch
+            )
+            replay.update_priorities(batch.index, agent.update(batch).td_error)
+        self.updates_s += time.process_time() - began
+
+
+SLOTS = 6
+
+
+def histories(turn: Turn) -> Histories:
+    """The turn's histories as states: what `Policy.encode` makes of the same entries."""
+    past = turn.history
+    age_s = np.maximum(turn.timestamp_ms[:, None] - past.timestamp_ms, 0) / 1000.0
+    real = past.item >= 0
+    return Histories(past.item + np.int32(1), past.name, (age_s * real).astype(np.float32), past.value)
+
+
+class Learnt(NamedTuple):
+    """One run of the learned recommender."""
+
+    visits: Visits
+    edges: list[int]  # event time at which each of the asked numbers of decisions was reached, ms
+    cost: dict[str, float]
+
+
+def learn(
+    settings: ShopSettings, seed: int, decisions: Sequence[int], agent: AgentSettings, loop: LoopSettings
+) -> Learnt:
+    """Let an agent serve the shop and learn."""
+    shop = Shop(settings, seed)
+    runner = Loop(shop, agent, loop, seed)
+    served, edges = 0, []
+    for goal in sorted(decisions):
+        while served < goal:
+            turn, _ = runner.turn()
+            served += len(turn.shopper)
+        edges.append(int(turn.timestamp_ms.min()))
+        print(f"  seed {seed} learned: {served} decisions", file=sys.stderr, flush=True)
+    updates = runner.agent.updates
+    cost = {
+        "decisions": served,
+        "updates": updates,
+        "update_ms": 1e3 * runner.updates_s / max(1, updates),
+        "cpu_ms_per_decision": 1e3 * runner.cpu_s / served,
+    }
+    return Learnt(shop.visits(), edges, cost)
+
+
+def spend_until(settings: ShopSettings, seed: int, name: str, end_ms: int) -> Visits:
+    """The visits that a policy of benchmarks.shop gets until then."""
+    shop, policy = Shop(settings, seed), _maker(settings, seed, name)
+    now = 0
+    while now < end_ms:
+        turn = shop.next_turn()
+        policy.observe(turn.events)
+        outcome = shop.show(turn, policy.recommend(shop, turn, SLOTS))
+        policy.observe(outcome.events)
+        now = int(turn.timestamp_ms.min())
+    return shop.visits()
+
+
+_plans: dict[tuple[ShopSettings, int], dict[str, Any]] = {}
+
+
+def _maker(settings: ShopSettings, seed: int, name: str) -> Any:
+    if (settings, seed) not in _plans:
+        _plans.clear()
+        _plans[settings, seed] = policies(settings, seed, SLOTS)
+    return _plans[settings, seed][name]()
+
+
+def compare(
+    learnt: Learnt, others: dict[str, Visits], decisions: Sequence[int], hours: float
+) -> list[dict[str, Any]]:
+    """For each number of decisions, every policy's figures on the same visits, and shares of the gap."""
+    rows = []
+    for goal, edge in zip(sorted(decisions), learnt.edges, strict=True):
+        end = edge - HOUR_MS
+        paired = same_visits({**others, "learned": learnt.visits}, end - hours * HOUR_MS, end)
+        row: dict[str, Any] = {name: figures(visits)._asdict() for name, visits in paired.items()}
+        reward = {name: row[name]["reward_per_visit"] for name in row}
+        gap = reward["planning oracle"] - reward["random"]
+        row["gap_closed"] = {name: (reward[name] - reward["random"]) / gap for name in reward}
+        rows.append({"decisions": goal, "visits": len(paired["learned"].visit), **row})
+    return rows
+
+
+def run_seed(
+    seed: int, decisions: Sequence[int], hours: float, agent: AgentSettings, loop: LoopSettings
+) -> dict[str, Any]:
+    settings = ShopSettings()
+    learnt = learn(settings, seed, decisions, agent, loop)
+    others = {name: spend_until(settings, seed, name, learnt.edges[-1]) for name in NAMES}
+    return {"seed": seed, **learnt.cost, "at": compare(learnt, others, decisions, hours)}
+
+
+def table(seeds: list[dict[str, Any]]) -> Iterator[str]:
+    """A Markdown table, a row for each policy and number of decisions."""
+    yield "| decisions | policy | reward a visit | CTR | gap closed |"
+    yield "|---|---|---|---|---|"
+    for i, at in enumerate(seeds[0]["at"]):
+        for name in at["gap_closed"]:
+            rows = [seed["at"][i] for seed in seeds]
+            cells = [
+                _interval([row[name]["reward_per_visit"] for row in rows], rows[0][name], 1.0, ".2f"),
+                _interval([row[name]["ctr"] for row in rows], None, 100.0, ".1f") + " %",
+                _interval([row["gap_closed"][name] for row in rows], None, 1.0, ".2f"),
+            ]
+            yield f"| {at['decisions']:,} | {name} | {' | '.join(cells)} |"
+
+
+def _interval(values: list[float], one: dict[str, Any] | None, scale: float, form: str) -> str:
+    mean, low, high = over_seeds(values)
+    if len(values) == 1:
+        low, high = one["ci95"] if one else (mean, mean)
+    return f"{scale * mean:{form}}" + (f" ± {scale * (high - low) / 2:{form}}" if high > low else "")
+
+
+def changed(settings: Any, changes: Sequence[str]) -> Any:
+    """The settings with `name=value` applied where they have that name."""
+    types = {f.name: type(f.default) for f in fields(settings)}
+    pairs = dict(change.split("=", 1) for change in changes)
+    return replace(settings, **{name: types[name](pairs[name]) for name in pairs if name in types})
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[101, 102, 103], help="shops [101 102 103]")
+    parser.add_argument(
+        "--decisions", type=int, nargs="+", default=[10_000, 25_000, 50_000, 100_000, 150_000]
+    )
+    parser.add_argument("--window-h", type=float, default=4.0, help="event hours in each figure [4]")
+    parser.add_argument(
+        "--set", nargs="*", default=[], help="NAME=VALUE of the agent or of the loop around it"
+    )
+    parser.add_argument("--json", type=Path, help="append one line of JSON here")
+    options = parser.parse_args()
+    known = {f.name for f in (*fields(AgentSettings), *fields(LoopSettings))}
+    for change in options.set:
+        if change.split("=", 1)[0] not in known or "=" not in change:
+            parser.error(f"--set {change}: NAME must be one of {', '.join(sorted(known))}")
+    torch.set_num_threads(1)
+    agent, loop = changed(AgentSettings(), options.set), changed(LoopSettings(), options.set)
+    seeds = [run_seed(seed, options.decisions, options.window_h, agent, loop) for seed in options.seeds]
+    print("\n".join(table(seeds)))
+    cost = {
+        key: float(np.mean([s[key] for s in seeds]))
+        for key in ("updates", "update_ms", "cpu_ms_per_decision")
+    }
+    print(
+        f"\nlearned, for each of {len(seeds)} seeds: {cost['updates']:,.0f} updates of {cost['update_ms']:.1f} ms; "
+        f"{cost['cpu_ms_per_decision']:.2f} ms of CPU a decision, serving and learning together"
+    )
+    if options.json:
+        _append(options.json, {"agent": agent.__dict__, "loop": loop.__dict__, "seeds": seeds})
+    return 0
+
+
+def _append(path: Path, figures: dict[str, Any]) -> None:
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    about = {
+        "benchmark": "learning",
+        "commit": commit.stdout.strip(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "command": " ".join(["python", "-m", "benchmarks.learning", *sys.argv[1:]]),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(about | figures) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
