@@ -20,7 +20,7 @@ from serving.ranking import Ranker
 from serving.service import SERVICE, Service
 from serving.view import Follower, View, ViewConfig, compile_view
 from serving.weights import WeightsFollower
-from streaming.log import Log
+from streaming.log import Log, LogError
 from streaming.schemas import Codec
 
 logger = logging.getLogger(__name__)
@@ -150,8 +150,9 @@ class PolicyServer:
         if self._config.metrics_port:
             metrics.expose(self._config.metrics_port + self._instance.index, self._config.host)
         self._weights.start()
-        if self._follower is not None:
-            compile_view(self._view_config, self._codec)
+        if self._log is not None:
+            compile_view(self._view_config)
+            self._register()
         if self._follower is not None and not self._follower.start(self._view_config.warm_up_s):
             logger.warning(
                 "the log was not read to its end within %g s; histories and popularity are behind",
@@ -175,6 +176,13 @@ class PolicyServer:
             self._decisions.close(max(self._config.drain_s, 1.0))
         if self._log is not None:
             self._log.close()
+
+    def _register(self) -> None:
+        """Ask the schema registry, where there is one, now rather than while somebody waits for an answer."""
+        try:
+            self._codec.register()
+        except LogError as error:
+            logger.warning("%s; decisions are dropped until it answers", error)
 
     def _build(self) -> grpc.Server:
         server = grpc.server(

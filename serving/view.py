@@ -166,7 +166,7 @@ class View:
             self._item_ids.extend(self.vocabulary.item_ids(len(self._item_ids)))
 
 
-def compile_view(config: ViewConfig, codec: Codec) -> None:
+def compile_view(config: ViewConfig) -> None:
     """Have everything compiled that absorbing and asking needs, by a view that is thrown away.
 
     It takes seconds where the cache is empty, in which nothing else in the process makes headway.
@@ -175,6 +175,7 @@ def compile_view(config: ViewConfig, codec: Codec) -> None:
     event = {"event_id": "e", "name": "purchase", "user_id": "u", "timestamp": timestamp, "items": [item]}
     slot = {"item_id": "i", "propensity": 1.0}
     decision = {"recommendation_id": "r", "user_id": "u", "timestamp": timestamp, "slate": [slot]}
+    codec = Codec()
     view = View(replace(config, max_users=1), codec)
     view.absorb(_batch([codec.encode_event(event), codec.encode_decision(decision)]))
     view.history("u")
@@ -270,6 +271,7 @@ class _Tail:
         self._backlog = backlog
         self._absorb = absorb
         self._reader: Reader | None = None
+        self._parked: RecordBatch | None = None  # read, not absorbed yet
         self._goal: dict[int, int] = {}  # where each partition ended at the start
         self._looked_s = float("-inf")
 
@@ -298,16 +300,20 @@ class _Tail:
         if self._reader is None:
             time.sleep(timeout_s)
             return 0
-        batch = self._reader.poll(_POLL_RECORDS, timeout_s)
+        batch = self._parked or self._reader.poll(_POLL_RECORDS, timeout_s)
         if len(batch):
-            metrics.VIEW_RECORDS.labels(self._topic).inc(len(batch))
+            self._parked = batch  # a registry that cannot be asked now loses nothing
             metrics.VIEW_BAD_RECORDS.labels(self._topic).inc(self._absorb(batch))
+            self._parked = None
+            metrics.VIEW_RECORDS.labels(self._topic).inc(len(batch))
         return len(batch)
 
     def caught_up(self) -> bool:
         """Whether everything that was there at the start has been absorbed; True where there is no such topic."""
         if self._reader is None:
             return True
+        if self._parked:
+            return False
         position = self._reader.position()
         return all(position.get(p, 0) >= high for p, high in self._goal.items())
 
