@@ -7,11 +7,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from streaming.log import Log, open_log
 from tests.kafka_broker import BrokerMissing, KafkaBroker
 
 _counter = itertools.count()
+torch.set_num_threads(
+    1
+)  # as our programs do; threads that wait for each other spin, on a busy machine for ever
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,192 @@
+"""The learner's mind: what it becomes depends on the records and their order, not on cuts or restarts."""
+
+import numpy as np
+import pytest
+
+from learner.agent import AgentSettings
+from learner.checkpoint import KEEP, decode, encode
+from learner.learner import CannotContinue, Learner, LearnerSettings
+from streaming.chunks import rows
+from streaming.join_settings import JoinSettings
+from streaming.log import RecordBatch, open_log
+from streaming.schemas import Codec
+from tests.shop_log import write_shop
+
+AGENT = AgentSettings(batch_size=32, dim=8, hidden=16, history_length=8)
+SETTINGS = LearnerSettings(min_replay=200, updates_high=0.05, replay_capacity=5000)
+
+
+def new_learner(settings=SETTINGS, agent=AGENT, horizon="session"):
+    join = JoinSettings(gamma=agent.gamma, history_length=agent.history_length, horizon=horizon)
+    learner = Learner(settings, agent, join, Codec(), 2)
+    learner.assign([0, 1])
+    return learner
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    """(events, catalog) of a small shop, each as one batch."""
+    log = open_log(f"sqlite:///{tmp_path_factory.mktemp('log') / 'log.db'}")
+    write_shop(log, 700, partitions=2, items=60, shoppers=40)
+    with_keys = log.reader("catalog", {0: 0}, keys=True)
+    catalog = with_keys.poll(100_000, 5.0)
+    reader = log.reader("events", {0: 0, 1: 0})
+    events = reader.poll(100_000, 5.0)
+    for open_thing in (with_keys, reader, log):
+        open_thing.close()
+    return events, catalog
+
+
+def feed(learner, events, start=0, stop=None, cut=97):
+    """Take rows start..stop in cuts, training after each as far as the band allows."""
+    stop = len(events) if stop is None else stop
+    while start < stop:
+        end = min(start + cut, stop)
+        learner.take(rows(events, start, end))
+        learner.train(10**9)
+        start = end
+
+
+def memory(learner):
+    """All of a learner's memory as bytes that can be compared."""
+    _, parts = learner.snapshot()
+    return {name: encode(part) for name, part in parts.items()}
+
+
+def catalog_record(item_id, value):
+    return RecordBatch(
+        np.zeros(1, np.int32),
+        np.zeros(1, np.int64),
+        np.zeros(1, np.int64),
+        np.frombuffer(value, np.uint8),
+        np.array([0, len(value)]),
+        np.zeros(1, np.bool_),
+        [item_id.encode()],
+    )
+
+
+def restored(learner, **kwargs):
+    _, parts = learner.snapshot()
+    assert KEEP not in parts.values()
+    other = new_learner(**kwargs)
+    other.restore({name: decode(encode(part)) for name, part in parts.items()})
+    return other
+
+
+def test_the_same_records_in_the_same_cuts_give_the_same_weights(records):
+    one, two = new_learner(), new_learner()
+    for learner in (one, two):
+        learner.take_catalog(records[1])
+        feed(learner, records[0])
+    assert one.agent.updates > 20
+    assert memory(one) == memory(two)
+
+
+@pytest.mark.parametrize("at", [97, 582, 1067])
+def test_a_restored_learner_goes_on_as_if_it_had_never_stopped(records, at):
+    events, catalog = records
+    unbroken = new_learner()
+    unbroken.take_catalog(catalog)
+    feed(unbroken, events)
+    before = new_learner()
+    before.take_catalog(catalog)
+    feed(before, events, stop=at)
+    after = restored(before)
+    after.take_catalog(catalog)  # as at every start
+    feed(after, events, start=at)
+    assert after.agent.updates == unbroken.agent.updates > 20
+    assert memory(after) == memory(unbroken)
+
+
+def test_taking_a_snapshot_changes_nothing(records):
+    watched, left_alone = new_learner(), new_learner()
+    for start in range(0, 900, 90):
+        feed(watched, records[0], start, start + 90, cut=90)
+        watched.snapshot()
+        feed(left_alone, records[0], start, start + 90, cut=90)
+    assert memory(watched) == memory(left_alone)
+
+
+def test_transitions_do_not_depend_on_how_records_were_cut(records):
+    fine, coarse = new_learner(), new_learner()
+    for start in range(len(records[0])):
+        fine.take(rows(records[0], start, start + 1))
+    coarse.take(records[0])
+    assert fine.replay.inserted == coarse.replay.inserted > 900
+    a, b = fine.snapshot()[1], coarse.snapshot()[1]
+    for name in (name for name in a if name.startswith(("joiner", "vocabulary"))):
+        assert encode(a[name]) == encode(b[name]), name
+
+
+def test_no_update_is_made_before_min_replay_and_then_as_many_as_the_band_allows(records):
+    learner = new_learner()
+    learner.take(rows(records[0], 0, 80))
+    assert 0 < learner.replay.inserted < 200
+    assert learner.train(10**9) == 0
+    learner.take(rows(records[0], 80, len(records[0])))
+    due = int(0.05 * (learner.replay.inserted - 200) + 1e-9)
+    assert learner.train(10**9) == due > 0
+    assert learner.train(10**9) == 0
+
+
+def test_reading_waits_below_the_band_and_never_when_training_cannot_go_on(records):
+    learner = new_learner(LearnerSettings(min_replay=200, updates_low=0.02, updates_high=0.05))
+    assert learner.may_read
+    learner.take(records[0])
+    assert not learner.may_read
+    learner.train(10**9)
+    assert learner.may_read
+
+
+def test_an_item_out_of_stock_is_not_on_offer(records):
+    learner = new_learner()
+    learner.take_catalog(records[1])
+    item = Codec().encode_item({"item_id": learner.vocabulary.item_id(7), "in_stock": False})
+    learner.take_catalog(catalog_record(learner.vocabulary.item_id(7), item))
+    feed(learner, records[0], stop=300)
+    offered = learner.agent.tensors()["catalog.on_offer"].numpy()
+    assert (offered[6], offered[7], offered[8]) == (True, False, True)
+
+
+def test_an_item_that_left_the_catalog_while_the_learner_was_down_is_not_on_offer(records):
+    events, catalog = records
+    before = new_learner()
+    before.take_catalog(catalog)
+    feed(before, events, stop=1000)
+    after = restored(before)  # and the catalog's topic is empty now
+    after.train(1)
+    assert not after.agent.tensors()["catalog.on_offer"].numpy()[catalog_ids(before)].any()
+
+
+def catalog_ids(learner):
+    return np.flatnonzero(learner.catalog.known)
+
+
+def test_another_band_counts_from_the_restart_on(records):
+    before = new_learner()
+    feed(before, records[0], stop=1000)
+    after = restored(before, settings=LearnerSettings(min_replay=200, updates_high=5.0))
+    assert after.updates_left == 0
+    after.take(rows(records[0], 1000, len(records[0])))
+    assert after.updates_left == 5 * (after.replay.inserted - before.replay.inserted) > 0
+
+
+def test_a_checkpoint_of_another_shape_is_refused_by_name(records):
+    before = new_learner()
+    feed(before, records[0], stop=500)
+    wide = AgentSettings(batch_size=32, dim=16, hidden=16, history_length=8)
+    with pytest.raises(CannotContinue, match="does not fit these flags"):
+        restored(before, agent=wide)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("updates_high", 0.0), ("min_replay", 0), ("priority_beta", 1.5), ("seed", -1)]
+)
+def test_a_setting_out_of_bounds_is_refused_by_name(setting, value):
+    with pytest.raises(ValueError, match=setting):
+        LearnerSettings(**{setting: value})
+
+
+def test_a_band_upside_down_is_refused():
+    with pytest.raises(ValueError, match="must not exceed"):
+        LearnerSettings(updates_low=2.0, updates_high=1.0)
