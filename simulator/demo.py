@@ -459,7 +459,7 @@ class Loop:
 
     def _watch(self, shoppers: Shoppers, rivals: Rivals, observer: Observer) -> None:
         """Show what is going on until the traffic's time is over."""
-        table = Table(self._screen, self._settings.start_ms, min(10.0, 3 * self._config.minutes))
+        table = Table(self._screen, self._settings.start_ms)
         learning = exam = False
         while self._clock.now_s() < self._clock.traffic_ends_s:
             self._check(shoppers, rivals)
@@ -523,10 +523,11 @@ class Loop:
 
 
 class Table:
-    """A row now and then: what the visits that began since the last row came to, under three policies."""
+    """A row now and then, oftener at first, when most is learnt: what the visits that began since the last row came
+    to, under three policies."""
 
-    def __init__(self, screen: Screen, start_ms: int, every_s: float) -> None:
-        self._screen, self._start_ms, self._every_s = screen, start_ms, every_s
+    def __init__(self, screen: Screen, start_ms: int) -> None:
+        self._screen, self._start_ms = screen, start_ms
         self._since_ms = start_ms
         self._next_s = -math.inf
 
@@ -549,7 +550,7 @@ class Table:
                 observer.learnt_from,
             )
         )
-        self._since_ms, self._next_s = until_ms, now_s + self._every_s
+        self._since_ms, self._next_s = until_ms, now_s + min(10.0, 3.0 + now_s / 10)
 
 
 HEADER: Final = """

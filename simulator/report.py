@@ -255,22 +255,23 @@ def _draw_curve(axes: Any, made: Json) -> None:
         mean = [point[name]["mean"] for point in made["curve"]]
         main = name == "learned"
         axes.plot(hours, mean, color=_COLOURS[name], linewidth=2.2 if main else 1.3, zorder=3 if main else 2)
+        if main:
+            low, high = ([point[name][side] for point in made["curve"]] for side in ("low", "high"))
+            axes.fill_between(hours, low, high, color=_COLOURS[name], alpha=0.18, linewidth=0)
+    ends = [float(np.mean([point[name]["mean"] for point in made["curve"][-3:]])) for name in NAMES]
+    top = axes.get_ylim()[1]
+    for name, end, at in zip(NAMES, ends, apart(ends, 0.05 * top), strict=True):
         axes.annotate(
             name,
-            (hours[-1], float(np.mean(mean[-3:]))),
-            xytext=(6, 0),
-            textcoords="offset points",
+            (hours[-1], end),
+            xytext=(made["exam"]["to_h"] * 1.01, at),
             color=_COLOURS[name],
             va="center",
             annotation_clip=False,
         )
-        if main:
-            low, high = ([point[name][side] for point in made["curve"]] for side in ("low", "high"))
-            axes.fill_between(hours, low, high, color=_COLOURS[name], alpha=0.18, linewidth=0)
     axes.axvspan(made["exam"]["from_h"], made["exam"]["to_h"], color="#000000", alpha=0.05, linewidth=0)
     axes.set_xlim(0, made["exam"]["to_h"])
-    axes.set_ylim(bottom=0)
-    top = axes.get_ylim()[1]
+    axes.set_ylim(0, top)
     axes.text(
         made["exam"]["from_h"],
         top,
@@ -282,6 +283,19 @@ def _draw_curve(axes: Any, made: Json) -> None:
     axes.set_xlabel("simulated hours since the shop opened")
     axes.set_ylabel("reward per visit (learned: with 95 % interval)")
     _plain(axes)
+
+
+def apart(heights: Sequence[float], least: float) -> list[float]:
+    """These heights, in their order, moved as little as it takes to lie `least` apart, upwards first.
+
+    >>> apart([1.0, 5.0, 1.2], 0.5)
+    [1.0, 5.0, 1.5]
+    """
+    placed: dict[int, float] = {}
+    last = -math.inf
+    for at in sorted(range(len(heights)), key=heights.__getitem__):
+        last = placed[at] = max(heights[at], last + least)
+    return [placed[at] for at in range(len(heights))]
 
 
 def _draw_last(axes: Any, made: Json) -> None:
