@@ -110,8 +110,10 @@ class Chunker:
         # A partition that runs ahead is paused: what is held stays bounded.
         ahead = [p for p in self._partitions if self._read[p] - self._taken[p] > 64 * self._size]
         self._reader.pause(ahead)
-        batch = self._reader.poll(self._size, timeout_s)
-        self._reader.resume(ahead)
+        try:
+            batch = self._reader.poll(self._size, timeout_s)
+        finally:  # the log may be away for a while
+            self._reader.resume(ahead)
         for partition, part in split(batch):
             self._held[partition].append(part)
         # The position, not the last row: offsets have holes.
