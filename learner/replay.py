@@ -76,6 +76,20 @@ class Batch(NamedTuple):
     slate_reward: npt.NDArray[np.float32]  # [B, SIBLINGS] each slot's own reward
 
 
+class Contents(NamedTuple):
+    """All T transitions kept, in the order in which they came, each with its reward as amended until now."""
+
+    partition: npt.NDArray[np.int64]  # [T] \
+    offset: npt.NDArray[np.int64]  # [T]  > identity
+    slot: npt.NDArray[np.int16]  # [T]   /
+    action: npt.NDArray[np.int32]  # [T]
+    reward: npt.NDArray[np.float64]  # [T]
+    discount: npt.NDArray[np.float32]  # [T] to the next step; 0 where the session ended
+    next_offset: npt.NDArray[np.int64]  # [T] of the step that followed, in the same partition; -1: none
+    organic: npt.NDArray[np.bool_]  # [T]
+    policy_version: npt.NDArray[np.int64]  # [T] -1 for organic steps
+
+
 def empty_batch(batch_size: int, history_length: int) -> Batch:
     """A batch to be sampled into, again and again."""
 
@@ -672,6 +686,24 @@ class Replay:
             return 0
         value = (size + PRIORITY_FLOOR) ** self.alpha
         return _reprioritise(self._store, np.asarray(index, np.int64), value, self._clock)
+
+    def contents(self) -> Contents:
+        """What is kept, for audits and tests."""
+        steps, rows, cursor = self._store.steps, self._store.rows, self._store.cursor
+        at = np.arange(cursor[_TAIL], cursor[_HEAD]) % self.capacity
+        step = rows.step[at]
+        following = steps.next[step]
+        return Contents(
+            partition=steps.key[step] >> 48,
+            offset=steps.key[step] & (MAX_OFFSET - 1),
+            slot=rows.slot[at],
+            action=rows.action[at],
+            reward=rows.reward[at],
+            discount=steps.discount[step],
+            next_offset=np.where(following < 0, -1, steps.key[following] & (MAX_OFFSET - 1)),
+            organic=steps.organic[step],
+            policy_version=steps.policy_version[step],
+        )
 
     # --- checkpoints
 
