@@ -90,7 +90,6 @@ def test_a_short_demo_runs_the_whole_loop_reports_and_leaves_nothing_behind(tmp_
     assert all(gone(pid) for pid in pids)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("victim", "name"), [(0, "serving"), (1, "learner")])
 def test_a_part_that_is_killed_ends_the_demo_with_a_line_that_names_it(tmp_path, victim, name):
     with Run(tmp_path) as run:
@@ -103,7 +102,6 @@ def test_a_part_that_is_killed_ends_the_demo_with_a_line_that_names_it(tmp_path,
     assert all(gone(pid) for pid in pids)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_ends_all_processes(tmp_path, number):
     with Run(tmp_path) as run:
