@@ -28,7 +28,7 @@ test: lint
 	$(BIN)/pytest
 
 compose-test: $(VENV)/.installed-dev
-	BELLWETHER_COMPOSE_TEST=1 $(BIN)/pytest -v -s -m docker tests/test_compose.py
+	BELLWETHER_COMPOSE_TEST=1 $(BIN)/pytest -v -s --durations=10 -m docker tests/test_compose.py
 
 clean:
 	rm -rf $(VENV) .bellwether .kafka .pytest_cache .mypy_cache .ruff_cache

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -30,7 +31,8 @@ DASHBOARD = ROOT / "deploy" / "grafana" / "dashboards" / "bellwether.json"
 PROJECT = "bellwether-test"  # its own volumes: a user's stack keeps its data
 SERVICES = ["kafka", "learner", "serving", "simulator"]
 OURS = SERVICES[1:]
-BUILD_S, UP_S, RECOVERY_S = 3000.0, 600.0, 300.0
+METRICS = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:9400/metrics').read().decode())"
+BUILD_S, UP_S, RECOVERY_S = 3000.0, 600.0, 600.0
 
 ENVIRONMENT = {
     **os.environ,
@@ -50,6 +52,9 @@ pytestmark = [pytest.mark.docker, pytest.mark.timeout(4000)]
 class Stack:
     """The compose file as a project of its own."""
 
+    def __init__(self) -> None:
+        self.environment = dict(ENVIRONMENT)
+
     def __call__(self, *arguments: str, timeout_s: float = 120.0) -> str:
         """What `docker compose ARGUMENTS` said; fails as it does, with its words."""
         files = ["docker-compose.yml", "tests/compose/override.yml"]
@@ -57,7 +62,7 @@ class Stack:
         done = subprocess.run(
             [*command, *arguments],
             cwd=ROOT,
-            env=ENVIRONMENT,
+            env=self.environment,
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -69,6 +74,10 @@ class Stack:
     def up(self, *arguments: str) -> None:
         """Start what does not run, and wait until it is healthy."""
         self("up", "--wait", "--wait-timeout", str(int(UP_S)), *arguments, timeout_s=UP_S + 60)
+
+    def down(self) -> None:
+        """Remove all of it, volumes too, whatever profile it is of."""
+        self("--profile", "*", "down", "--volumes", "--remove-orphans", timeout_s=300)
 
     def inspect(self, service: str) -> dict[str, Any]:
         """What the engine knows of the service's container, running or not."""
@@ -127,7 +136,7 @@ def stack(request: pytest.FixtureRequest) -> Iterator[Stack]:
     began = time.monotonic()
     subprocess.run([ROOT / "tests" / "compose" / "standins.sh"], check=True, timeout=BUILD_S)
     stack = Stack()
-    stack("down", "--volumes", "--remove-orphans")
+    stack.down()
     try:
         made = time.monotonic()
         stack("build", timeout_s=BUILD_S)
@@ -141,7 +150,7 @@ def stack(request: pytest.FixtureRequest) -> Iterator[Stack]:
     finally:
         if request.session.testsfailed or sys.exc_info()[0] is not None:
             print(stack("logs", "--no-color", "--tail", "40"))
-        stack("down", "--volumes", "--remove-orphans", timeout_s=300)
+        stack.down()
 
 
 def engine_missing() -> str | None:
@@ -292,3 +301,22 @@ def asked(expression: str) -> Sequence[dict[str, Any]]:
     with urllib.request.urlopen(f"http://localhost:9090/api/v1/query?{query}", timeout=10) as answer:
         result: Sequence[dict[str, Any]] = json.load(answer)["data"]["result"]
         return result
+
+
+def test_a_registry_may_join_later(stack: Stack) -> None:
+    before = trained(stack)
+    registry = "/apis/ccompat/v7"
+    stack.environment |= {
+        "COMPOSE_PROFILES": "registry",
+        "BELLWETHER_LOG_OPTIONS": f"--registry http://registry:8080{registry}",
+    }
+    stack.up()
+    learnt_on(stack, learnt_on(stack, before))  # the first may have been published before the change
+    with urllib.request.urlopen(f"http://localhost:8081{registry}/subjects", timeout=10) as answer:
+        subjects = json.load(answer)
+    assert {name.rpartition(".")[2] for name in subjects} >= {"Event", "Decision", "Item"}
+    assert "no checkpoint" not in stack("logs", "learner")
+    bad = stack("exec", "-T", "serving", "python", "-c", METRICS)
+    assert not re.search(
+        r"serving_view_bad_records_total.* [1-9]", bad
+    )  # it reads both framings from the start
