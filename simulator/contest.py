@@ -10,96 +10,103 @@ from simulator.shop import Shop, ShopSettings, Visits
 
 
 class Player:
-    """One policy and the shop that it serves."""
+    """One policy and the shop that it serves, in a thread of its own."""
 
-    def __init__(self, shop: Shop, policy: Recommender, slate_size: int) -> None:
-        self._shop, self._policy, self._slate_size = shop, policy, slate_size
-        self._reached_ms = 0
-        self.visits: Visits = shop.visits()  # those that are over; replaced whole, so any thread may read it
-
-    def play_until(self, event_ms: int, stop: threading.Event) -> None:
-        """Serve whole turns until this event time is reached, or `stop`."""
-        while self._reached_ms < event_ms and not stop.is_set():
-            turn = self._shop.next_turn()
-            self._policy.observe(turn.events)
-            outcome = self._shop.show(turn, self._policy.recommend(self._shop, turn, self._slate_size))
-            self._policy.observe(outcome.events)
-            self._reached_ms = int(turn.timestamp_ms.max())
-        self.visits = self._shop.visits()
-
-
-class Rivals:
-    """Random, popularity and the planning oracle, kept up with a leader's event time by a thread."""
-
-    def __init__(
-        self, settings: ShopSettings, seed: int, slate_size: int, plan_decisions: int = 16_000
-    ) -> None:
-        """plan_decisions: in each round of the oracle's planning."""
-        self._plan_decisions = plan_decisions
-        self._settings, self._seed, self._slate_size = settings, seed, slate_size
-        self._players: dict[str, Player] = {}
-        self._target_ms = 0
-        self._stop, self._wake = threading.Event(), threading.Event()
+    def __init__(self, name: str, shop: Shop, slate_size: int, make: Callable[[], Recommender]) -> None:
+        """make: called in the thread, for a policy may take its time to get ready."""
+        self.visits: Visits | None = None  # those that are over; replaced whole, so any thread may read it
+        self.error: Exception | None = None
+        self.thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._shop, self._slate_size, self._make = shop, slate_size, make
+        self._target_ms = self._reached_ms = 0
         self._last = False
-        self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._run, name="rivals", daemon=True)
+        self._wake, self._stop = threading.Event(), threading.Event()
 
-    def start(self) -> None:
-        """Begin with the oracle's plan; then play up to wherever `follow` leads."""
-        self._thread.start()
-
-    def follow(self, event_ms: int) -> None:
-        """Play up to this event time, soon."""
-        self._target_ms = event_ms
+    def follow(self, event_ms: int, last: bool = False) -> None:
+        """Play up to this event time, soon. last: then end."""
+        self._target_ms, self._last = event_ms, last
         self._wake.set()
-
-    def visits(self) -> dict[str, Visits]:
-        """Each policy's visits that are over so far; empty until the oracle has its plan."""
-        self.check()
-        return {name: player.visits for name, player in self._players.items()}
-
-    def finish(self, event_ms: int, waiting: Callable[[], object]) -> dict[str, Visits]:
-        """Each policy's visits once all have reached this event time; `waiting` is called now and then meanwhile."""
-        self._last = True
-        self.follow(event_ms)
-        while self._thread.is_alive():
-            self._thread.join(0.2)
-            waiting()
-        return self.visits()
 
     def close(self) -> None:
         """End the thread; harmless twice."""
         self._stop.set()
         self._wake.set()
-        if self._thread.is_alive():
-            self._thread.join()
-
-    def check(self) -> None:
-        """Raise what went wrong in the thread."""
-        if self._error is not None:
-            raise self._error
+        if self.thread.is_alive():
+            self.thread.join()
 
     def _run(self) -> None:
         try:
-            oracle = PlanningOracle(self._new_shop(), self._slate_size, decisions=self._plan_decisions)
-            policies: dict[str, Recommender] = {
-                "random": Random(self._seed),
-                "popularity": Popularity(self._settings.items),
-                "oracle": oracle,
-            }
-            self._players = {
-                name: Player(self._new_shop(), policy, self._slate_size) for name, policy in policies.items()
-            }
+            policy = self._make()
             while not self._stop.is_set():
                 self._wake.wait()
                 self._wake.clear()
-                last, target_ms = self._last, self._target_ms
-                for player in self._players.values():
-                    player.play_until(target_ms, self._stop)
+                last = self._last
+                self._play_until(policy, self._target_ms)
                 if last:
                     return
         except Exception as error:
-            self._error = error
+            self.error = error
 
-    def _new_shop(self) -> Shop:
-        return Shop(self._settings, self._seed)
+    def _play_until(self, policy: Recommender, event_ms: int) -> None:
+        while self._reached_ms < event_ms and not self._stop.is_set():
+            turn = self._shop.next_turn()
+            policy.observe(turn.events)
+            outcome = self._shop.show(turn, policy.recommend(self._shop, turn, self._slate_size))
+            policy.observe(outcome.events)
+            self._reached_ms = int(turn.timestamp_ms.max())
+        self.visits = self._shop.visits()
+
+
+class Rivals:
+    """Random, popularity and the planning oracle, kept up with a leader's event time."""
+
+    def __init__(
+        self, settings: ShopSettings, seed: int, slate_size: int, plan_decisions: int = 16_000
+    ) -> None:
+        """plan_decisions: in each round of the oracle's planning."""
+
+        def new_shop() -> Shop:
+            return Shop(settings, seed)
+
+        policies: dict[str, Callable[[], Recommender]] = {
+            "random": lambda: Random(seed),
+            "popularity": lambda: Popularity(settings.items),
+            "oracle": lambda: PlanningOracle(new_shop(), slate_size, decisions=plan_decisions),
+        }
+        self._players = {name: Player(name, new_shop(), slate_size, make) for name, make in policies.items()}
+
+    def start(self) -> None:
+        """The oracle begins with its plan; then all play up to wherever `follow` leads."""
+        for player in self._players.values():
+            player.thread.start()
+
+    def follow(self, event_ms: int) -> None:
+        """Play up to this event time, soon."""
+        for player in self._players.values():
+            player.follow(event_ms)
+
+    def visits(self) -> dict[str, Visits]:
+        """The visits that are over so far, of each policy that is ready."""
+        self.check()
+        return {name: player.visits for name, player in self._players.items() if player.visits is not None}
+
+    def finish(self, event_ms: int, waiting: Callable[[], object]) -> dict[str, Visits]:
+        """Each policy's visits once it has reached this event time; `waiting` is called now and then meanwhile."""
+        for player in self._players.values():
+            player.follow(event_ms, last=True)
+        for player in self._players.values():
+            while player.thread.is_alive():
+                player.thread.join(0.2)
+                waiting()
+        return self.visits()
+
+    def close(self) -> None:
+        """End the threads; harmless twice."""
+        for player in self._players.values():
+            player.close()
+
+    def check(self) -> None:
+        """Raise what went wrong with one of them."""
+        for player in self._players.values():
+            if player.error is not None:
+                raise player.error

@@ -413,6 +413,7 @@ class Loop:
             self._parts.start("learner", *data, *weights, *topics, *log),
         ]
         with open(self._lock, "w", closefd=False) as lock:
+            lock.truncate(0)
             lock.write(" ".join(map(str, pids)))
 
     def _await_server(self) -> str:
@@ -534,7 +535,7 @@ class Table:
     def tell(self, now_s: float, accounts: dict[str, Visits], status: Status, observer: Observer) -> None:
         """Show a row if it is time to, and there is something to show."""
         until_ms = status.event_ms - HOUR_MS
-        if now_s < self._next_s or len(accounts) < len(report.NAMES) or until_ms <= self._since_ms:
+        if now_s < self._next_s or "popularity" not in accounts or until_ms <= self._since_ms:
             return
         paired = same_visits(accounts, self._since_ms, until_ms)
         if not len(paired["learned"].visit):
@@ -561,11 +562,12 @@ HEADER: Final = """
 def table_row(
     day: float, recommended: int, by_policy: dict[str, Figures], version: int, learnt_from: int
 ) -> str:
-    """One row under HEADER, less the time."""
-    popular, learned, oracle = (by_policy[name] for name in ("popularity", "learned", "oracle"))
+    """One row under HEADER, less the time; the oracle is still making its plan at first."""
+    popular, learned, oracle = by_policy["popularity"], by_policy["learned"], by_policy.get("oracle")
+    best = f"{oracle.reward_per_visit:.2f}" if oracle else "-"
     return (
         f"{day:4.2f} {recommended:12,} {100 * popular.ctr:7.1f}% {100 * learned.ctr:6.1f}%  "
-        f"{popular.reward_per_visit:8.2f} {learned.reward_per_visit:7.2f} {oracle.reward_per_visit:7.2f} "
+        f"{popular.reward_per_visit:8.2f} {learned.reward_per_visit:7.2f} {best:>7} "
         f"{version or '-':>14} {learnt_from:13,}"
     )
 

@@ -193,14 +193,17 @@ def test_no_part_outlives_the_block(tmp_path, module):
     assert gone(pid)
 
 
-def test_a_row_stands_under_its_header():
+@pytest.mark.parametrize("oracle", ["12.50", "-"])
+def test_a_row_stands_under_its_header(oracle):
     figures = {
         name: Figures(0.041, reward, (0.0, 0.0), 8.0, 0.1)
         for name, reward in (("popularity", 2.5), ("learned", 7.25), ("oracle", 12.5))
     }
+    if oracle == "-":  # it still makes its plan
+        del figures["oracle"]
     row = " 1:30  " + demo.table_row(0.35, 41_500, figures, 61, 78_123)
     header = demo.HEADER.splitlines()[-1]
     assert [cell.rstrip("%") for cell in row.split()] == [
-        *("1:30", "0.35", "41,500", "4.1", "4.1", "2.50", "7.25", "12.50", "61", "78,123")
+        *("1:30", "0.35", "41,500", "4.1", "4.1", "2.50", "7.25", oracle, "61", "78,123")
     ]
     assert len(row) == len(header)
