@@ -161,7 +161,8 @@ class Trainer:
         self._learnt = dict(source.position())  # the weights have seen all before these offsets
         self._published: tuple[object, ...] = ()
         self._safe = since  # token of the newest snapshot on disk
-        self._saving: tuple[int, dict[int, int]] | None = None  # token and offsets of the one being written
+        # of the one being written: token, offsets, when it was begun
+        self._saving: tuple[int, dict[int, int], float] | None = None
         now = clock()
         self._due = {"publish": now, "checkpoint": now + config.checkpoint_s, "look": now, "retry": now}
         self._last_error = ""
@@ -313,7 +314,7 @@ class Trainer:
             "joined": learner.joiner.counters(),
             "written_ms": self._now_ms(),
         }
-        self._saving = (token, position)
+        self._saving = (token, position, self._clock())
         self._checkpoints.start(parts, meta)
 
     def _collect(self, timeout_s: float = 0.0) -> bool:
@@ -326,9 +327,10 @@ class Trainer:
             logger.error("%s; training goes on", error)
             return False
         assert self._saving is not None  # a checkpoint that has finished was started
-        self._safe, position = self._saving
+        self._safe, position, began_s = self._saving
         self._watch.safe(position)
         self._metrics.checkpoint_age.set(self._now_ms() / 1000)
+        self._metrics.checkpoint_seconds.set(self._clock() - began_s)
         return True
 
     # --- housekeeping
