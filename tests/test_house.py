@@ -3,6 +3,7 @@
 import ast
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,6 @@ def test_flags_in_the_docs_are_real(doc):
         flags = set(re.findall(r"(?<!\S)--[a-z][\w-]*", command))
         if flags and program not in helps:
             helps[program] = subprocess.run(
-                ["python", "-m", program, "--help"], capture_output=True, text=True, cwd=ROOT
+                [sys.executable, "-m", program, "--help"], capture_output=True, text=True, cwd=ROOT
             ).stdout
         assert all(flag in helps[program] for flag in flags), f"{doc.name}: {command}"
