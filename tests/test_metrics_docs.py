@@ -26,8 +26,8 @@ are in them. A histogram has `_bucket`, `_sum` and `_count` of its name. Counter
 their line says otherwise. What to alarm on: [operations.md](operations.md#what-to-watch).
 """
 LETTERS = """
-Reasons of `learner_dead_letters_total`. `LATE` goes to `EVENTS.late`, the others to `EVENTS.dlq`; the last two are those
-of catalog records, which stay where they are and are counted by `learner_catalog_refused`:
+Reasons of `learner_dead_letters_total`. `LATE` goes to `EVENTS.late`, the others to `EVENTS.dlq`; the last two are of
+catalog records, which stay where they are and are counted by `learner_catalog_refused`:
 """
 PLAIN = {  # those whose names say it, in the source
     "transitions": "slots of steps completed",
