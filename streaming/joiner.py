@@ -1,6 +1,6 @@
 """Columns → transitions: joins what users did to what was put before them, in event time, by partition.
 
-`tests/reference_joiner.py` is the spec, in plain Python; this does the same on columns, in one compiled loop over
+`streaming/plain_joiner.py` is the spec, in plain Python; this does the same on columns, in one compiled loop over
 per-user state. The pieces: `join_tables` (all state, as numpy tables), `join_clock` (watermark, dedup, timers),
 `join_steps` (steps, from opening to transitions), `join_deeds` (attribution). What a push gives does not
 depend on how the records were cut into pushes.

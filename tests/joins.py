@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from streaming.joiner import Joiner, JoinSettings
+from streaming.plain_joiner import Output, State, Transition
 from streaming.transitions import Joined, States
-from tests.reference_joiner import Output, State, Transition
 from tests.rows import Row, columns
 
 DEEP = int(os.environ.get("DEEP", "1"))  # times as many random examples
@@ -71,7 +71,7 @@ class Learner:
         """Log these records next, all in one push."""
         placed = []
         for row in rows:
-            placed.append(row.at_offset(self.ends.get(row.partition, 0)))
+            placed.append(replace(row, offset=self.ends.get(row.partition, 0)))
             self.ends[row.partition] = placed[-1].offset + 1
         return self.take(output(self.joiner.push(columns(placed)), placed))
 

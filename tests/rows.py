@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from streaming.columns import Columns, Kind, Reason
+from streaming.plain_joiner import Id, Line, Row, Seen
 from streaming.rewards import CODES, OTHER
 
 START_MS = 1_767_225_600_000  # 2026-01-01: where `at=0` lies
@@ -23,50 +24,6 @@ DTYPES: dict[str, Any] = {
     "price": np.float64, "propensity": np.float32, "history_bounds": np.int64, "history_item": np.int32,
     "history_name": np.uint8, "history_timestamp_ms": np.int64, "history_value": np.float32,
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Line:
-    """One item of an event, or one slot of a slate."""
-
-    item: int
-    quantity: int = 1
-    price: float = math.nan
-    propensity: float = math.nan
-
-
-@dataclass(frozen=True)
-class Seen:
-    """One entry of a decision's history."""
-
-    item: int
-    name: str
-    timestamp_ms: int
-    value: float = 0.0
-
-
-@dataclass(frozen=True)
-class Row:
-    """One record. Times in `event` and `decision` are seconds after START_MS."""
-
-    kind: Kind
-    id: str
-    user: str
-    timestamp_ms: int
-    name: str = ""
-    recommendation: str = ""
-    value: float = math.nan
-    lines: tuple[Line, ...] = ()
-    history: tuple[Seen, ...] = ()
-    policy_version: int = 0
-    misplaced: bool = False
-    partition: int = 0
-    offset: int = -1
-    reason: Reason = Reason.OK
-
-    def at_offset(self, offset: int) -> Row:
-        """The same record at its place in the log."""
-        return replace(self, offset=offset)
 
 
 def ms(at: float) -> int:
@@ -125,14 +82,16 @@ def logged(rows: Iterable[Row]) -> list[Row]:
     ends: dict[int, int] = {}
     placed = []
     for row in rows:
-        placed.append(row.at_offset(ends.get(row.partition, 0)))
+        placed.append(replace(row, offset=ends.get(row.partition, 0)))
         ends[row.partition] = placed[-1].offset + 1
     return placed
 
 
-def hashed(text: str) -> int:
+def hashed(text: Id) -> int:
     """A 64-bit hash, 0 for the empty string."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") if text else 0
+    return (
+        int.from_bytes(hashlib.blake2b(str(text).encode(), digest_size=8).digest(), "little") if text else 0
+    )
 
 
 def columns(rows: Sequence[Row]) -> Columns:

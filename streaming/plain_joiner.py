@@ -1,4 +1,7 @@
-"""The joiner's spec: plain Python, one record at a time, no speed. `streaming/joiner.py` must do just this.
+"""The joiner's spec: plain Python, one record at a time. `streaming/joiner.py`, the fast one, must do just this.
+
+Two uses: tests compare the fast one with it on random streams, and `learner audit` joins a log with it once more,
+so that what the audit says does not rest on the code that it checks.
 
 Order within a partition is log order. Event time decides gaps, windows and lateness; the wall clock is never
 asked. Nothing depends on how records are cut into batches. What the design left open is settled here:
@@ -20,14 +23,17 @@ asked. Nothing depends on how records are cut into batches. What the design left
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable
+import heapq
+import math
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from itertools import islice
+from typing import Final, NamedTuple, TypeAlias
 
 import numpy as np
 
-from streaming.columns import Kind
+from streaming.columns import Kind, Reason
 from streaming.join_settings import (
     COUNTERS,
     FIRST_MS,
@@ -40,9 +46,58 @@ from streaming.join_settings import (
     to_ms,
 )
 from streaming.rewards import ACTION_NAMES, CODES, HISTORY_NAMES, OTHER
-from tests.rows import Line, Row
 
-TAKES_BACK = {"refund": "purchase", "remove_from_cart": "add_to_cart"}
+TAKES_BACK: Final = {"refund": "purchase", "remove_from_cart": "add_to_cart"}
+
+NEVER: Final = 2**62
+
+Id: TypeAlias = str | int  # text, or its 64-bit hash; empty or 0 where there is none
+
+
+# --- records ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Line:
+    """One item of an event, or one slot of a slate."""
+
+    item: int  # vocabulary id
+    quantity: int = 1
+    price: float = math.nan
+    propensity: float = math.nan
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One entry of a decision's history."""
+
+    item: int
+    name: str
+    timestamp_ms: int
+    value: float = 0.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One record of a log."""
+
+    kind: Kind
+    id: Id
+    user: Id
+    timestamp_ms: int
+    name: str = ""
+    recommendation: Id = ""
+    value: float = math.nan
+    lines: tuple[Line, ...] = ()
+    history: tuple[Seen, ...] = ()  # a decision's, oldest first
+    policy_version: int = 0
+    misplaced: bool = False
+    partition: int = 0
+    offset: int = -1
+    reason: Reason = Reason.OK
+
+
+# --- what is known, and what comes of it -----------------------------------------------------------------
 
 
 class Entry(NamedTuple):
@@ -83,14 +138,15 @@ class Output:
     """What records and watermarks gave, in order."""
 
     transitions: list[Transition] = field(default_factory=list)
-    amendments: list[tuple[int, int, int, float]] = field(
-        default_factory=list
-    )  # partition, offset, slot, reward
+    # partition, offset, slot, reward
+    amendments: list[tuple[int, int, int, float]] = field(default_factory=list)
     late: list[tuple[int, int]] = field(default_factory=list)  # partition, offset
 
 
 @dataclass
 class Slot:
+    """A place in a step, and what it has earned."""
+
     item: int
     propensity: float
     reward: float = 0.0
@@ -99,8 +155,10 @@ class Slot:
 
 @dataclass(eq=False)
 class Step:
+    """A moment at which something was put before a user, or at which the user went somewhere unaided."""
+
     user: User
-    id: str  # recommendation_id; empty for organic steps
+    id: Id  # recommendation_id; empty for organic steps
     timestamp_ms: int
     policy_version: int
     slots: list[Slot]
@@ -110,13 +168,16 @@ class Step:
 
     @property
     def organic(self) -> bool:
+        """No decision opened it."""
         return not self.id
 
     @property
     def offset(self) -> int:
+        """Of the record that opened it."""
         return self.state.offset
 
     def slot_of(self, item: int) -> int | None:
+        """Where the item stood; None: nowhere."""
         return next((k for k, slot in enumerate(self.slots) if slot.item == item), None)
 
 
@@ -135,7 +196,7 @@ class Wait:
     user: User
     offset: int
     timestamp_ms: int
-    recommendation: str  # empty: waits for its purchase
+    recommendation: Id  # empty: waits for its purchase
     deeds: list[Deed]
     state: State
     due_s: int
@@ -143,7 +204,9 @@ class Wait:
 
 @dataclass(eq=False)
 class User:
-    id: str
+    """All that is known of a user."""
+
+    id: Id
     slot: int
     last_ms: int  # newest activity, for gaps
     touched_ms: int  # newest activity, or the watermark when it came, for timers
@@ -152,6 +215,7 @@ class User:
     open_decision: Step | None = None
     open_organic: Step | None = None
     waiting: list[Wait] = field(default_factory=list)
+    timer_s: int = NEVER  # its valid entry among the partition's timers
 
 
 @dataclass
@@ -160,39 +224,51 @@ class Run:
 
     count: int = 0
     extreme_ms: int = 0
-    users: set[str] = field(default_factory=set)
+    users: set[Id] = field(default_factory=set)
 
-    def add(self, user: str, timestamp_ms: int, pick: object) -> bool:
+    def add(self, user: Id, timestamp_ms: int, pick: Callable[[int, int], int]) -> bool:
         """Note one; True if the run is long enough to be believed."""
-        self.extreme_ms = pick(self.extreme_ms, timestamp_ms) if self.count else timestamp_ms  # type: ignore[operator]
+        self.extreme_ms = pick(self.extreme_ms, timestamp_ms) if self.count else timestamp_ms
         self.count += 1
         self.users.add(user)
         return self.count >= JUMP and len(self.users) >= 2
 
     def clear(self) -> None:
+        """The clock was right: the run is over."""
         self.count = 0
         self.users = set()
 
 
-class ReferencePartition:
+# --- the join --------------------------------------------------------------------------------------------
+
+
+class PlainPartition:
     """All that is known of one partition."""
 
     def __init__(self, partition: int, settings: JoinSettings, out: Output) -> None:
-        self.partition, self.settings, self.out = partition, settings, out
+        self.partition, self.out = partition, out
+        self.adopt(settings)
         self.counters = dict.fromkeys(COUNTERS, 0)
         self.high_ms: int | None = None
         self.watermark_ms = -(2**62)
         self.settled = 0  # on-time records so far, up to JUMP: until then the first clock may be undone
         self.ahead, self.behind = Run(), Run()
         self.epoch = 0
-        self.ids: set[tuple[int, str, str]] = set()
-        self.older_ids: set[tuple[int, str, str]] = set()
-        self.users: dict[str, User] = {}
+        self.ids: set[tuple[int, Id, Id]] = set()
+        self.older_ids: set[tuple[int, Id, Id]] = set()
+        self.users: dict[Id, User] = {}
+        self.timers: list[tuple[int, int]] = []  # a heap of (whole second, slot of a user)
         self.slots: list[User | None] = []
         self.free: list[int] = []
         self.cursor = 0
         self.steps: deque[Step] = deque()  # in the order they were opened
-        self.waits: deque[Wait] = deque()  # in the order they came
+        self.slots_kept = 0  # of all of them
+        self.waits: OrderedDict[Wait, None] = OrderedDict()  # in the order they came
+        self.deeds_waiting = 0  # of all of them
+
+    def adopt(self, settings: JoinSettings) -> None:
+        """These settings hold from the next record on."""
+        self.settings = settings
         self.gap_ms = to_ms(settings.session_gap_s)
         self.window_ms = to_ms(settings.attribution_window_s)
         self.wait_ms = to_ms(settings.overtake_wait_s)
@@ -227,7 +303,7 @@ class ReferencePartition:
             self.counters["events"] += 1
             self.take_event(row)
 
-    def remember_id(self, key: tuple[int, str, str]) -> None:
+    def remember_id(self, key: tuple[int, Id, Id]) -> None:
         """Two generations: the older one is dropped when the newer one's window is over, or when it is full."""
         if len(self.ids) >= self.settings.max_ids:
             self.counters["dedup_cut_short"] += 1
@@ -258,6 +334,7 @@ class ReferencePartition:
         for user in self.users.values():
             user.last_ms = min(user.last_ms, high_ms)
             user.touched_ms = min(user.touched_ms, high_ms)
+            self.hasten_timer(user)
         for wait in self.waits:
             wait.due_s = min(wait.due_s, self.wait_due_s())
 
@@ -302,20 +379,38 @@ class ReferencePartition:
         self.epoch = epoch
         target_ms = high_ms - self.delay_ms
         while True:
-            due_s, first = min(((w.due_s, w) for w in list(self.waits)[:1]), default=(2**62, None))
-            user_s, slot = min(
-                ((self.user_due_s(u), u.slot) for u in self.users.values()), default=(2**62, -1)
-            )
+            first = next(iter(self.waits), None)
+            due_s = NEVER if first is None else first.due_s
+            user_s, user = self.next_timer()
             if min(due_s, user_s) > target_ms // 1000:
                 break
             self.watermark_ms = max(self.watermark_ms, min(due_s, user_s) * 1000)
             if first is not None and due_s <= user_s:
                 self.expire_wait(first)
-            else:
-                user = self.slots[slot]
-                assert user is not None
+            elif user is not None:
                 self.user_is_due(user)
         self.watermark_ms = max(self.watermark_ms, target_ms)
+
+    def next_timer(self) -> tuple[int, User | None]:
+        """(whole second, user) of who is due first; of several, the one in the lowest slot."""
+        while self.timers:
+            due_s, slot = self.timers[0]
+            user = self.slots[slot]
+            if user is None or user.timer_s != due_s:
+                heapq.heappop(self.timers)  # forgotten, or hastened since
+                continue
+            user.timer_s = self.user_due_s(user)
+            if user.timer_s == due_s:
+                return due_s, user
+            heapq.heapreplace(self.timers, (user.timer_s, slot))
+        return NEVER, None
+
+    def hasten_timer(self, user: User) -> None:
+        """The user may have become due earlier. That one is due later is noticed when the time comes."""
+        due_s = self.user_due_s(user)
+        if due_s < user.timer_s:
+            user.timer_s = due_s
+            heapq.heappush(self.timers, (due_s, user.slot))
 
     def user_due_s(self, user: User) -> int:
         """The whole second at which the user's session ends or, if nothing is open, the user is forgotten."""
@@ -327,10 +422,12 @@ class ReferencePartition:
         return (self.watermark_ms + self.wait_ms) // 1000 + 1
 
     def ends_sessions(self, user: User) -> bool:
+        """Whether inactivity ends something of this user."""
         opened = user.open_decision is not None or user.open_organic is not None
         return opened and self.settings.horizon == "session"
 
     def user_is_due(self, user: User) -> None:
+        """The user was inactive for so long that something ends."""
         if self.ends_sessions(user):
             self.end_session(user)
         else:
@@ -352,7 +449,8 @@ class ReferencePartition:
         user.touched_ms = max(user.touched_ms, active_ms, self.watermark_ms)
         return user
 
-    def new_user(self, id: str, active_ms: int) -> User:
+    def new_user(self, id: Id, active_ms: int) -> User:
+        """Somebody who was not known; the stalest makes room if there are too many."""
         if not self.free and len(self.slots) >= self.settings.max_users:
             self.evict_stalest()
         if self.free:
@@ -362,15 +460,14 @@ class ReferencePartition:
             self.slots.append(None)
         user = User(id, slot, active_ms, active_ms, deque(maxlen=self.settings.history_length))
         self.users[id] = self.slots[slot] = user
+        self.hasten_timer(user)
         return user
 
     def evict_stalest(self) -> None:
         """Of SAMPLE slots next to each other, the one longest untouched goes."""
-        sampled = [(self.cursor + i) % self.settings.max_users for i in range(SAMPLE)]
+        sampled = [self.slots[(self.cursor + i) % self.settings.max_users] for i in range(SAMPLE)]
         self.cursor = (self.cursor + SAMPLE) % self.settings.max_users
-        stalest = min(sampled, key=lambda slot: self.slots[slot].touched_ms)  # type: ignore[union-attr]
-        user = self.slots[stalest]
-        assert user is not None
+        user = min((user for user in sampled if user is not None), key=lambda user: user.touched_ms)
         self.counters["users_evicted"] += 1
         self.counters["steps_closed_early"] += (user.open_decision is not None) + (
             user.open_organic is not None
@@ -378,9 +475,10 @@ class ReferencePartition:
         self.forget_user(user)
 
     def forget_user(self, user: User) -> None:
+        """What is open ends, what waits waited in vain."""
         self.complete_open(user, None)
         for wait in user.waiting:
-            self.waits.remove(wait)
+            self.drop_wait(wait)
             self.counters["waits_expired"] += len(wait.deeds)
             self.counters["unattributed"] += len(wait.deeds)
         del self.users[user.id]
@@ -389,6 +487,7 @@ class ReferencePartition:
         user.steps = []
 
     def end_session(self, user: User) -> None:
+        """The visit is over: nothing follows what is open."""
         self.counters["sessions_ended"] += 1
         self.complete_open(user, None)
 
@@ -429,29 +528,33 @@ class ReferencePartition:
             if oldest.open:  # (horizon "user") it stays until it is completed, but explains nothing any more
                 oldest.kept_from_ms = self.watermark_ms
                 self.steps.append(oldest)
-        slots = sum(len(s.slots) for s in self.steps)
+                self.slots_kept += len(oldest.slots)
         while self.steps and (
-            len(self.steps) >= settings.max_steps or slots + len(step.slots) > settings.max_slots
+            len(self.steps) >= settings.max_steps or self.slots_kept + len(step.slots) > settings.max_slots
         ):
             oldest = self.steps.popleft()
-            slots -= len(oldest.slots)
             self.counters["steps_evicted"] += 1
             if oldest.open:
                 self.counters["steps_closed_early"] += 1
                 self.complete(oldest, None)
             self.unlink(oldest)
         self.steps.append(step)
+        self.slots_kept += len(step.slots)
         step.user.steps.append(step)
 
     def unlink(self, step: Step) -> None:
-        step.user.steps = [s for s in step.user.steps if s is not step]
+        """It is no longer among `steps`: its user forgets it, too."""
+        self.slots_kept -= len(step.slots)
+        if step in step.user.steps:
+            step.user.steps.remove(step)
 
     def is_kept(self, step: Step) -> bool:
+        """Whether deeds may still be attributed to it."""
         return self.watermark_ms - step.kept_from_ms <= self.window_ms
 
-    def kept_steps(self, user: User) -> list[Step]:
+    def kept_steps(self, user: User) -> Iterator[Step]:
         """Newest first."""
-        return [s for s in reversed(user.steps) if self.is_kept(s)][:STEPS_PER_USER]
+        return islice((s for s in reversed(user.steps) if self.is_kept(s)), STEPS_PER_USER)
 
     def credit(self, step: Step, k: int, deed: Deed) -> None:
         """Give a deed's reward to a slot: in place, and as an amendment where the transition is out already."""
@@ -464,6 +567,7 @@ class ReferencePartition:
             slot.counts[TAKES_BACK[deed.name]] -= 1
 
     def add_reward(self, step: Step, k: int, reward: float) -> None:
+        """Whatever comes after the transition is out amends it."""
         step.slots[k].reward += reward
         if not step.open and reward != 0:
             self.counters["amendments"] += 1
@@ -482,10 +586,12 @@ class ReferencePartition:
         step = Step(user, row.id, row.timestamp_ms, row.policy_version, slots, state, self.watermark_ms)
         self.keep(step)
         user.open_decision = step
+        self.hasten_timer(user)
         self.meet_waits(user, step)
         self.take_over_organic(user, step)
 
     def state_of(self, newest_first: Iterable[Entry], row: Row) -> State:
+        """The history before this record, as the network sees it."""
         rows = tuple(
             (e.item, e.name, float(np.float32(max(0, row.timestamp_ms - e.timestamp_ms) / 1000)),
              float(np.float32(e.value)))
@@ -522,6 +628,7 @@ class ReferencePartition:
     # --- events -------------------------------------------------------------------------------------------
 
     def take_event(self, row: Row) -> None:
+        """Its deeds find their causes, then it enters the history."""
         user = self.user(row)
         state = self.state_of(reversed(user.history), row)
         deeds = [self.deed(row, line) for line in row.lines]
@@ -535,6 +642,7 @@ class ReferencePartition:
                 user.history.append(Entry(line.item, CODES[row.name], row.timestamp_ms, value_of(row, line)))
 
     def deed(self, row: Row, line: Line) -> Deed:
+        """What was done to this item, and what that earns."""
         return Deed(line.item, row.name, self.settings.rewards.reward(row.name, value_of(row, line)))
 
     def matters(self, deed: Deed) -> bool:
@@ -542,6 +650,7 @@ class ReferencePartition:
         return deed.reward != 0 or deed.name in ACTION_NAMES or deed.name in TAKES_BACK.values()
 
     def attribute(self, user: User, row: Row, deeds: list[Deed], state: State) -> None:
+        """By recommendation_id, else by item, else as an organic step; or wait for the decision named."""
         if not deeds:
             return
         if row.recommendation:
@@ -553,6 +662,7 @@ class ReferencePartition:
         self.fall_through(user, deeds, row.timestamp_ms, state, waited=False)
 
     def attribute_by_id(self, step: Step, deed: Deed, timestamp_ms: int) -> bool:
+        """Credit the slot of this step that showed the item, if there is one and it is not too late."""
         k = step.slot_of(deed.item) if deed.item else None
         if k is None or timestamp_ms - step.timestamp_ms > self.window_ms:
             return False
@@ -576,6 +686,7 @@ class ReferencePartition:
             self.open_organic(user, unexplained, timestamp_ms, state, waited=waited)
 
     def attribute_by_item(self, user: User, deed: Deed, timestamp_ms: int) -> bool:
+        """Credit the newest slot that explains it."""
         for step in self.kept_steps(user):
             k = step.slot_of(deed.item) if deed.item else None
             if k is None or not 0 <= timestamp_ms - step.timestamp_ms <= self.window_ms:
@@ -600,6 +711,7 @@ class ReferencePartition:
         if not later:
             user.open_organic = step
             user.touched_ms = max(user.touched_ms, self.watermark_ms)
+            self.hasten_timer(user)
         for deed in deeds:
             k = step.slot_of(deed.item)
             assert k is not None
@@ -624,6 +736,7 @@ class ReferencePartition:
             self.counters["unattributed"] += 1
 
     def find_taken(self, user: User, deed: Deed, timestamp_ms: int) -> bool:
+        """Credit the newest slot that has a purchase (or an add_to_cart) to take back."""
         for step in self.kept_steps(user):
             k = step.slot_of(deed.item) if deed.item else None
             if k is None or timestamp_ms - step.timestamp_ms > self.window_ms:
@@ -646,23 +759,31 @@ class ReferencePartition:
 
     # --- waiting ------------------------------------------------------------------------------------------
 
-    def wait(self, user: User, row: Row, deeds: list[Deed], state: State, recommendation: str) -> bool:
+    def wait(self, user: User, row: Row, deeds: list[Deed], state: State, recommendation: Id) -> bool:
         """Let these deeds wait together; False if too many wait already."""
         mine = sum(len(w.deeds) for w in user.waiting)
-        everyone = sum(len(w.deeds) for w in self.waits)
+        everyone = self.deeds_waiting
         if mine + len(deeds) > WAITS_PER_USER or everyone + len(deeds) > self.settings.max_waits:
             self.counters["waits_refused"] += len(deeds)
             return False
         wait = Wait(user, row.offset, row.timestamp_ms, recommendation, deeds, state, self.wait_due_s())
-        self.waits.append(wait)
+        self.waits[wait] = None
+        self.deeds_waiting += len(deeds)
         user.waiting.append(wait)
         return True
 
+    def drop_wait(self, wait: Wait) -> None:
+        """The partition waits no longer."""
+        del self.waits[wait]
+        self.deeds_waiting -= len(wait.deeds)
+
     def end_wait(self, wait: Wait) -> None:
-        self.waits.remove(wait)
+        """Neither does the user."""
+        self.drop_wait(wait)
         wait.user.waiting.remove(wait)
 
     def expire_wait(self, wait: Wait) -> None:
+        """It waited in vain: its deeds go on without their decision, a refund goes nowhere."""
         self.end_wait(wait)
         self.counters["waits_expired"] += len(wait.deeds)
         if wait.recommendation:
@@ -678,19 +799,24 @@ def value_of(row: Row, line: Line) -> float:
     return row.value / len(row.lines) if row.value == row.value else 0.0
 
 
-class ReferenceJoiner:
+class PlainJoiner:
     """Many partitions; their states never touch."""
 
     def __init__(self, settings: JoinSettings, partitions: Iterable[int]) -> None:
         self.out = Output()
-        self.partitions = {p: ReferencePartition(p, settings, self.out) for p in partitions}
+        self.partitions: Mapping[int, PlainPartition] = {
+            p: PlainPartition(p, settings, self.out) for p in partitions
+        }
 
     def push(self, rows: Iterable[Row]) -> None:
+        """Records, each partition's in log order; see `out` for what they gave."""
         for row in rows:
             self.partitions[row.partition].take(row)
 
     def advance(self, partition: int, watermark_ms: int) -> None:
+        """See PlainPartition."""
         self.partitions[partition].advance(watermark_ms)
 
     def counters(self) -> dict[str, int]:
+        """See COUNTERS."""
         return {name: sum(p.counters[name] for p in self.partitions.values()) for name in COUNTERS}
