@@ -1,7 +1,7 @@
 """The learner's mind: records in, weights out, and all of its memory in one snapshot. It knows no clock, log or disk.
 
     learner = Learner(LearnerSettings(), AgentSettings(), JoinSettings(), codec, partitions=8)
-    learner.assign([0, 1, 2, 3])
+    learner.assign({0: 0, 1: 0, 2: 0, 3: 0})
     taken = learner.take(batch)        # records → columns → transitions → replay
     learner.train(most=10)             # replay → gradient, as far as the band allows
 
@@ -11,7 +11,7 @@ on nothing else: so a learner restored from a snapshot goes on as if it had neve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
@@ -19,6 +19,7 @@ import numpy as np
 
 from learner.agent import Agent, AgentSettings, Update
 from learner.checkpoint import Keep, Part
+from learner.journal import Journal
 from learner.pacing import Band
 from learner.replay import Batch, Replay, empty_batch
 from learner.weights import Meta
@@ -32,7 +33,7 @@ from streaming.log import RecordBatch
 from streaming.schemas import Codec
 from streaming.transitions import Joined, Rejects
 
-STATE_FORMAT: Final = 1
+STATE_FORMAT: Final = 2
 
 
 class CannotContinue(Exception):
@@ -104,6 +105,7 @@ class Learner:
         self.catalog = Catalog(codec, self.vocabulary)
         self.decoder = Decoder(codec, self.vocabulary, partitions)
         self.joiner = Joiner(join)
+        self.journal = Journal()
         self.replay = Replay(
             settings.replay_capacity,
             agent.history_length,
@@ -121,9 +123,10 @@ class Learner:
 
     # --- records → replay
 
-    def assign(self, partitions: Iterable[int]) -> None:
-        """Take these partitions too; those already held keep what they know."""
-        self.joiner.assign(partitions)
+    def assign(self, positions: Mapping[int, int]) -> None:
+        """Take these partitions too, from these offsets on; those already held keep what they know."""
+        self.joiner.assign(positions)
+        self.journal.begin(positions, self.joiner.settings)
 
     def take(self, batch: RecordBatch) -> Taken:
         """Records of `events`, each partition's in offset order, none left out or repeated.
@@ -138,9 +141,16 @@ class Learner:
             self.events_through_ms = max(self.events_through_ms, newest)
         return Taken(columns, joined, Rejects(bad, columns.reason[bad]), self._remember(joined))
 
-    def advance(self, due_ms: Mapping[int, int]) -> int:
-        """Let event time pass in partitions that are idle; returns how many transitions that gave."""
-        return sum(self._remember(self.joiner.advance(p, at)) for p, at in sorted(due_ms.items()))
+    def advance(self, due_ms: Mapping[int, int], positions: Mapping[int, int]) -> int:
+        """Let event time pass in partitions that are idle; returns how many transitions that gave.
+
+        positions: all records before these offsets were taken.
+        """
+        inserted = 0
+        for partition, at_ms in sorted(due_ms.items()):
+            self.journal.let_pass(partition, positions[partition], at_ms)
+            inserted += self._remember(self.joiner.advance(partition, at_ms))
+        return inserted
 
     def take_catalog(self, batch: RecordBatch) -> Rejects:
         """Records of `catalog`; returns those that cannot be used."""
@@ -222,6 +232,7 @@ class Learner:
                 "events_through_ms": self.events_through_ms,
                 "catalog": self.catalog.met(),
             },
+            "journal": self.journal.state(),
             "vocabulary": self.vocabulary.state(),
             "agent": self.agent.state(),
             **replay,
@@ -242,6 +253,7 @@ class Learner:
                 "use the version that wrote it, or an empty --data-dir"
             )
         try:
+            self.journal.restore(parts["journal"])
             self.vocabulary.restore(parts["vocabulary"])
             self.agent.restore(parts["agent"])
             for name in parts:

@@ -354,7 +354,7 @@ class Trainer:
         watermarks = {p: joiner.watermark_ms(p) for p in joiner.partitions}
         due = self._idle.due(watermarks, self._watch.lag(position), now_s, self._now_ms())
         if due and self._parked is None:
-            self._metrics.transitions.inc(self._learner.advance(due))
+            self._metrics.transitions.inc(self._learner.advance(due, position))
 
     def _show(self) -> None:
         learner, metrics, last = self._learner, self._metrics, self._learner.last

@@ -19,7 +19,7 @@ SETTINGS = LearnerSettings(min_replay=200, updates_high=0.05, replay_capacity=50
 def new_learner(settings=SETTINGS, agent=AGENT, horizon="session"):
     join = JoinSettings(gamma=agent.gamma, history_length=agent.history_length, horizon=horizon)
     learner = Learner(settings, agent, join, Codec(), 2)
-    learner.assign([0, 1])
+    learner.assign({0: 0, 1: 0})
     return learner
 
 

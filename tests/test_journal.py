@@ -1,0 +1,75 @@
+"""The journal tells in order what was told to a partition, and survives a checkpoint."""
+
+import pytest
+
+from learner.checkpoint import decode, encode
+from learner.journal import Journal, Told
+from streaming.join_settings import JoinSettings
+from streaming.rewards import RewardTable
+
+ONE = JoinSettings(gamma=0.5)
+TWO = JoinSettings(rewards=RewardTable.parse("purchase=3+0.25*value"))
+
+
+def restored(journal: Journal) -> Journal:
+    other = Journal()
+    other.restore(decode(encode(journal.state())))
+    return other
+
+
+@pytest.fixture
+def journal() -> Journal:
+    journal = Journal()
+    journal.begin({0: 10, 1: 0}, ONE)
+    return journal
+
+
+def test_a_partition_begins_with_its_settings(journal):
+    assert journal.told(0) == [Told(10, None, ONE)]
+    assert (journal.began, journal.whole_from) == ({0: 10, 1: 0}, {0: 10, 1: 0})
+
+
+def test_the_same_settings_again_are_no_news(journal):
+    journal.begin({0: 50, 1: 60}, ONE)
+    assert journal.told(0) == [Told(10, None, ONE)]
+    assert journal.began == {0: 10, 1: 0}
+
+
+def test_times_and_settings_stay_in_order_even_at_one_offset(journal):
+    journal.let_pass(0, 20, 1000)
+    journal.begin({0: 20, 1: 0}, TWO)
+    journal.let_pass(0, 20, 2000)
+    told = [Told(10, None, ONE), Told(20, 1000, None), Told(20, None, TWO), Told(20, 2000, None)]
+    assert journal.told(0) == told
+    assert restored(journal).told(0) == told
+
+
+def test_of_times_with_no_record_in_between_the_last_stays(journal):
+    for at_ms in (1000, 2000, 3000):
+        journal.let_pass(1, 7, at_ms)
+    journal.let_pass(1, 8, 4000)
+    assert journal.told(1)[1:] == [Told(7, 3000, None), Told(8, 4000, None)]
+
+
+def test_a_partition_added_later_begins_with_what_holds_then(journal):
+    journal.begin({0: 30, 1: 30, 2: 5}, TWO)
+    assert journal.told(2) == [Told(5, None, TWO)]
+    assert journal.told(1) == [Told(0, None, ONE), Told(30, None, TWO)]
+
+
+def test_it_stays_small_and_says_from_where_it_is_whole():
+    journal = Journal(most_times=3)
+    journal.begin({0: 10}, ONE)
+    for offset in range(20, 25):
+        journal.let_pass(0, offset, offset * 1000)
+    assert [told.offset for told in journal.told(0)] == [10, 22, 23, 24]
+    assert restored(journal).whole_from == {0: 21}
+
+
+def test_a_restored_journal_goes_on_as_if_nothing_had_happened(journal):
+    journal.let_pass(0, 20, 1000)
+    other = restored(journal)
+    for one in (journal, other):
+        one.begin({0: 20, 1: 3}, ONE)
+        one.let_pass(0, 20, 1500)
+    assert encode(other.state()) == encode(journal.state())
