@@ -28,8 +28,9 @@ from streaming.interning import (
     map_get,
     map_of,
 )
-from streaming.jit import jit
+from streaming.jit import jit, part
 from streaming.log import RecordBatch
+from streaming.pinned import pin
 from streaming.plan import Op, Plan, Rule, SchemaMismatch, compile_plan, joined
 from streaming.rewards import CODES, OTHER
 from streaming.schemas import DECISION, EVENT, Codec, ours, prefix_of
@@ -207,31 +208,57 @@ class Decoder:
         columns = _blank(batch)
         items, history = _spans(4 * len(batch)), _spans(4 * len(batch))
         partitions = self._partitions() if callable(self._partitions) else self._partitions
-        filled = np.zeros(2, np.int64)
+        source = _Source(batch.data, batch.bounds, batch.null)
+        scratch = _Scratch.new()
         row = 0
         while True:
             row = _decode_rows(
-                batch.data, batch.bounds, batch.null, self._programs, _NAMES, partitions or 0, columns, items,
-                history, filled, row,
+                source, self._programs, _NAMES, partitions or 0, columns, items, history, scratch, row
             )  # fmt: skip
             if row == len(batch):
                 break
             columns, items, history = _enlarged(columns, items, history)
-        m, n = filled
+        m, n = scratch.filled
         lines = {f: getattr(columns, f)[:m] for f in _ITEM_COLUMNS}
         entries = {f: getattr(columns, f)[:n] for f in _HISTORY_COLUMNS}
         return columns._replace(**lines, **entries), items, history
 
     def _intern(self, batch: RecordBatch, columns: Columns, items: _Spans, history: _Spans) -> None:
+        source = _Source(batch.data, batch.bounds, batch.null)
         row = 0
         while True:
             tables = self._vocabulary.tables
-            row = _intern_rows(batch.data, batch.bounds, columns, items, history, tables, row)
+            row = _intern_rows(source, columns, items, history, tables, row)
             if row == len(batch):
                 return
             bounds = columns.item_bounds, columns.history_bounds
             spans = sum(int(b[row + 1] - b[row]) for b in bounds)
             self._vocabulary.reserve(spans, int(batch.bounds[row + 1] - batch.bounds[row]))
+
+
+class _Source(NamedTuple):
+    """The records' bytes, as in RecordBatch."""
+
+    data: npt.NDArray[np.uint8]
+    bounds: npt.NDArray[np.int64]
+    null: npt.NDArray[np.bool_]
+
+
+class _Scratch(NamedTuple):
+    """What the loop works with. (Arrays that it made itself would be counted at each call.)"""
+
+    registers: npt.NDArray[np.int64]
+    reals: npt.NDArray[np.float64]
+    stack: npt.NDArray[
+        np.int64
+    ]  # loops (elements left in the block, elements so far) and calls (row to return to)
+    filled: npt.NDArray[np.int64]  # [2] items and history entries of the rows that are done
+    fill: npt.NDArray[np.int64]  # [2] the same with those of the present row
+
+    @classmethod
+    def new(cls) -> _Scratch:
+        whole = [np.zeros(shape, np.int64) for shape in (_REGISTERS, (_MAX_DEPTH, 2), 2, 2)]
+        return cls(whole[0], np.zeros(_REALS, np.float64), *whole[1:])
 
 
 class _Programs(NamedTuple):
@@ -371,59 +398,53 @@ _ALL: Final = np.uint64(0xFFFFFFFFFFFFFFFF)
 
 @jit
 def _decode_rows(
-    data: npt.NDArray[np.uint8],
-    bounds: npt.NDArray[np.int64],
-    null: npt.NDArray[np.bool_],
-    programs: _Programs,
-    names: HashMap,
+    batch: _Source,
+    plans: _Programs,
+    codes: HashMap,
     partitions: int,
-    out: Columns,
-    items: _Spans,
-    history: _Spans,
-    filled: npt.NDArray[np.int64],
+    columns: Columns,
+    item_spans: _Spans,
+    history_spans: _Spans,
+    work: _Scratch,
     first: int,
 ) -> int:
-    """Decode rows first.. into `out`; returns the row before which it stopped for want of room for items."""
-    registers = np.zeros(_REGISTERS, np.int64)
-    reals = np.zeros(_REALS, np.float64)
-    stack = np.zeros((_MAX_DEPTH, 2), np.int64)
-    fill = filled.copy()
-    for row in range(first, len(null)):
+    """Decode rows first.. into `columns`; returns the row before which it stopped for want of room for items."""
+    source, programs, names, out = pin(batch), pin(plans), pin(codes), pin(columns)
+    items, history, scratch = pin(item_spans), pin(history_spans), pin(work)
+    filled, fill = scratch.filled, scratch.fill
+    for row in range(first, len(source.null)):
         m, n = filled[0], filled[1]
         if m + _MAX_ELEMENTS > len(out.item) or n + _MAX_ELEMENTS > len(out.history_item):
             return row
         fill[0], fill[1] = m, n
         kind = 0
-        start, end = bounds[row], bounds[row + 1]
-        program, at = _frame(data, start, end, null[row], programs)
+        end = source.bounds[row + 1]
+        program, at = _frame(source, row, programs)
         if at >= 0:
-            at = _run_plan(
-                data, at, end, programs.plan, programs.starts[program], registers, reals, stack, names, out,
-                items, history, fill,
-            )  # fmt: skip
+            pc = programs.starts[program]
+            at = _run_plan(source, at, end, programs.plan, pc, names, out, items, history, scratch)
         if at >= 0:
             kind = programs.kinds[program]
             if at != end:
                 at = -_TRAILING_BYTES
             elif kind == _DECISION_KIND:
-                at = _check_slate(items.key, m, fill[0])
+                at = _check_slate(items, m, fill[0])
         if at < 0:
             out.reason[row] = -at
         else:
             filled[0], filled[1] = fill[0], fill[1]
             out.kind[row] = kind
-            _commit(data, row, kind, registers, reals, names, partitions, out)
+            _commit(source, row, kind, scratch, names, partitions, out)
         out.item_bounds[row + 1] = filled[0]
         out.history_bounds[row + 1] = filled[1]
-    return len(null)
+    return len(source.null)
 
 
-@jit
-def _frame(
-    data: npt.NDArray[np.uint8], start: int, end: int, null: bool, programs: _Programs
-) -> tuple[int, int]:
+@part
+def _frame(source: _Source, row: int, programs: _Programs) -> tuple[int, int]:
     """(plan, position after the frame), or (-1, -Reason)."""
-    if null or start == end:
+    data, start, end = source.data, source.bounds[row], source.bounds[row + 1]
+    if source.null[row] or start == end:
         return -1, -_EMPTY
     if data[start] == 0xC3 and end - start >= 10 and data[start + 1] == 1:
         program = map_get(programs.single, load64(data, start + 2))
@@ -439,24 +460,18 @@ def _frame(
     return (program, start + width) if program != MISSING else (-1, -_UNKNOWN_SCHEMA)
 
 
-@jit
+@part
 def _commit(
-    data: npt.NDArray[np.uint8],
-    row: int,
-    kind: int,
-    registers: npt.NDArray[np.int64],
-    reals: npt.NDArray[np.float64],
-    names: HashMap,
-    partitions: int,
-    out: Columns,
+    source: _Source, row: int, kind: int, scratch: _Scratch, names: HashMap, partitions: int, out: Columns
 ) -> None:
     """Registers → this row's columns."""
+    registers, reals = scratch.registers, scratch.reals
     out.id[row] = np.uint64(registers[_ID])
     out.user[row] = np.uint64(registers[_USER])
     out.timestamp_ms[row] = registers[_TIME]
     if partitions > 0:
         start = registers[_USER + 1]
-        hashed = _murmur2(data, start, start + registers[_USER + 2])
+        hashed = _murmur2(source.data, start, start + registers[_USER + 2])
         out.misplaced[row] = hashed % partitions != out.partition[row]
     if kind == _EVENT_KIND:
         out.name[row] = _code(names, registers[_NAME])
@@ -469,15 +484,16 @@ def _commit(
         out.candidates[row] = registers[_CANDIDATES] != 0
 
 
-@jit
+@part
 def _code(names: HashMap, hashed: int) -> int:
     code = map_get(names, np.uint64(hashed))
     return OTHER if code == MISSING else code
 
 
-@jit
-def _check_slate(keys: npt.NDArray[np.uint64], begin: int, end: int) -> int:
+@part
+def _check_slate(items: _Spans, begin: int, end: int) -> int:
     """0, or why the slate cannot be."""
+    keys = items.key
     if begin == end:
         return -_EMPTY_SLATE
     if end - begin > _SORT_ABOVE:
@@ -493,27 +509,22 @@ def _check_slate(keys: npt.NDArray[np.uint64], begin: int, end: int) -> int:
     return 0
 
 
-@jit
+@part
 def _run_plan(
-    data: npt.NDArray[np.uint8],
+    source: _Source,
     at: int,
     end: int,
     plan: Plan,
     pc: int,
-    registers: npt.NDArray[np.int64],
-    reals: npt.NDArray[np.float64],
-    stack: npt.NDArray[np.int64],
     names: HashMap,
     out: Columns,
     items: _Spans,
     history: _Spans,
-    fill: npt.NDArray[np.int64],
+    scratch: _Scratch,
 ) -> int:
-    """Read one record from data[at:end]; returns the position after it, or -Reason.
-
-    stack: loops (elements left in the block, elements so far) and calls (row to return to).
-    """
-    code, limits = plan.code, plan.limits
+    """Read one record from data[at:end]; returns the position after it, or -Reason."""
+    data, code, limits = source.data, plan.code, plan.limits
+    registers, reals, stack = scratch.registers, scratch.reals, scratch.stack
     depth = 0
     while True:
         op, a = code[pc, 0], code[pc, 1]
@@ -586,7 +597,7 @@ def _run_plan(
             if a >= 0:
                 reals[a] = real
         elif op == _EMIT:
-            _append(a, registers, reals, names, out, items, history, fill)
+            _append(a, names, out, items, history, scratch)
         elif op == _BYTES:
             length, at = _varint(data, at, end, 64)
             if at < 0:
@@ -619,7 +630,7 @@ def _run_plan(
             return at
 
 
-@jit
+@part
 def _bad_length(length: int, least: int, left: int) -> int:
     """-Reason of a length that is wrong."""
     if length < 0:
@@ -629,7 +640,7 @@ def _bad_length(length: int, least: int, left: int) -> int:
     return -_TRUNCATED if length > left else -_TOO_LONG
 
 
-@jit
+@part
 def _varint(data: npt.NDArray[np.uint8], at: int, end: int, bits: int) -> tuple[int, int]:
     """(number, position after it) of a zigzag varint of at most so many bits, or (0, -Reason)."""
     if at < end and data[at] < 0x80:
@@ -650,7 +661,7 @@ def _varint(data: npt.NDArray[np.uint8], at: int, end: int, bits: int) -> tuple[
         shift += 7
 
 
-@jit
+@part
 def _block(data: npt.NDArray[np.uint8], at: int, end: int) -> tuple[int, int]:
     """(elements in the next block, 0 after the last; position), or (0, -Reason)."""
     count, at = _varint(data, at, end, 64)
@@ -664,7 +675,7 @@ def _block(data: npt.NDArray[np.uint8], at: int, end: int) -> tuple[int, int]:
     return count, at
 
 
-@jit
+@part
 def _real(data: npt.NDArray[np.uint8], at: int, end: int, op: int, bits: int) -> tuple[float, int]:
     """(number, position after it), or (0.0, -Reason)."""
     if op == _VARINT_REAL:
@@ -680,18 +691,12 @@ def _real(data: npt.NDArray[np.uint8], at: int, end: int, op: int, bits: int) ->
     return float(np.uint32(word >> np.uint64(32)).view(np.float32)), at + width
 
 
-@jit
+@part
 def _append(
-    table: int,
-    registers: npt.NDArray[np.int64],
-    reals: npt.NDArray[np.float64],
-    names: HashMap,
-    out: Columns,
-    items: _Spans,
-    history: _Spans,
-    fill: npt.NDArray[np.int64],
+    table: int, names: HashMap, out: Columns, items: _Spans, history: _Spans, scratch: _Scratch
 ) -> None:
     """One more element of a table, from the registers."""
+    registers, reals, fill = scratch.registers, scratch.reals, scratch.fill
     if table == _HISTORY:
         i = fill[1]
         fill[1] += 1
@@ -715,15 +720,17 @@ def _append(
 
 @jit
 def _intern_rows(
-    data: npt.NDArray[np.uint8],
-    bounds: npt.NDArray[np.int64],
-    out: Columns,
-    items: _Spans,
-    history: _Spans,
-    tables: Tables,
+    batch: _Source,
+    columns: Columns,
+    item_spans: _Spans,
+    history_spans: _Spans,
+    vocabulary: Tables,
     first: int,
 ) -> int:
     """Spans → ids, row by row from `first` on; returns the row before which the vocabulary must grow."""
+    source, out, tables = pin(batch), pin(columns), pin(vocabulary)
+    items, history = pin(item_spans), pin(history_spans)
+    data, bounds = source.data, source.bounds
     for row in range(first, len(out.kind)):
         m, m_end = out.item_bounds[row], out.item_bounds[row + 1]
         n, n_end = out.history_bounds[row], out.history_bounds[row + 1]
@@ -737,7 +744,7 @@ def _intern_rows(
     return len(out.kind)
 
 
-@jit
+@part
 def _is_text(data: npt.NDArray[np.uint8], start: int, end: int) -> bool:
     """Whether data[start:end] is UTF-8 without U+0000."""
     at = start
@@ -757,7 +764,7 @@ def _is_text(data: npt.NDArray[np.uint8], start: int, end: int) -> bool:
     return True
 
 
-@jit
+@part
 def _is_utf8(data: npt.NDArray[np.uint8], at: int, end: int) -> bool:
     """The same byte by byte: RFC 3629, so no over-long forms, no surrogates, nothing beyond U+10FFFF."""
     while at < end:
@@ -780,7 +787,7 @@ def _is_utf8(data: npt.NDArray[np.uint8], at: int, end: int) -> bool:
     return True
 
 
-@jit
+@part
 def _murmur2(data: npt.NDArray[np.uint8], start: int, end: int) -> int:
     """`streaming.log.murmur2`, compiled."""
     mask, m = np.uint64(0xFFFFFFFF), np.uint64(0x5BD1E995)

@@ -1,4 +1,4 @@
-"""The one way in which our hot loops are compiled."""
+"""How our hot loops are compiled."""
 
 from __future__ import annotations
 
@@ -16,3 +16,14 @@ def jit(function: F) -> F:
     It releases the GIL, is cached on disk, and divides as numpy does (no ZeroDivisionError, no checks).
     """
     return cast(F, njit(nogil=True, cache=True, error_model="numpy")(function))
+
+
+def part(function: F) -> F:
+    """A piece of a compiled loop, called by compiled functions only: part of its callers, not cached by itself.
+
+    numba's cache notices changes in a function's own file only: pieces from other files need more, see
+    `joiner._compiled`.
+    """
+    # the wrappers would take longer to compile than the pieces
+    options: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    return cast(F, njit(nogil=True, error_model="numpy", **options)(function))

@@ -7,8 +7,9 @@ from typing import Final
 import numpy as np
 
 from streaming.interning import HashMap, map_add, map_clear, map_get
+from streaming.jit import part
 from streaming.join_settings import COUNTERS, JUMP
-from streaming.join_tables import NEVER, NONE, Tables, part
+from streaming.join_tables import NEVER, NONE, Tables
 
 FUTURE_STAMPED: Final = COUNTERS.index("future_stamped")
 CLOCK_JUMPS: Final = COUNTERS.index("clock_jumps")

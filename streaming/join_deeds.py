@@ -8,6 +8,7 @@ import numpy as np
 
 from streaming.columns import Columns
 from streaming.interning import map_get, map_put, map_remove
+from streaming.jit import part
 from streaming.join_clock import drop_timer, ends_sessions, hasten_timer, next_timer_s, wait_due_s
 from streaming.join_settings import COUNTERS, SAMPLE, STEPS_PER_USER, WAITS_PER_USER
 from streaming.join_steps import (
@@ -32,7 +33,7 @@ from streaming.join_steps import (
     slot_of,
     take_back,
 )
-from streaming.join_tables import NEVER, NONE, Tables, part
+from streaming.join_tables import NEVER, NONE, Tables
 
 EVENTS: Final = COUNTERS.index("events")
 DECISIONS: Final = COUNTERS.index("decisions")

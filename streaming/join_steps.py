@@ -7,8 +7,9 @@ from typing import Final
 import numpy as np
 
 from streaming.columns import Columns
+from streaming.jit import part
 from streaming.join_settings import COUNTERS, STEPS_PER_USER
-from streaming.join_tables import NONE, Tables, part
+from streaming.join_tables import NONE, Tables
 from streaming.rewards import CODES
 
 PURCHASE: Final = CODES["purchase"]

@@ -8,12 +8,11 @@ short; Python then calls `grown` and lets it go on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Final, NamedTuple, TypeVar, cast
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from streaming.interning import HashMap, map_new, map_put, map_reserve
 from streaming.jit import jit
@@ -23,20 +22,6 @@ from streaming.transitions import Amendments, States, Transitions
 
 Array = npt.NDArray[Any]
 Fields = dict[str, Any]  # arrays by field, for `_replace`
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def part(function: F) -> F:
-    """A piece of a compiled loop, called by compiled functions only: part of its callers, not cached by itself.
-
-    (numba's cache notices changes in a function's own file only; see `joiner._compiled`.)
-    """
-    options: dict[str, Any] = {
-        "no_cpython_wrapper": True,
-        "no_cfunc_wrapper": True,
-    }  # they would take longer than the rest
-    return cast(F, njit(nogil=True, error_model="numpy", **options)(function))
-
 
 NONE: Final = -1  # no such user, row or sequence number
 NEVER: Final = 2**62

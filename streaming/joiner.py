@@ -19,6 +19,7 @@ from numba import njit
 
 from streaming import (
     interning,
+    jit,
     join_clock,
     join_deeds,
     join_settings,
@@ -29,6 +30,7 @@ from streaming import (
 )
 from streaming.columns import Columns, Kind, Reason
 from streaming.interning import combine
+from streaming.jit import part
 from streaming.join_clock import advance, follow, is_known, is_late, newer_ids, remember
 from streaming.join_deeds import do_due, due_s, take_decision, take_event
 from streaming.join_settings import COUNTERS, FIRST_MS, LAST_MS, WAITS_PER_USER, JoinSettings
@@ -52,7 +54,6 @@ from streaming.join_tables import (
     load,
     new_out,
     new_tables,
-    part,
     states_of,
     transitions_of,
 )
@@ -166,7 +167,17 @@ def take(t: Tables, columns: Columns, i: int) -> None:
 
 def _digest() -> int:
     """A number that changes with the source of what is compiled into the loop."""
-    modules = (interning, join_clock, join_deeds, join_settings, join_steps, join_tables, pinned, rewards)
+    modules = (
+        interning,
+        jit,
+        join_clock,
+        join_deeds,
+        join_settings,
+        join_steps,
+        join_tables,
+        pinned,
+        rewards,
+    )
     return zlib.crc32(b"".join(Path(str(module.__file__)).read_bytes() for module in modules)) | 1
 
 

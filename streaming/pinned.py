@@ -8,6 +8,7 @@ alive, so never return it from the function that pinned it.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -29,7 +30,9 @@ class Pinned(types.Type):
 
     def __init__(self, record: Any) -> None:
         self.record = record
-        super().__init__(name=f"Pinned({record})")
+        # in full it takes thousands of bytes, and becomes part of the name of each function that it is passed to
+        digest = hashlib.sha256(str(record).encode()).hexdigest()[:16]
+        super().__init__(name=f"Pinned({record.instance_class.__name__}, {digest})")
 
 
 @register_model(Pinned)
