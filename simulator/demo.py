@@ -1,8 +1,8 @@
 """The whole loop as real processes on this machine: `python -m simulator.demo`, which is what `make demo` runs.
 
 A learner and a policy server are started on a fresh log; simulated shoppers call the server over gRPC and publish what
-they do. Random, popularity and the planning oracle serve copies of the same shop meanwhile, in this process. For the
-last third of the traffic exploration is switched off, and all four are compared on the visits of that stretch.
+they do. Random, popularity and the planning oracle serve copies of the same shop meanwhile, in this process. In the
+last third of the time exploration is switched off, and all four are compared on the visits of that stretch.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from simulator import report
 from simulator.contest import Rivals
 from simulator.figures import Figures, figures, same_visits
 from simulator.freshness import Freshness, FreshnessProbe
-from simulator.goods import DAY_MS
+from simulator.goods import DAY_MS, available
 from simulator.parts import Broken, Parts, own_cpu_s
 from simulator.shop import HOUR_MS, Shop, ShopSettings, Visits
 from simulator.traffic import Publisher, Status, Traffic, TrafficConfig, TrafficError
@@ -57,7 +57,7 @@ class DemoConfig:
         default=(1,),
         metadata={"help": "played one after the other, each another shop and another learner; >= 0"},
     )
-    minutes: float = field(default=4.5, metadata={"help": "from start to report; minutes, 0.4..1440"})
+    minutes: float = field(default=4.75, metadata={"help": "from start to report; minutes, 0.4..1440"})
     rate: float = field(default=500.0, metadata={"help": "recommendations a second, 1..100000"})
     epsilon: float = field(
         default=0.05, metadata={"help": "share of slots explored until the last third, 0..1"}
@@ -104,8 +104,8 @@ class Clock:
     def now_s(self) -> float:
         return time.monotonic() - self._began
 
-    def open(self) -> None:
-        """Traffic begins now: its last third, at most three minutes, is the exam."""
+    def learning(self) -> None:
+        """The first weights are served now: the last third from here on, at most three minutes, is the exam."""
         left = self.traffic_ends_s - self.now_s()
         self.exam_s = self.traffic_ends_s - min(left / 3, 180.0)
 
@@ -335,7 +335,7 @@ def _one_seed(
             made = report.report(Loop(config, namespace, seed, folder, lock, clock, screen, closing).play())
         screen.now("drawing the picture")
         report.write(folder, made)
-    except (Broken, LogError, ValueError) as error:
+    except (Broken, TrafficError, LogError, OSError, ValueError) as error:
         screen.clear()
         (folder / "report.json").write_text(
             json.dumps({"ok": False, "why": str(error), "seeds": [seed]}, indent=2) + "\n"
@@ -381,12 +381,14 @@ class Loop:
         log.create_topic(self._topics.catalog, 1, compacted=True)
         if self._namespace.log:
             self._screen.told(f"topics {self._topics.events} and {self._topics.catalog} in {self._url}")
+        shop = Shop(self._settings, self._seed)
+        publisher = self._stock(log, shop)
         self._start_parts()
         target = self._await_server()
         rivals = Rivals(self._settings, self._seed, self._config.slate_size)
         self._closing.callback(rivals.close)
         rivals.start()
-        shoppers = self._open_the_shop(log, target, rivals)
+        shoppers = self._open_the_shop(shop, publisher, target, rivals)
         observer = Observer(self._open(), self._topics.events, target)
         self._closing.callback(observer.close)
         observer.start()
@@ -432,12 +434,18 @@ class Loop:
             self._screen.now("the policy server is starting ...")
             time.sleep(_LOOK_S)
 
-    def _open_the_shop(self, log: Log, target: str, rivals: Rivals) -> Shoppers:
-        shop = Shop(self._settings, self._seed)
-        client = self._closing.enter_context(Client(target))
+    def _stock(self, log: Log, shop: Shop) -> Publisher:
+        """Put the catalog into the log, before anybody is asked to recommend from it."""
         producer = log.producer()
         self._closing.callback(producer.close)
         publisher = Publisher(shop, producer, codec_from(self._namespace), *self._topics)
+        opens_ms = self._settings.start_ms
+        publisher.catalog(opens_ms, available(shop.goods, self._seed, opens_ms, self._settings.stock_outs))
+        publisher.flush()
+        return publisher
+
+    def _open_the_shop(self, shop: Shop, publisher: Publisher, target: str, rivals: Rivals) -> Shoppers:
+        client = self._closing.enter_context(Client(target))
         traffic = Traffic(
             TrafficConfig(
                 slate_size=self._config.slate_size,
@@ -454,7 +462,6 @@ class Loop:
         )
         shoppers = Shoppers(traffic, rivals, self._clock)
         self._closing.callback(shoppers.close)
-        self._clock.open()
         shoppers.start()
         return shoppers
 
@@ -466,6 +473,7 @@ class Loop:
             self._check(shoppers, rivals)
             if not learning and observer.policy.policy_version:
                 learning = True
+                self._clock.learning()
                 self._screen.told("the first weights are served; each second brings newer ones")
             if not exam and shoppers.exam_ms:
                 exam = True
@@ -479,6 +487,8 @@ class Loop:
         """End the traffic, let the others catch up, end the processes in peace."""
         shoppers.close()
         self._check(shoppers, rivals)
+        if not observer.policy.policy_version:
+            raise Broken(f"no weights ever reached the policy server; see {self._folder}/learner.log")
         status = shoppers.status
         accounts = rivals.finish(
             status.event_ms, lambda: self._screen.now("the other policies serve their last visits")

@@ -21,7 +21,7 @@ import numpy as np
 from serving import policy_pb2 as pb
 from serving.client import CallError, Client
 from simulator.figures import mean_interval
-from simulator.shop import HOUR_MS, Events, Outcome, Rows, Shop, Turn, Visits
+from simulator.shop import HOUR_MS, Bools, Events, Outcome, Rows, Shop, Turn, Visits
 from streaming.log import Log, LogFull, Producer
 from streaming.rewards import EVENT_NAMES
 from streaming.schemas import Codec, SchemaError
@@ -131,15 +131,17 @@ class Publisher:
         )  # -1: not yet; else in_stock as published
         self.published = 0
 
-    def catalog(self, turn: Turn) -> None:
-        """Publish the items whose stock differs from what the catalog says; unreleased ones are not mentioned."""
-        released = self._shop.goods.release_ms <= int(turn.timestamp_ms.max())
-        changed = released & (self._in_catalog != turn.available)
+    def catalog(self, now_ms: int, in_stock: Bools) -> None:
+        """Publish the items whose stock differs from what the catalog says; unreleased ones are not mentioned.
+
+        in_stock: [N] by row of the catalog.
+        """
+        released = self._shop.goods.release_ms <= now_ms
+        changed = released & (self._in_catalog != in_stock)
         for row in np.flatnonzero(changed).tolist():
-            self._send(
-                self._catalog_topic, self._shop.item_ids[row], self._codec.encode_item(self._item(row, turn))
-            )
-        self._in_catalog[changed] = turn.available[changed]
+            item = self._codec.encode_item(self._item(row, bool(in_stock[row])))
+            self._send(self._catalog_topic, self._shop.item_ids[row], item)
+        self._in_catalog[changed] = in_stock[changed]
 
     def events(self, events: Events, run: str, recommendations: dict[int, str]) -> None:
         """Publish events in their order; ids are unique within `run`, which must be unique within the log."""
@@ -175,14 +177,14 @@ class Publisher:
                 f"{left} records are not in the log after {_PUBLISH_TIMEOUT_S:.0f} s; is it up?"
             )
 
-    def _item(self, row: int, turn: Turn) -> dict[str, Any]:
+    def _item(self, row: int, in_stock: bool) -> dict[str, Any]:
         g = self._shop.goods
         return {
             "item_id": g.item_id[row],
             "category": g.category_name[g.category[row]],
             "brand": g.brand_name[g.brand[row]],
             "price": float(g.price[row]),
-            "in_stock": bool(turn.available[row]),
+            "in_stock": in_stock,
             "vector": g.vector[row].tolist(),
             "title": f"{g.brand_name[g.brand[row]]} {g.item_id[row]}",
         }
@@ -250,7 +252,7 @@ class Traffic:
         self._event_ms = int(turn.timestamp_ms.max())
         self._keep_pace(stop, int(turn.timestamp_ms.min()))
         if self._publisher is not None:
-            self._publisher.catalog(turn)
+            self._publisher.catalog(self._event_ms, turn.available)
             self._publisher.events(turn.events, self._run, self._recommendations)
         answers = self._ask([self._request(turn, b) for b in range(len(turn.shopper))])
         slates = self._slates(answers)

@@ -32,7 +32,7 @@ def write_shop(
     served = 0
     while served < decisions:
         turn = shop.next_turn()
-        pen.catalog(turn)
+        pen.catalog(int(turn.timestamp_ms.max()), turn.available)
         pen.events(turn.events, f"run-{seed}", names)
         on_offer = np.flatnonzero(turn.available)
         slates = np.stack([rng.choice(on_offer, slots, replace=False) for _ in turn.shopper])
