@@ -31,7 +31,9 @@ COPY learner learner
 COPY serving serving
 COPY simulator simulator
 # the packages read proto/ beside them, so they run from here and not from a copy
-RUN touch README.md && pip install --no-cache-dir --no-deps ${PIP_OPTIONS} --editable .
+RUN touch README.md \
+ && pip install --no-cache-dir --no-deps ${PIP_OPTIONS} --editable . \
+ && python -m compileall -q streaming learner serving simulator
 USER bellwether
 EXPOSE 50051 9400
 # holds for whatever is started with --metrics-port 9400; others bring their own check
