@@ -1,7 +1,9 @@
-"""`learner --topic events [--log URL] [--data-dir DIR] [--weights URL] ...`: the learner."""
+"""`learner --topic events [--log URL] [--data-dir DIR] [--weights URL] ...` learns; `learner audit` looks into what."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import os
 import signal
@@ -16,6 +18,8 @@ from contextlib import ExitStack
 import torch
 
 from learner.agent import AgentSettings
+from learner.audit import Audit, AuditConfig, NothingToAudit
+from learner.audit_report import as_json, as_text
 from learner.catalog_feed import CatalogFeed
 from learner.checkpoint import CheckpointDamaged, CheckpointFailed, Checkpoints, CheckpointWriter, Loaded
 from learner.fence import Fenced
@@ -42,11 +46,15 @@ logger = logging.getLogger("learner")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command's exit status: 0 after a last checkpoint."""
+    """The command's exit status: 0 after a last checkpoint, or a clean audit."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["audit"]:
+        return _audit(arguments[1:])
     parser = Parser(
         prog="learner",
         description="Learns from the events in a log, for ever: a double DQN whose weights are published each second. "
-        "SIGTERM or Ctrl-C ends it after a last checkpoint; started again, it goes on as if nothing had happened.",
+        "SIGTERM or Ctrl-C ends it after a last checkpoint; started again, it goes on as if nothing had happened. "
+        "`learner audit` says which events trained which weights, and whether any was lost or counted twice.",
     )
     add_config(parser, TrainConfig)
     parser.add_argument(
@@ -76,6 +84,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     return run(lambda: _guarded(lambda: _train(config, settings, agent, join, namespace, stop)))
+
+
+def _audit(arguments: Sequence[str]) -> int:
+    """`learner audit`: 0 where all is as the log says, 1 where it is not, or where nothing can be said."""
+    parser = Parser(
+        prog="learner audit",
+        description="Reads the log again up to where the newest checkpoint has read it, joins it by plain code, and "
+        "compares: was a decision lost, doubled, or wrongly rewarded? Only reads, also while the learner runs. "
+        "Exit status: 0 clean; 1 differences, or nothing to audit.",
+    )
+    add_config(parser, AuditConfig)
+    parser.add_argument("--json", action="store_true", help="write all of it to stdout as JSON")
+    add_log(parser)
+    namespace = parser.parse_args(arguments)
+    config = build(AuditConfig, namespace)
+
+    def body() -> int:
+        with contextlib.closing(log_from(namespace)) as log:
+            try:
+                report = Audit(log, codec_from(namespace), config).run()
+            except (NothingToAudit, CheckpointDamaged, ReplayError) as error:
+                print(f"learner audit: {error}", file=sys.stderr)
+                return 1
+        print(json.dumps(as_json(report), indent=1) if namespace.json else as_text(report))
+        return 0 if report.clean else 1
+
+    return run(body)
 
 
 def _guarded(body: Callable[[], None]) -> int:
