@@ -1,0 +1,236 @@
+"""The `learner` command as its users run it: real processes, killed, stopped, fenced, and started again."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from learner.agent import AgentSettings
+from learner.checkpoint import Checkpoints
+from learner.learner import Learner, LearnerSettings
+from learner.weights import WeightStore
+from streaming.dead_letters import dlq_topic
+from streaming.join_settings import JoinSettings
+from streaming.log import open_log
+from streaming.schemas import Codec
+from tests.shop_log import write_shop
+
+SMALL = (
+    *("--batch-size", "32", "--dim", "8", "--hidden", "16", "--history-length", "8", "--min-replay", "200"),
+    *("--updates-high", "0.1", "--replay-capacity", "100000"),
+)
+AGENT = AgentSettings(batch_size=32, dim=8, hidden=16, history_length=8)
+
+
+def start(folder: Path, url: str, *flags: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "learner", "--topic", "events", "--log", url, *SMALL]
+    stores = ["--data-dir", str(folder / "data"), "--weights", str(folder / "weights")]
+    return subprocess.Popen([*command, *stores, *flags], stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """(exit status, all that it said); a learner that does not end is a failure."""
+    try:
+        _, said = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return process.returncode, said
+
+
+def train(folder: Path, url: str, *flags: str) -> None:
+    status, said = finish(start(folder, url, "--until-caught-up", *flags))
+    assert status == 0, said
+
+
+def await_line(process: subprocess.Popen[str], *wanted: str) -> str:
+    """The first line that has one of these in it."""
+    assert process.stderr is not None
+    for line in process.stderr:
+        if any(word in line for word in wanted):
+            return line
+    raise AssertionError(f"ended without saying {wanted}")
+
+
+def train_through_kills(folder: Path, url: str, seed: int, *flags: str) -> int:
+    """Killed (-9) at random moments, started again each time, until it is through; returns how often it died."""
+    luck = random.Random(seed)
+    for deaths in range(8):
+        process = start(folder, url, "--until-caught-up", "--checkpoint-s", "0.1", *flags)
+        await_line(process, "no checkpoint of", "going on from")
+        try:
+            process.wait(luck.uniform(0.2, 1.2))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            finish(process)
+            continue
+        assert process.returncode == 0
+        return deaths
+    train(folder, url, *flags)
+    return 8
+
+
+def newest(folder: Path):
+    loaded = Checkpoints(folder / "data" / "learner").load()
+    assert loaded is not None
+    return loaded
+
+
+def part_hashes(folder: Path) -> dict[str, str]:
+    """What each part of the newest checkpoint is, by its hash."""
+    manifest = max((folder / "data" / "learner").glob("checkpoint-*.json"))
+    return {name: file["sha256"] for name, file in json.loads(manifest.read_text())["parts"].items()}
+
+
+def transitions(folder: Path) -> list[tuple[object, ...]]:
+    """What replay holds: identity, item, reward and discount of each transition, in no order of arrival."""
+    loaded = newest(folder)
+    learner = Learner(
+        LearnerSettings(min_replay=200, replay_capacity=100_000),
+        AGENT,
+        JoinSettings(gamma=AGENT.gamma, history_length=8),
+        Codec(),
+        None,
+    )
+    learner.restore(loaded.parts)
+    held = learner.replay.contents()
+    items = [learner.vocabulary.item_id(i) for i in held.action.tolist()]
+    columns = (held.partition.tolist(), held.offset.tolist(), held.slot.tolist(), items)
+    return sorted(zip(*columns, held.reward.tolist(), held.discount.tolist(), strict=True))
+
+
+@pytest.fixture(scope="module")
+def shop_url(tmp_path_factory) -> str:
+    """A log with a day of a small shop."""
+    url = f"sqlite:///{tmp_path_factory.mktemp('shop') / 'log.db'}"
+    log = open_log(url)
+    write_shop(log, 1500, partitions=4)
+    log.close()
+    return url
+
+
+@pytest.fixture(scope="module")
+def unbroken(shop_url, tmp_path_factory) -> Path:
+    """What a deterministic learner that nobody disturbed made of it."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    train(folder, shop_url, "--deterministic", "--chunk", "100")
+    return folder
+
+
+def test_a_killed_and_restarted_deterministic_learner_ends_with_the_same_weights(
+    shop_url, unbroken, tmp_path
+):
+    assert train_through_kills(tmp_path, shop_url, 1, "--deterministic", "--chunk", "100") > 0
+    assert part_hashes(tmp_path) == part_hashes(unbroken)
+    assert newest(tmp_path).meta["updates"] > 100
+
+
+def test_a_killed_and_restarted_learner_ends_with_the_same_transitions_and_offsets(
+    shop_url, unbroken, tmp_path
+):
+    assert train_through_kills(tmp_path, shop_url, 2, "--poll-records", "60") > 0
+    assert newest(tmp_path).meta["positions"] == newest(unbroken).meta["positions"]
+    assert transitions(tmp_path) == transitions(unbroken)
+    assert newest(tmp_path).meta["joined"] == newest(unbroken).meta["joined"]
+
+
+def test_sigterm_ends_it_after_a_last_checkpoint_and_version(shop_url, tmp_path):
+    process = start(tmp_path, shop_url, "--checkpoint-s", "3600", "--publish-s", "3600")
+    await_line(process, "no checkpoint of")
+    time.sleep(3.0)
+    process.send_signal(signal.SIGTERM)
+    status, said = finish(process)
+    assert status == 0, said
+    store = WeightStore(str(tmp_path / "weights"))
+    version = store.latest()
+    assert version is not None
+    manifest, meta = store.manifest(version), newest(tmp_path).meta
+    assert manifest.updates == meta["updates"] > 0
+    assert {str(p): o for p, o in manifest.positions.items()} == meta["positions"]
+
+
+def test_a_second_learner_with_the_same_name_fences_the_first(shop_url, tmp_path):
+    first = start(tmp_path, shop_url, "--checkpoint-s", "0.2")
+    await_line(first, "no checkpoint of")
+    time.sleep(1.0)
+    second = start(tmp_path, shop_url, "--checkpoint-s", "0.2")
+    try:
+        status, said = finish(first)
+        assert status == 1
+        assert "was taken over by epoch 2" in said.splitlines()[-1]
+    finally:
+        second.send_signal(signal.SIGTERM)
+    assert finish(second)[0] == 0
+
+
+def test_it_catches_up_with_either_log_and_dead_letters_what_it_cannot_read(log_url, tmp_path):
+    log = open_log(log_url)
+    topic = f"events-{tmp_path.name}"
+    log.create_topic(topic, 2)
+    producer = log.producer()
+    for n in range(300):
+        user = f"user-{n % 20}"
+        event = {
+            "event_id": f"e{n}",
+            "name": "view_item",
+            "user_id": user,
+            "timestamp": 1_700_000_000_000 + n * 1000,
+            "items": [{"item_id": f"item-{n % 7}"}],
+        }
+        producer.send(topic, user.encode(), Codec().encode_event(event))
+    producer.send(topic, b"nobody", b"hello")
+    producer.flush()
+    train(tmp_path, log_url, "--topic", topic, "--min-replay", "40")
+    meta = newest(tmp_path).meta
+    assert meta["positions"] == {str(p): bounds.high for p, bounds in log.bounds(topic).items()}
+    assert meta["joined"]["events"] == 300
+    assert meta["updates"] > 0
+    assert log.committed("bellwether-learner", topic) == {int(p): o for p, o in meta["positions"].items()}
+    reader = log.reader(dlq_topic(topic), {0: 0})
+    letters = reader.poll(10, 5.0)
+    assert len(letters) == 1
+    assert Codec().decode(letters.value(0))[1]["reason"] == "BAD_FRAME"
+    for thing in (reader, producer, log):
+        thing.close()
+
+
+def test_a_topic_that_is_not_there_is_one_line_and_status_1(tmp_path):
+    status, said = finish(start(tmp_path, f"sqlite:///{tmp_path / 'log.db'}", "--until-caught-up"))
+    assert status == 1
+    assert said.splitlines()[-1].endswith("create it with `streaming topics`")
+    assert "Traceback" not in said
+
+
+def test_a_checkpoint_of_another_log_is_refused(shop_url, tmp_path):
+    train(tmp_path, shop_url)
+    other = f"sqlite:///{tmp_path / 'other.db'}"
+    log = open_log(other)
+    log.create_topic("events", 4)
+    log.close()
+    status, said = finish(start(tmp_path, other, "--until-caught-up"))
+    assert status == 1
+    assert "another log, or the topic was recreated" in said.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        (("--tpic", "x"), "did you mean '--topic'?"),
+        (("--gamma", "1.5"), "gamma"),
+        (("--deterministic", "--device", "cuda"), "deterministic needs device cpu"),
+        (("--rewards", "click=1"), "no such event name"),
+        (("--log", "redis://x"), "is no log"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_and_status_2(flags, wanted):
+    done = subprocess.run([sys.executable, "-m", "learner", *flags], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert wanted in done.stderr
+    assert len(done.stderr.splitlines()) == 1
