@@ -18,7 +18,8 @@ class Player:
         self.error: Exception | None = None
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._shop, self._slate_size, self._make = shop, slate_size, make
-        self._target_ms = self._reached_ms = 0
+        self.reached_ms = 0  # event time
+        self._target_ms = 0
         self._last = False
         self._wake, self._stop = threading.Event(), threading.Event()
 
@@ -48,13 +49,15 @@ class Player:
             self.error = error
 
     def _play_until(self, policy: Recommender, event_ms: int) -> None:
-        while self._reached_ms < event_ms and not self._stop.is_set():
+        reached_ms = self.reached_ms
+        while reached_ms < event_ms and not self._stop.is_set():
             turn = self._shop.next_turn()
             policy.observe(turn.events)
             outcome = self._shop.show(turn, policy.recommend(self._shop, turn, self._slate_size))
             policy.observe(outcome.events)
-            self._reached_ms = int(turn.timestamp_ms.max())
+            reached_ms = int(turn.timestamp_ms.max())
         self.visits = self._shop.visits()
+        self.reached_ms = reached_ms  # only now: whoever sees it finds the visits
 
 
 class Rivals:
@@ -85,10 +88,14 @@ class Rivals:
         for player in self._players.values():
             player.follow(event_ms)
 
-    def visits(self) -> dict[str, Visits]:
-        """The visits that are over so far, of each policy that is ready."""
+    def visits(self, at_least_ms: int = 0) -> dict[str, Visits]:
+        """The visits that are over so far, of each policy that is ready and has come as far as this event time."""
         self.check()
-        return {name: player.visits for name, player in self._players.items() if player.visits is not None}
+        return {
+            name: player.visits
+            for name, player in self._players.items()
+            if player.visits is not None and player.reached_ms >= at_least_ms
+        }
 
     def finish(self, event_ms: int, waiting: Callable[[], object]) -> dict[str, Visits]:
         """Each policy's visits once it has reached this event time; `waiting` is called now and then meanwhile."""

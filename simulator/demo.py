@@ -478,7 +478,11 @@ class Loop:
             if not exam and shoppers.exam_ms:
                 exam = True
                 self._screen.told("no more exploration: from here on the policies are compared")
-            accounts = {**rivals.visits(), "learned": shoppers.visits}
+            # of an hour ago every visit is over; who is not nearly as far knows the short ones only
+            accounts = {
+                **rivals.visits(shoppers.status.event_ms - HOUR_MS // 2),
+                "learned": shoppers.visits,
+            }
             table.tell(self._clock.now_s(), accounts, shoppers.status, observer)
             self._screen.now(_now(shoppers.status, observer))
             time.sleep(_LOOK_S)
