@@ -385,10 +385,10 @@ class Audit:
             for row in plain_rows(decoder.decode(batch)):
                 if row.kind == Kind.BAD:
                     bad[partition, row.offset] = row.reason
+                if blind and joined.sees():
+                    blind, report.verified_from = False, row.offset
                 joined.take(row)
             drain()
-            if blind and joined.sees():
-                blind, report.verified_from = False, int(batch.offset[-1]) + 1
         joined.end()
         drain()
         self._bad |= bad
