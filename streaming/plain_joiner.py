@@ -57,7 +57,7 @@ Id: TypeAlias = str | int  # text, or its 64-bit hash; empty or 0 where there is
 # --- records ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Line:
     """One item of an event, or one slot of a slate."""
 
@@ -67,7 +67,7 @@ class Line:
     propensity: float = math.nan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Seen:
     """One entry of a decision's history."""
 
@@ -77,7 +77,7 @@ class Seen:
     value: float = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One record of a log."""
 
@@ -143,7 +143,7 @@ class Output:
     late: list[tuple[int, int]] = field(default_factory=list)  # partition, offset
 
 
-@dataclass
+@dataclass(slots=True)
 class Slot:
     """A place in a step, and what it has earned."""
 
@@ -153,7 +153,7 @@ class Slot:
     counts: dict[str, int] = field(default_factory=lambda: {"purchase": 0, "add_to_cart": 0})
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Step:
     """A moment at which something was put before a user, or at which the user went somewhere unaided."""
 
@@ -189,7 +189,7 @@ class Deed(NamedTuple):
     reward: float
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Wait:
     """Deeds of one event that wait: for their decision, or (a single refund) for its purchase."""
 
@@ -202,7 +202,7 @@ class Wait:
     due_s: int
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class User:
     """All that is known of a user."""
 
