@@ -1,6 +1,10 @@
 """The house rules that a reader relies on: imports point left, each package has one home, docs point at what is."""
 
 import ast
+import functools
+import importlib
+import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -70,18 +74,127 @@ def test_files_named_in_the_docs_exist(doc):
 
 @pytest.mark.parametrize("doc", DOCS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_benchmark_commands_in_the_docs_exist(doc):
-    for name in re.findall(r"python -m benchmarks\.(\w+)", doc.read_text()):
+    for name in re.findall(r"python -m benchmarks\.([a-z]\w*)", doc.read_text()):
         assert (ROOT / "benchmarks" / f"{name}.py").exists(), f"{doc.name} names benchmarks.{name}"
 
 
+@functools.cache
+def help_of(*command):
+    """What a program of ours says to --help; it must end well."""
+    done = subprocess.run(
+        [sys.executable, "-m", *command, "--help"], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
+    assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
+    return done.stdout
+
+
+def program_of(words):
+    """Which of our programs a command line runs, with its sub-command: what `python -m` wants; None: none of ours."""
+    if words[0].endswith("python") and words[1:2] == ["-m"] and len(words) > 2:
+        words = words[2:]
+    if words[0] == "streaming" or words[:2] == ["learner", "audit"]:
+        return tuple(words[:2])
+    ours = words[0] in ORDER or words[0].split(".")[0] in ("simulator", "benchmarks", "tests")
+    return (words[0],) if ours else None
+
+
+def commands_in(doc):
+    """The command lines that a document shows: after `$ ` in console blocks, and indented ones of our programs."""
+    text = doc.read_text()
+    shown = [
+        line[2:]
+        for block in re.findall(r"^```console\n(.*?)^```", text, re.M | re.S)
+        for line in block.splitlines()
+        if line.startswith("$ ")
+    ]
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+    ours = r"^\s*((?:learner|serving|simulator|streaming (?:topics|import|tail|redrive)|python -m [\w.]+)\b[^\n#|>&]*)"
+    return shown + re.findall(ours, prose, re.M)
+
+
 @pytest.mark.parametrize("doc", DOCS, ids=lambda p: str(p.relative_to(ROOT)))
-def test_flags_in_the_docs_are_real(doc):
-    helps = {}
-    for command in re.findall(r"^\s*\$? ?((?:learner|serving|simulator)\b[^\n#|>&]*)", doc.read_text(), re.M):
-        program = command.split()[0]
-        flags = set(re.findall(r"(?<!\S)--[a-z][\w-]*", command))
-        if flags and program not in helps:
-            helps[program] = subprocess.run(
-                [sys.executable, "-m", program, "--help"], capture_output=True, text=True, cwd=ROOT
-            ).stdout
-        assert all(flag in helps[program] for flag in flags), f"{doc.name}: {command}"
+def test_commands_in_the_docs_exist_and_so_do_their_flags(doc):
+    for command in commands_in(doc):
+        words = command.split()
+        program = program_of(words)
+        flags = [word.partition("=")[0] for word in words if re.match(r"--[a-z]", word)]
+        if words[0] == "make":
+            assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M), command
+        elif program is not None and flags:
+            said = help_of(*program)
+            assert [flag for flag in flags if not re.search(rf"{flag}(?![\w-])", said)] == [], command
+
+
+@pytest.mark.parametrize("doc", DOCS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_flags_named_in_the_docs_exist(doc):
+    programs = [*ORDER[1:], "simulator.demo"]
+    said = "".join(map(help_of, programs)) + help_of("learner", "audit")
+    said += "".join(help_of("streaming", command) for command in ("topics", "import", "tail", "redrive"))
+    named = set(re.findall(r"`(--[a-z][\w-]*)", doc.read_text())) - FOREIGN
+    assert {flag for flag in named if not re.search(rf"{flag}(?![\w-])", said)} == set()
+
+
+FOREIGN = {"--help", "--max"}  # `the --max flags`
+
+
+@pytest.mark.parametrize("doc", DOCS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_functions_that_the_docs_link_to_are_in_their_files(doc):
+    for name, target in re.findall(r"\[`([\w.]+)`\]\(([^)#\s]+\.py)\)", doc.read_text()):
+        if not name.endswith(".py"):
+            assert name in defined_in((doc.parent / target).resolve()), f"{doc.name}: {name} in {target}"
+
+
+def defined_in(path):
+    """Functions, classes and names of a module, and Class.member."""
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ClassDef):
+            members = [part for part in node.body if isinstance(part, ast.FunctionDef | ast.AnnAssign)]
+            names |= {f"{node.name}.{getattr(m, 'name', None) or ast.unparse(m.target)}" for m in members}
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            names.add(node.name)
+        if isinstance(node, ast.AnnAssign | ast.Assign):
+            names |= {ast.unparse(t) for t in getattr(node, "targets", None) or [node.target]}
+    return names
+
+
+@pytest.mark.parametrize("doc", DOCS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_sections_that_the_docs_link_to_are_there(doc):
+    for target, section in re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", doc.read_text()):
+        if "://" not in target:
+            page = (doc.parent / target).resolve() if target else doc
+            heads = re.findall(
+                r"^#+ (.+)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S), re.M
+            )
+            anchors = {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
+            assert section in anchors, f"{doc.name} links to {target}#{section}"
+
+
+@pytest.mark.parametrize("doc", DOCS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_python_in_the_docs_is_python_and_imports_what_is_there(doc):
+    for block in re.findall(r"^```python\n(.*?)^```", doc.read_text(), re.M | re.S):
+        tree = ast.parse(block)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(node.module or "")
+                missing = [a.name for a in node.names if not hasattr(module, a.name)]
+                assert all(importlib.util.find_spec(f"{node.module}.{name}") for name in missing), missing
+
+
+def test_results_in_the_readme_come_from_the_results_that_are_committed():
+    results = [
+        json.loads(line)["command"]
+        for file in (ROOT / "benchmarks" / "results").glob("*.jsonl")
+        for line in file.read_text().splitlines()
+    ]
+    section = (ROOT / "README.md").read_text().partition("\n## Results\n")[2].partition("\n## ")[0]
+    commands = re.findall(r"`(python -m benchmarks\.[^`]+)`", section)
+    assert commands
+    assert [c for c in commands if not any(result.startswith(c) for result in results)] == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "adr").glob("*.md")), ids=lambda p: p.name)
+def test_a_decision_record_has_its_four_parts(path):
+    parts = re.findall(r"^\*\*([\w ]+)\.\*\*", path.read_text(), re.M)
+    assert parts == ["Context", "Decision", "Not chosen", "Consequences"]
+    assert path.read_text().startswith(f"# {int(path.name[:4])}. ")
