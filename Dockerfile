@@ -37,7 +37,7 @@ RUN touch README.md \
 USER bellwether
 EXPOSE 50051 9400
 # holds for whatever is started with --metrics-port 9400; others bring their own check
-HEALTHCHECK --interval=10s --timeout=5s --start-period=3m --retries=3 \
+HEALTHCHECK --interval=10s --timeout=5s --start-period=5m --retries=3 \
   CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:9400/metrics', timeout=4)"]
 CMD ["serving", "--help"]
 

@@ -286,6 +286,13 @@ def test_down_and_up_again_lose_nothing(stack: Stack) -> None:
     assert "no checkpoint" not in stack("logs", "learner")
 
 
+def test_after_all_that_no_decision_was_lost_or_counted_twice(stack: Stack) -> None:
+    trained(stack)
+    data = "/var/lib/bellwether"
+    where = ["--data-dir", f"{data}/learner", "--weights", f"{data}/weights", "--log", "kafka://kafka:9092"]
+    stack("exec", "-T", "learner", "learner", "audit", *where, timeout_s=600)  # it exits 1 if it finds one
+
+
 def test_prometheus_finds_all_that_the_dashboard_shows(stack: Stack) -> None:
     stack("--profile", "observability", "up", "--detach", "--wait", "prometheus", timeout_s=300)
     eventually(lambda: {s["metric"]["job"] for s in asked("up == 1")} == {"learner", "serving"})
