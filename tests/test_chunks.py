@@ -59,6 +59,9 @@ class ScriptedReader:
         self._left = {p: [o for o in offsets if o >= start[p]] for p, offsets in records.items()}
         self._position = dict(start)
         self._script = iter(script)
+        self.marks: dict[
+            int, int
+        ] = {}  # offsets at the end that hold no records, as a transaction's end does
         self.paused: set[int] = set()
         self.down = False
 
@@ -75,6 +78,8 @@ class ScriptedReader:
             del left[:count]
             if count:
                 self._position[partition] = found[-1][1] + 1
+            if not left:
+                self._position[partition] += self.marks.pop(partition, 0)
         return batch(found)
 
     def position(self) -> dict[int, int]:
@@ -128,6 +133,16 @@ def test_partitions_take_turns():
 def test_a_hole_makes_a_chunk_smaller_and_moves_no_border():
     got = chunked({0: [0, 2, 3, 11, 12]}, 3, {0: 13})
     assert [[offset for _, offset, _ in chunk] for chunk in got] == [[0, 2], [3], [], [11], [12]]
+
+
+def test_a_hole_at_the_end_of_the_log_is_passed_too():
+    reader = ScriptedReader({0: [0, 1]}, {0: 0}, [])
+    reader.marks = {0: 1}
+    chunker = Chunker(reader, 3, {0: 3})
+    chunk = chunker.next(0)
+    assert chunk is not None
+    assert [offset for _, offset, _ in content(chunk)] == [0, 1]
+    assert chunker.finished
 
 
 def test_the_first_chunk_starts_where_the_log_or_the_checkpoint_does():
