@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import signal
@@ -515,3 +516,39 @@ def test_a_checkpoint_of_another_topic_is_refused(trained):
     url, folder = trained
     with pytest.raises(NothingToAudit, match="of topic 'events', not 'clicks'"):
         audited(folder, url, topic="clicks")
+
+
+def test_visits_that_ended_because_the_shop_was_quiet_are_no_difference(tmp_path):
+    url = f"sqlite:///{tmp_path / 'log.db'}"
+    log, now_ms = open_log(url), int(time.time() * 1000)
+    log.create_topic("events", len(PARTITIONS))
+    producer = log.producer()
+    for n in range(40):
+        event = {
+            "event_id": f"e{n}",
+            "name": "view_item",
+            "user_id": f"user-{n % 10}",
+            "timestamp": now_ms - 1000 + n,
+            "items": [{"item_id": f"item-{n % 7}"}],
+        }
+        producer.send("events", event["user_id"].encode(), Codec().encode_event(event))
+    producer.close()
+    log.close()
+    stores = ("--data-dir", str(tmp_path), "--weights", str(tmp_path / "weights"), "--log", url)
+    quick = ("--idle-s", "1", "--session-gap-s", "1", "--watermark-delay-s", "0")
+    learner = subprocess.Popen(
+        [sys.executable, "-m", "learner", *stores, *SMALL, *quick], stderr=subprocess.PIPE
+    )
+    try:
+        deadline, opened = time.monotonic() + 60, 1
+        while opened and time.monotonic() < deadline:
+            time.sleep(0.3)
+            with contextlib.suppress(NothingToAudit):
+                report = audited(tmp_path, url)
+                assert report.clean, as_text(report)
+                opened = sum(p.open for p in report.partitions) or 40 - report.inserted
+    finally:
+        learner.send_signal(signal.SIGTERM)
+        learner.communicate(timeout=60)
+    assert opened == 0
+    assert sum(p.kept for p in report.partitions) == report.inserted == 40

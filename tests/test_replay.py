@@ -329,6 +329,20 @@ def test_a_reward_that_comes_later_is_in_every_return_that_it_belongs_to():
     assert everything(replay, n_step=2).reward.tolist() == [0, 0, 0]
 
 
+def test_contents_are_what_is_kept_in_order_with_rewards_as_amended():
+    replay = Replay(3, H)
+    replay.insert(joined([Step(7, [1.0, 2.0], 9, partition=5)]))
+    replay.insert(joined([Step(9, [4.0, 8.0], partition=5, slots=[0, 3], organic=True)], [(5, 7, 1, 0.5)]))
+    held = replay.contents()
+    assert list(zip(held.partition, held.offset, held.slot, strict=True)) == [(5, 7, 1), (5, 9, 0), (5, 9, 3)]
+    assert held.action.tolist() == [action_of((5, 7), 1), action_of((5, 9), 0), action_of((5, 9), 3)]
+    assert held.reward.tolist() == [2.5, 4.0, 8.0]
+    assert held.discount.tolist() == [GAMMA, 0, 0]
+    assert held.next_offset.tolist() == [9, -1, -1]
+    assert held.organic.tolist() == [False, True, True]
+    assert held.policy_version.tolist() == [7 % 3, -1, -1]
+
+
 def test_inserting_again_adds_nothing_and_is_counted():
     replay = Replay(10, H)
     batch = joined([Step(1, [1.0, 2.0], following=2)])

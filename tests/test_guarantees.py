@@ -1,0 +1,25 @@
+"""Nothing is promised that no test shows: what docs/guarantees.md names is there."""
+
+import ast
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "docs" / "guarantees.md").read_text()
+NAMED = sorted(set(re.findall(r"`(tests/\w+\.py)::(\w+)`", TEXT)))
+
+
+def functions_of(path: str) -> set[str]:
+    tree = ast.parse((ROOT / path).read_text())
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def test_every_test_that_is_named_exists():
+    assert len(NAMED) > 20
+    assert [f"{path}::{name}" for path, name in NAMED if name not in functions_of(path)] == []
+
+
+def test_every_promise_names_its_test():
+    rows = [line for line in TEXT.splitlines() if line.startswith("|")]
+    promises = [row for row in rows if not row.startswith(("|---", "| promise", "| it says"))]
+    assert [row for row in promises if "::test_" not in row] == []
