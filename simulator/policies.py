@@ -55,9 +55,9 @@ class Random:
 
 
 class Popularity:
-    """The same best sellers for everybody: items by decayed counts of what is done with them.
+    """The best sellers, less what the shopper lately clicked or bought: by decayed counts of what is done with items.
 
-    It reads only events, as a server without weights does.
+    It reads only events and the history. (The same few for everybody would wear off in a day, and lose to random.)
     """
 
     def __init__(self, items: int, half_life_h: float = 24.0) -> None:
@@ -66,7 +66,11 @@ class Popularity:
         self._time_ms = 0
 
     def recommend(self, shop: Shop, turn: Turn, slate_size: int) -> Rows:
-        return np.repeat(top(self._count[None, :], turn.available, slate_size), len(turn.shopper), axis=0)
+        past = turn.history
+        taken = np.where((past.name == CLICK) | (past.name == PURCHASE), past.item, -1)
+        fresh = np.ones((len(taken), len(self._count) + 1), dtype=np.bool_)  # the last column takes -1
+        fresh[np.arange(len(taken))[:, None], taken] = False
+        return top(self._count[None, :], fresh[:, :-1] & turn.available, slate_size)
 
     def observe(self, events: Events) -> None:
         if len(events):

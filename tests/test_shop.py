@@ -227,6 +227,23 @@ def test_the_ledger_is_in_the_reward_tables_units():
     assert np.array_equal(over.reward, over.clicks)
 
 
+def test_popularity_shows_best_sellers_less_what_the_shopper_took():
+    shop, policy, seen = Shop(SMALL, 3), Popularity(SMALL.items), np.zeros(SMALL.items)
+    left_out = 0
+    for turn, slates, outcome in play(shop, policy, SLATE, 2000):
+        np.add.at(seen, turn.events.item, 1)
+        for b in range(len(turn.shopper)):
+            past = turn.history
+            took = past.item[b][(past.name[b] == CLICK) | (past.name[b] == PURCHASE)]
+            assert not set(slates[b].tolist()) & set(took.tolist())
+            hidden = np.isin(np.arange(SMALL.items), took) | ~turn.available
+            # halved each day, so that over these few hours order by plain counts holds but for near ties
+            assert seen[slates[b]].min() >= 0.7 * np.sort(seen[~hidden])[-SLATE] - 1
+            left_out += len(set(took.tolist()) & set(np.argsort(-seen)[:SLATE].tolist()))
+        np.add.at(seen, outcome.events.item, 1)
+    assert left_out > 50
+
+
 def test_what_is_out_of_stock_is_never_clicked_and_never_viewed():
     shop = Shop(ShopSettings(items=200, shoppers=400, stock_outs=0.5), 3)
     rng = np.random.default_rng(0)
