@@ -225,7 +225,7 @@ def measure(minutes: float, seed: int, rate: float, folder: Path) -> dict[str, A
         "kills_learner": kills["learner"],
         "kills_broker": kills["broker"],
         "published_events": said["published"] - items,
-        "answered": said["decisions"] - said["errors"],
+        "answered": said["decisions"] - said["errors"] - said["empty"],  # with a slate
         "unanswered_shoppers": said["errors"],
         "log_events": held["events"],
         "log_decisions": held["decisions"],

@@ -90,6 +90,7 @@ class Status(NamedTuple):
     policy_version: int
     strategy: str
     cpu_s: float  # of this process: shoppers, requests and publishing
+    empty: int = 0  # answers without an item, of which no decision is recorded
 
 
 class Report(NamedTuple):
@@ -228,7 +229,7 @@ class Traffic:
         self._recommendations: dict[int, str] = {}  # decision -> id, of slates that were clicked
         self._ages: deque[tuple[int, int]] = deque()  # (event time, decision) of these
         self._strategies: Counter[str] = Counter()
-        self._decisions = self._impressions = self._clicks = self._errors = self._version = 0
+        self._decisions = self._impressions = self._clicks = self._errors = self._empty = self._version = 0
         self._strategy = ""
 
     def run(self, stop: threading.Event, each_turn: Callable[[Status], None] | None = None) -> Report:
@@ -278,6 +279,7 @@ class Traffic:
             policy_version=self._version,
             strategy=self._strategy,
             cpu_s=self._cpu() - self._cpu_began,
+            empty=self._empty,
         )
 
     def report(self) -> Report:
@@ -352,6 +354,7 @@ class Traffic:
             if answer is None:
                 self._errors += 1
             else:
+                self._empty += not answer.slate
                 self._strategy = pb.Strategy.Name(answer.strategy)
                 self._strategies[self._strategy] += 1
                 self._version = max(self._version, answer.policy_version)
