@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from learner.agent import bucket
+from learner.compiled import CompiledQ
 from learner.exploration import epsilon_greedy_slate
 from learner.networks import ItemTensors, Keys, NetworkSettings, QNetwork, StateTensors
 from learner.replay import Histories
@@ -100,6 +101,7 @@ class Policy:
             self._id_of = {item_id: i for i, item_id in enumerate(self._item_ids) if i}
         with torch.inference_mode():
             self._keys = network.keys(items)
+            self._compiled = CompiledQ(network, self._keys, items.category)
 
     @classmethod
     def from_weights(
@@ -170,8 +172,7 @@ class Policy:
     def q(self, states: Histories) -> npt.NDArray[np.float32]:
         """Q(s, a) of all items, [B, items + 1], by vocabulary id; row 0 of the catalog (column 0) means nothing."""
         with torch.inference_mode():
-            queries = self._network.queries(_tensors(states), self._keys.tower)
-            q: npt.NDArray[np.float32] = self._network.q_all(queries, self._keys).numpy()
+            q: npt.NDArray[np.float32] = self._compiled.q(states).numpy()
             return q
 
     def q_candidates(self, state: Histories, candidates: Sequence[Candidate]) -> npt.NDArray[np.float32]:
@@ -222,7 +223,8 @@ class Policy:
         return self._slate(q, np.ones(len(q), np.bool_) if eligible is None else eligible, k, epsilon, rng)
 
     def check(self) -> None:
-        """Rank for made-up users. Raises: PolicyDamaged where a value comes out NaN or infinite."""
+        """Rank for made-up users. Raises: PolicyDamaged where a value comes out NaN or infinite, or otherwise than
+        the network itself says."""
         rng = np.random.default_rng(0)
         shape = (PROBES, self.history_length)
         states = Histories(
@@ -232,10 +234,21 @@ class Policy:
             rng.exponential(10.0, shape).astype(np.float32),
         )
         states.name[0] = 0  # a user of whom nothing is known
-        bad = int(np.count_nonzero(~np.isfinite(self.q(states))))
+        states.item[states.name == 0] = 0
+        q = self.q(states)
+        bad = int(np.count_nonzero(~np.isfinite(q)))
         if bad:
             raise PolicyDamaged(
                 f"version {self.version}: {bad} of {PROBES * (self.items + 1)} probe values not finite"
+            )
+        some = rng.integers(0, self.items + 1, (PROBES, PROBES))
+        with torch.inference_mode():
+            queries = self._network.queries(_tensors(states), self._keys.tower)
+            said = self._network.q_at(queries, self._keys, torch.from_numpy(some)).numpy()
+        apart = np.abs(np.take_along_axis(q, some, axis=1) - said).max()
+        if apart > 1e-3 * max(1.0, np.abs(said).max()):  # rounding is a hundredth of that
+            raise PolicyDamaged(
+                f"version {self.version}: compiled probe values differ from the network's by {apart:g}"
             )
 
     def _slate(

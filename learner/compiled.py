@@ -1,0 +1,279 @@
+"""Q(s, a) as a server computes it: a compiled loop over each history, then one matrix product over all items.
+
+The equations are those of learner.networks, which trains; its many small operations, each cheap beside a batch of
+256, would cost a lone request a millisecond. `Policy.check` compares the two on every version before it serves.
+
+Every head's score is linear in ψ(a), so that a state needs two vectors against the same keys [ψ(a), biases of a]:
+
+    log-odds of choice = u(s) · key(a) + c(s) + Σ_h copy[h] [history item h is a] + Σ_h alike[h] [it is of a's category]
+    m + γ g            = w(s) · key(a) + e(s)
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from learner.networks import (
+    AGE_BOUNDS_S,
+    AGES,
+    BIASES,
+    COUNTS,
+    NAMES,
+    SESSION_AGES,
+    Keys,
+    QNetwork,
+    StateTensors,
+    place_buckets,
+)
+from learner.replay import Histories
+from streaming.jit import jit
+
+Floats = npt.NDArray[np.float32]
+
+_BOUNDS: Final = np.array(AGE_BOUNDS_S, np.float32)
+
+
+class _Layer(NamedTuple):
+    """x → x · weight + bias, or a key's share of ψ, row by row."""
+
+    weight: Floats  # [in, out]; of keys [numbers, d]
+    bias: Floats  # [out]; of keys [numbers]
+
+
+class _Parameters(NamedTuple):
+    """A network's, as arrays; C channels, H entries, d numbers an item."""
+
+    kind: Floats  # [NAMES * AGES, C] weight of an entry of this event type and recency
+    place: Floats  # [H, C] likewise by place
+    copy: Floats  # [NAMES * AGES] pull of a history item on its own log-odds
+    alike: Floats  # [NAMES * AGES] likewise on those of its category
+    share: Floats  # [C] likewise by the entry's share of each channel
+    tower: Floats  # [N, d] ψ(a)
+    category: npt.NDArray[np.int64]  # [N] bucket, 0 unknown
+    mix: _Layer
+    hidden: _Layer
+    out: _Layer
+    heads: _Layer  # φ → choice [d + 2], reward and continuation [2v']
+    organic_key: _Layer  # d + 1 numbers
+    choice_key: _Layer  # d + 2
+    gain_key: _Layer  # 2v'
+    unchosen: _Layer
+    unchosen_out: _Layer
+    prior: np.float32
+    gamma: np.float32
+
+
+class CompiledQ:
+    """What a network makes of states, over a catalog of N items that stays as it is."""
+
+    def __init__(self, network: QNetwork, keys: Keys, category: Tensor) -> None:
+        """category: [N] bucket, 0 unknown."""
+        self._parameters = _parameters(network, keys.tower, category)
+        biases = torch.cat((keys.organic[:, -1:], keys.choice[:, -1:]), dim=1)
+        self._keys = torch.cat((keys.tower, biases), dim=1).T.contiguous()  # [d + 2, N]
+        self._category = category
+        self._buckets = int(category.max()) + 1
+
+    def q(self, states: Histories) -> Tensor:
+        """Q(s, a), [B, N]."""
+        vectors, constants, value, copy, alike = _vectors(
+            self._parameters, self._buckets, states.item, states.name, states.age_s, states.value
+        )
+        scores = torch.mm(torch.from_numpy(vectors), self._keys)
+        scores += torch.from_numpy(constants)
+        log_odds, gain = scores[: len(value)], scores[len(value) :]
+        log_odds += torch.from_numpy(alike).index_select(1, self._category)
+        log_odds.scatter_add_(1, torch.from_numpy(states.item.astype(np.int64)), torch.from_numpy(copy))
+        return log_odds.sigmoid_().mul_(gain).add_(torch.from_numpy(value))
+
+
+def _parameters(network: QNetwork, tower: Tensor, category: Tensor) -> _Parameters:
+    settings, encoder = network.settings, network.encoder
+    choice = settings.dim + 2
+    entry = torch.zeros(1, settings.history_length)
+    place = place_buckets(StateTensors(entry, entry, entry, entry))[0]
+    copy = network.copy.weight
+    alike, share = _of_category(network)
+    first, last = cast(nn.Linear, network.unchosen[0]), cast(nn.Linear, network.unchosen[2])
+    return _Parameters(
+        kind=_array(torch.exp(encoder.name_weight.unsqueeze(1) + encoder.age_weight).flatten(0, 1)),
+        place=_array(torch.exp(encoder.place_weight[place])),
+        copy=_array(network.prior * copy[:, 0] + copy[:, 1]),
+        alike=_array(network.prior * alike[:, 0] + alike[:, 1]),
+        share=_array(network.prior * share[:, 0] + share[:, 1]),
+        tower=_array(tower),
+        category=category.numpy(),
+        mix=_Layer(_array(encoder.mix.weight.T), np.zeros(settings.dim, np.float32)),
+        hidden=_layer(encoder.hidden),
+        out=_layer(encoder.out),
+        heads=_layer(network.query),
+        organic_key=_Layer(_array(network.organic_key.weight), _array(network.organic_key.bias)),
+        choice_key=_Layer(_array(network.key.weight[:choice]), _array(network.key.bias[:choice])),
+        gain_key=_Layer(_array(network.key.weight[choice:]), _array(network.key.bias[choice:])),
+        unchosen=_layer(first),
+        unchosen_out=_layer(last),
+        prior=np.float32(network.prior.item()),
+        gamma=np.float32(settings.gamma),
+    )
+
+
+def _of_category(network: QNetwork) -> tuple[Tensor, Tensor]:
+    """The network's weights on items of the history's categories; zeros where it has none."""
+    if hasattr(network, "alike"):
+        return network.get_parameter("alike.weight"), network.get_parameter("share")
+    return torch.zeros(NAMES * AGES, BIASES), torch.zeros(network.settings.channels, BIASES)
+
+
+def _layer(linear: nn.Linear) -> _Layer:
+    return _Layer(_array(linear.weight.T), _array(linear.bias))
+
+
+def _array(tensor: Tensor) -> Floats:
+    return np.ascontiguousarray(tensor.detach().numpy(), np.float32)
+
+
+# Plain loops throughout: array expressions compile to the same, ten times slower.
+
+
+@jit
+def _vectors(
+    p: _Parameters,
+    buckets: int,
+    item: npt.NDArray[np.int32],
+    name: npt.NDArray[np.uint8],
+    age_s: Floats,
+    value: Floats,
+) -> tuple[Floats, Floats, Floats, Floats, Floats]:
+    """[2B, d + 2] u of all states, then w; [2B, 1] c, then e; [B, 1] γ V0; [B, H] copy; [B, buckets] sums of alike."""
+    batch, length = item.shape
+    channels, d = p.place.shape[1], p.tower.shape[1]
+    vectors = np.zeros((2 * batch, d + BIASES), np.float32)
+    constants = np.zeros((2 * batch, 1), np.float32)
+    ahead = np.zeros((batch, 1), np.float32)
+    copy = np.zeros((batch, length), np.float32)
+    alike = np.zeros((batch, buckets), np.float32)
+    pooled = np.empty(channels * d, np.float32)
+    features = np.empty(channels * d + COUNTS, np.float32)
+    hidden = np.empty(len(p.hidden.bias), np.float32)
+    phi = np.empty(d, np.float32)
+    heads = np.empty(len(p.heads.bias), np.float32)
+    value_hidden = np.empty(len(p.unchosen.bias), np.float32)
+    mine, half = len(p.choice_key.bias), len(p.gain_key.bias) // 2
+    for b in range(batch):
+        _features(p, item[b], name[b], age_s[b], value[b], features, copy[b], alike[b])
+        for i in range(len(pooled)):
+            pooled[i] = features[i]
+        _apply(p.hidden, features, hidden, True)
+        _apply(p.out, hidden, phi, False)
+        _add(p.mix.weight, pooled, phi)
+        _apply(p.heads, phi, heads, False)
+        u, w = vectors[b], vectors[batch + b]
+        for i in range(len(p.organic_key.bias)):  # its last number meets a one
+            x = p.prior * (phi[i] if i < d else np.float32(1))
+            constants[b, 0] += _add_row(p.organic_key, i, x, u)
+        for i in range(mine):
+            constants[b, 0] += _add_row(p.choice_key, i, heads[i], u)
+        u[d], u[d + 1] = p.prior, np.float32(1)
+        for i in range(2 * half):
+            x = heads[mine + i] if i < half else p.gamma * heads[mine + i]
+            constants[batch + b, 0] += _add_row(p.gain_key, i, x, w)
+        _apply(p.unchosen, phi, value_hidden, True)
+        _apply(p.unchosen_out, value_hidden, ahead[b], False)
+        ahead[b, 0] *= p.gamma
+    return vectors, constants, ahead, copy, alike
+
+
+@jit
+def _features(
+    p: _Parameters,
+    item: npt.NDArray[np.int32],
+    name: npt.NDArray[np.uint8],
+    age_s: Floats,
+    value: Floats,
+    features: Floats,
+    copy: Floats,
+    alike: Floats,
+) -> None:
+    """Fill in what `HistoryEncoder` pools and counts of one history, its `copy`, and its `alike` by category."""
+    channels, d = p.place.shape[1], p.tower.shape[1]
+    for i in range(len(features)):
+        features[i] = 0
+    total = np.empty(channels, np.float32)
+    for c in range(channels):
+        total[c] = 0.5
+    kinds = np.zeros(len(item), np.int64)
+    counts = channels * d
+    ends = counts + 2 * NAMES
+    for h in range(len(item)):
+        if name[h] == 0:
+            continue
+        age = 0
+        for bound in _BOUNDS:
+            if age_s[h] >= bound:
+                age += 1
+        kind = kinds[h] = name[h] * AGES + age
+        for c in range(channels):
+            weight = p.kind[kind, c] * p.place[h, c]
+            total[c] += weight
+            for j in range(d):
+                features[c * d + j] += weight * p.tower[item[h], j]
+        if item[h] > 0:
+            copy[h] = p.copy[kind]
+        if age < SESSION_AGES:
+            features[counts + name[h]] += 1
+            features[ends + 1] = max(features[ends + 1], age_s[h])
+        else:
+            features[counts + NAMES + name[h]] += 1
+        features[ends + 2] += max(value[h], np.float32(0))
+    for c in range(channels):
+        for j in range(d):
+            features[c * d + j] /= total[c]
+    for h in range(len(item)):
+        category = p.category[item[h]]
+        if name[h] > 0 and category > 0:
+            alike[category] += p.alike[kinds[h]]
+            for c in range(channels):
+                alike[category] += p.kind[kinds[h], c] * p.place[h, c] / total[c] * p.share[c]
+    if name[0] > 0:
+        features[ends] = age_s[0]
+    else:
+        features[ends + 3] = 1  # empty
+    if name[-1] > 0:
+        features[ends + 4] = 1  # full
+    for i in range(counts, ends):
+        features[i] = np.log1p(features[i])
+    for i in range(ends, ends + 3):
+        features[i] = np.log1p(features[i]) / np.float32(10)
+
+
+@jit
+def _apply(layer: _Layer, x: Floats, y: Floats, positive: bool) -> None:
+    """y = x · weight + bias; what is negative becomes 0 where `positive`."""
+    for j in range(len(y)):
+        y[j] = layer.bias[j]
+    _add(layer.weight, x, y)
+    if positive:
+        for j in range(len(y)):
+            y[j] = max(y[j], np.float32(0))
+
+
+@jit
+def _add(weight: Floats, x: Floats, y: Floats) -> None:
+    """y += x · weight."""
+    for i in range(len(x)):
+        if x[i] != 0:
+            for j in range(weight.shape[1]):
+                y[j] += x[i] * weight[i, j]
+
+
+@jit
+def _add_row(key: _Layer, i: int, x: np.float32, y: Floats) -> np.float32:
+    """y += x · weight[i]; returns x · bias[i]."""
+    for j in range(key.weight.shape[1]):
+        y[j] += x * key.weight[i, j]
+    return x * key.bias[i]

@@ -1,0 +1,82 @@
+"""What a server computes is what the network that was trained says: the compiled Q against torch's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from learner.compiled import CompiledQ
+from learner.networks import AGE_BOUNDS_S, NAMES, ItemTensors, NetworkSettings, QNetwork, StateTensors
+from learner.policy import Policy, PolicyDamaged
+from learner.replay import Histories
+from learner.weights import WeightStore
+from tests.serving_process import agent, publish
+
+ITEMS = 12
+SHAPES = [
+    NetworkSettings(history_length=5, vector_dim=3),
+    NetworkSettings(dim=6, channels=3, hidden=5, value_dim=2, history_length=4, vector_dim=3, gamma=0.5),
+]
+
+
+def network(shape: NetworkSettings, seed: int) -> tuple[QNetwork, ItemTensors]:
+    """A network in which no parameter is zero, and a catalog with known and new items."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        made = QNetwork(shape, ITEMS + 1)
+        for parameter in made.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape)
+        vector = torch.randn(ITEMS + 1, shape.vector_dim)
+    n = ITEMS + 1
+    return made, ItemTensors(
+        torch.arange(n) % 4,
+        torch.arange(n) % 3,
+        torch.arange(n).float() - 1,
+        vector,
+        torch.arange(n) % 2 == 0,
+    )
+
+
+ENTRY = st.tuples(
+    st.integers(0, ITEMS),
+    st.integers(1, NAMES - 1),
+    st.sampled_from([0.0, *AGE_BOUNDS_S, 14.99, 1e7]),
+    st.sampled_from([0.0, 2.5, -3.0, 1e6]),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from(SHAPES), st.integers(0, 5), st.lists(st.lists(ENTRY, max_size=5), min_size=1, max_size=4)
+)
+def test_the_compiled_q_is_the_networks(
+    shape: NetworkSettings, seed: int, users: list[list[tuple[int, int, float, float]]]
+) -> None:
+    made, items = network(shape, seed)
+    size = (len(users), shape.history_length)
+    columns = (np.zeros(size, np.int32), np.zeros(size, np.uint8), np.zeros(size, np.float32))
+    states = Histories(*columns, np.zeros(size, np.float32))
+    for b, entries in enumerate(users):
+        for h, entry in enumerate(entries[: shape.history_length]):
+            for column, x in zip(states, entry, strict=True):
+                column[b, h] = x
+    with torch.inference_mode():
+        keys = made.keys(items)
+        tensors = StateTensors(*(torch.from_numpy(c.astype(t)) for c, t in zip(states, "llff", strict=True)))
+        expected = made.q_all(made.queries(tensors, keys.tower), keys).numpy()
+        q = CompiledQ(made, keys, items.category).q(states).numpy()
+    np.testing.assert_allclose(q, expected, rtol=3e-4, atol=3e-4 * max(1.0, float(np.abs(expected).max())))
+
+
+def test_a_version_that_would_serve_otherwise_than_it_was_trained_is_refused(tmp_path: object) -> None:
+    store = WeightStore(f"{tmp_path}/weights")
+    version = publish(store, [f"item-{i}" for i in range(ITEMS)], made=agent(ITEMS))
+    policy = Policy.from_weights(store.load(version))
+    policy.check()
+    last = policy._network.unchosen[2]
+    last.bias = torch.nn.Parameter(last.bias + 1.0)  # the network moves on; what was compiled of it does not
+    with pytest.raises(PolicyDamaged, match="differ from the network's by"):
+        policy.check()
