@@ -17,7 +17,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -27,7 +26,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +35,7 @@ import numpy.typing as npt
 from google.protobuf.json_format import MessageToDict
 from grpc_reflection.v1alpha import reflection
 
+from benchmarks import record
 from serving import policy_pb2 as pb
 from serving import policy_pb2_grpc
 from serving.server import Symbols
@@ -70,13 +69,14 @@ def main() -> None:
     parser.add_argument("--alone", action="store_true", help="the learner stands still during the load")
     parser.add_argument("--nice", type=int, default=0, help="added to the learner's niceness [0]")
     parser.add_argument("--client", choices=["ghz", "ours"], help="who makes the load [ghz if it is on PATH]")
-    parser.add_argument("--json", metavar="FILE", help="append the result to this file, one JSON a line")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="append the result to this file, one JSON a line"
+    )
     options = parser.parse_args()
     options.client = options.client or ("ghz" if shutil.which("ghz") else "ours")
     result = measure(options)
     print_result(result)
-    if options.json:
-        append(Path(options.json), result)
+    record.append(options.json, "serve", sys.argv[1:], result)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -107,7 +107,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 }
     ours, ceiling = summary(recommend), summary(empty)
     return {
-        "benchmark": "serve",
         "rate": options.rate,
         "items": options.items,
         "processes": options.processes,
@@ -313,22 +312,6 @@ def print_result(result: dict[str, Any]) -> None:
         f"  {result['p99_over_ceiling']:.1f} times the empty handler's p99, "
         f"{result['cpu_over_ceiling']:.1f} times its CPU"
     )
-
-
-def append(path: Path, result: dict[str, Any]) -> None:
-    """Add the result with commit, machine and command, as one line."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
-    about = {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit,
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
-        "command": "python -m benchmarks.serve " + " ".join(sys.argv[1:]),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as out:
-        out.write(json.dumps(about | result) + "\n")
 
 
 if __name__ == "__main__":

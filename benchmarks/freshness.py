@@ -1,0 +1,192 @@
+"""How long after an event do weights that have seen it answer?
+
+    python -m benchmarks.freshness --log kafka --json FILE
+    python -m benchmarks.freshness --log sqlite --json FILE
+
+Real processes: the log (a broker of its own for kafka), a learner that trains without a pause, a policy server, and a
+load of views beside them. A probe is an event like any other; its clock starts before it is handed to the producer,
+its partition and offset are noted as a reader sees it, and the clock stops at the first GetPolicy answer whose
+positions lie beyond it: the weights that answer from then on were trained after it was read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import record
+from benchmarks.serve import fill, learner
+from serving.client import Client
+from streaming.commandline import Parser
+from streaming.log import Log, Producer, open_log
+from streaming.schemas import Codec
+from tests.kafka_broker import KafkaBroker
+from tests.serving_process import ServerProcess, eventually
+
+
+def main() -> None:
+    parser = Parser(prog="python -m benchmarks.freshness", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--log", choices=["sqlite", "kafka"], default="sqlite", help="kind of log [sqlite]")
+    parser.add_argument("--duration", type=float, default=60.0, help="seconds of probing [60]")
+    parser.add_argument("--every", type=float, default=0.23, help="seconds between two probes [0.23]")
+    parser.add_argument("--rate", type=float, default=200.0, help="events a second beside them [200]")
+    parser.add_argument("--items", type=int, default=2000, help="items in the catalog [2000]")
+    parser.add_argument("--users", type=int, default=1000, help="users of the load [1000]")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="append the result to this file, one JSON a line"
+    )
+    options = parser.parse_args()
+    figures = measure(options)
+    print(
+        f"{options.log}, {figures['load_events_per_s']:g} events/s beside: event → serving p50 {figures['p50_s']:.2f} s"
+        f"   p99 {figures['p99_s']:.2f} s   max {figures['max_s']:.2f} s   {figures['probes']} probes, "
+        f"{figures['lost']} never seen, {figures['versions']} versions"
+    )
+    record.append(
+        options.json, "freshness", sys.argv[1:], {"log": options.log, "items": options.items} | figures
+    )
+
+
+def measure(options: argparse.Namespace) -> dict[str, float]:
+    """Seconds from probe to serving weights, and what went on meanwhile."""
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        url = (
+            f"sqlite:///{folder}/log.db"
+            if options.log == "sqlite"
+            else stack.enter_context(KafkaBroker()).url
+        )
+        log = stack.enter_context(closing(open_log(url)))
+        fill(log, options.items, options.users)
+        stack.enter_context(learner(url, folder, 0))
+        server = stack.enter_context(ServerProcess("--weights", f"{folder}/weights", "--log", url))
+        client = stack.enter_context(server.client())
+        eventually(lambda: client.policy().items >= options.items and client.policy().step > 0, 300)
+        load = stack.enter_context(shopping(log, options))
+        tracker = Tracker(log, client)
+        stack.enter_context(tracker.following())
+        first, started, before = client.policy().policy_version, time.monotonic(), load[0]
+        producer = log.producer()
+        while time.monotonic() - started < options.duration:
+            tracker.probe(producer)
+            time.sleep(options.every)
+        seconds = time.monotonic() - started
+        sent, versions = load[0] - before, client.policy().policy_version - first
+        producer.close()
+        eventually(tracker.settled, 30)
+    took = np.array(list(tracker.took.values()))
+    p50, p99 = np.percentile(took, [50, 99])
+    return {
+        "p50_s": round(float(p50), 3),
+        "p99_s": round(float(p99), 3),
+        "max_s": round(float(took.max()), 3),
+        "probes": len(took),
+        "lost": len(tracker.sent) - len(took),
+        "versions": versions,
+        "load_events_per_s": round(sent / seconds, 1),
+    }
+
+
+def view(event_id: str, user_id: str, item: int) -> dict[str, Any]:
+    return {
+        "event_id": event_id,
+        "name": "view_item",
+        "user_id": user_id,
+        "timestamp": int(time.time() * 1000),
+        "items": [{"item_id": f"item-{item:06d}"}],
+    }
+
+
+@contextmanager
+def shopping(log: Log, options: argparse.Namespace) -> Iterator[list[int]]:
+    """Views at a steady rate for as long as the block lasts; gives their number so far."""
+    stop, sent = threading.Event(), [0]
+
+    def run() -> None:
+        codec, producer, rng = Codec(), log.producer(), np.random.default_rng(1)
+        due = time.monotonic()
+        while not stop.is_set():
+            user = f"user-{rng.integers(options.users)}"
+            event = view(f"load-{sent[0]}", user, int(rng.integers(options.items)))
+            producer.send("events", user.encode(), codec.encode_event(event))
+            sent[0] += 1
+            due += 1 / options.rate
+            stop.wait(max(0.0, due - time.monotonic()))
+        producer.close()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield sent
+    finally:
+        stop.set()
+        thread.join()
+
+
+class Tracker:
+    """Sends probes, and notes when the weights in use had seen each."""
+
+    def __init__(self, log: Log, client: Client) -> None:
+        self.sent: dict[bytes, float] = {}  # key → monotonic seconds
+        self.took: dict[bytes, float] = {}  # key → seconds until served
+        self._places: dict[bytes, tuple[int, int]] = {}  # key → partition and offset, until served
+        self._client = client
+        self._codec = Codec()
+        self._reader = log.reader("events", {p: b.high for p, b in log.bounds("events").items()}, keys=True)
+
+    def probe(self, producer: Producer) -> None:
+        """Send one."""
+        user = f"probe-{len(self.sent)}"
+        value = self._codec.encode_event(view(user, user, 0))
+        self.sent[user.encode()] = time.monotonic()
+        producer.send("events", user.encode(), value)
+
+    def settled(self) -> bool:
+        """Whether all were seen."""
+        return len(self.took) == len(self.sent)
+
+    @contextmanager
+    def following(self) -> Iterator[None]:
+        """Look at log and server in turn, in a thread, for as long as the block lasts."""
+        stop = threading.Event()
+
+        def run() -> None:
+            while not stop.is_set():
+                self._note()
+                self._look()
+            self._reader.close()
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+    def _note(self) -> None:
+        batch = self._reader.poll(10_000, 0.01)
+        for i, key in enumerate(batch.keys or ()):
+            if key in self.sent:
+                self._places[key] = int(batch.partition[i]), int(batch.offset[i])
+
+    def _look(self) -> None:
+        positions = {p.partition: p.next_offset for p in self._client.policy().positions}
+        now = time.monotonic()
+        for key, (partition, offset) in list(self._places.items()):
+            if positions.get(partition, 0) > offset:
+                self.took[key] = now - self.sent[key]
+                del self._places[key]
+
+
+if __name__ == "__main__":
+    main()
