@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar, cast
 
 from numba import njit
@@ -19,11 +22,16 @@ def jit(function: F) -> F:
 
 
 def part(function: F) -> F:
-    """A piece of a compiled loop, called by compiled functions only: part of its callers, not cached by itself.
-
-    numba's cache notices changes in a function's own file only: pieces from other files need more, see
-    `joiner._compiled`.
-    """
+    """A piece of a compiled loop, called by compiled functions only: part of its callers, not cached by itself."""
     # the wrappers would take longer to compile than the pieces
     options: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
     return cast(F, njit(nogil=True, error_model="numpy", **options)(function))
+
+
+def digest(*modules: ModuleType) -> int:
+    """A number, never 0, that changes with the source of these modules.
+
+    numba's cache looks at the age of a function's own file only. A loop that is made of pieces from other files
+    takes this number as a closed-over value, which is part of the cache's key, and so notices when they change.
+    """
+    return zlib.crc32(b"".join(Path(str(module.__file__)).read_bytes() for module in modules)) | 1

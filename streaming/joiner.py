@@ -8,14 +8,11 @@ depend on how the records were cut into pushes.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any, Final, get_args, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from streaming import (
     interning,
@@ -165,25 +162,8 @@ def take(t: Tables, columns: Columns, i: int) -> None:
         take_event(t, columns, i)
 
 
-def _digest() -> int:
-    """A number that changes with the source of what is compiled into the loop."""
-    modules = (
-        interning,
-        jit,
-        join_clock,
-        join_deeds,
-        join_settings,
-        join_steps,
-        join_tables,
-        pinned,
-        rewards,
-    )
-    return zlib.crc32(b"".join(Path(str(module.__file__)).read_bytes() for module in modules)) | 1
-
-
 def _compiled(digest: int) -> Callable[..., tuple[int, int]]:
-    """The loop, cached on disk. numba looks at this file's age only: the digest, part of the cache's key as
-    a closed-over value, makes it notice changes in the other modules too."""
+    """The loop, cached on disk as long as nothing that it is made of changes."""
 
     def run(
         tables: Tables, records: Columns, rows: npt.NDArray[np.int64], begin: int, watermark_ms: int
@@ -218,11 +198,14 @@ def _compiled(digest: int) -> Callable[..., tuple[int, int]]:
             return len(rows), all_due(t)
         return len(rows), DONE
 
-    compiled: Callable[..., tuple[int, int]] = njit(nogil=True, cache=True, error_model="numpy")(run)
-    return compiled
+    return jit.jit(run)
 
 
-_run: Final = _compiled(_digest())
+_run: Final = _compiled(
+    jit.digest(
+        interning, jit, join_clock, join_deeds, join_settings, join_steps, join_tables, pinned, rewards
+    )
+)
 
 
 # --- the joiner ------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -595,7 +596,7 @@ def test_a_user_is_of_the_same_size_however_much_they_do():
 
 
 def test_users_in_the_wrong_partition_are_counted_and_joined():
-    misplaced = [Row(**{**vars(decision(id, 7, at=0)), "misplaced": True}) for id in ("r1", "r2")]
+    misplaced = [replace(decision(id, 7, at=0), misplaced=True) for id in ("r1", "r2")]
     learner = Learner().push(*misplaced)
     assert learner.count("misplaced") == 2
     assert learner.offsets() == [0]
