@@ -75,7 +75,8 @@ class PolicyServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RecommendStream(self, request_iterator, context):
-        """As Recommend, over one long-lived stream; answers come in the order of the requests.
+        """As Recommend, over one long-lived stream; answers come in the order of the requests. A bad
+        request ends the stream after the answers before it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

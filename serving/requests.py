@@ -87,9 +87,9 @@ def _check_candidate(where: str, candidate: pb.Candidate) -> None:
     if candidate.HasField("price"):
         _number(f"{where}.price", candidate.price, 0.0, MAX_PRICE)
     _count(f"{where}.vector numbers", len(candidate.vector), MAX_VECTOR)
-    for i, x in enumerate(candidate.vector):
-        if not math.isfinite(x):
-            raise Invalid(f"{where}.vector[{i}]: {x}; must be finite")
+    if not math.isfinite(sum(candidate.vector)):  # 256 floats cannot overflow a double
+        i, x = next((i, x) for i, x in enumerate(candidate.vector) if not math.isfinite(x))
+        raise Invalid(f"{where}.vector[{i}]: {x}; must be finite")
 
 
 def _check_distinct(where: str, item_ids: Iterable[str]) -> None:
