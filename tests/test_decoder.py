@@ -572,7 +572,14 @@ REFUSED: dict[str, tuple[Reason, bytes | None]] = {
     "an over-long form": (Reason.BAD_UTF8, an_event(user_id=text(b"\xc0\xaf"))),
     "a surrogate": (Reason.BAD_UTF8, an_event(items=array(line(b"\xed\xa0\x80")))),
     "half a character": (Reason.BAD_UTF8, an_event(user_id=text("ä".encode()[:1]))),
-    "a character cut by the end of a long id": (Reason.BAD_UTF8, an_event(user_id=text("x" * 20 + "ä")[:-1] + b"x")),
+    "a character that ends in the next field": (
+        Reason.BAD_UTF8,
+        an_event(user_id=text(b"\xc3"), session_id=varint(0, pad=1)),
+    ),
+    "a character that ends beyond a long id": (
+        Reason.BAD_UTF8,
+        an_event(user_id=text(b"x" * 20 + b"\xc3"), session_id=varint(0, pad=1)),
+    ),
     "beyond U+10FFFF": (Reason.BAD_UTF8, an_event(user_id=text(b"\xf4\x90\x80\x80"))),
     "U+0000": (Reason.BAD_UTF8, an_event(event_id=text("0123456\0"))),
     "U+0000 in what nobody reads": (Reason.BAD_UTF8, an_event(params=array(text("k") + text("\0")))),
