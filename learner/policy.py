@@ -10,7 +10,7 @@ Nothing in it changes after it was made: threads share one, and an answer comes 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
@@ -267,22 +267,23 @@ class Policy:
         settings, base = self._network.settings, self._items
         ids = torch.from_numpy(self.ids([c.item_id for c in candidates]).astype(np.int64))
         items = ItemTensors(*(column[ids] for column in base))
-        for m, candidate in enumerate(candidates):
-            if candidate.category is not None:
-                items.category[m] = _bucket(candidate.category, settings.category_buckets)
-            if candidate.brand is not None:
-                items.brand[m] = _bucket(candidate.brand, settings.brand_buckets)
-            if candidate.price is not None:
-                items.price[m] = candidate.price
-            if len(candidate.vector):
-                width = min(settings.vector_dim, len(candidate.vector))
-                items.vector[m] = 0.0
-                items.vector[m, :width] = torch.tensor(candidate.vector[:width], dtype=torch.float32)
+        for field, buckets in (("category", settings.category_buckets), ("brand", settings.brand_buckets)):
+            given = [(m, text) for m, c in enumerate(candidates) if (text := getattr(c, field)) is not None]
+            hashes = np.array([hash_string(text) for _, text in given], np.uint64)
+            getattr(items, field)[_rows(m for m, _ in given)] = bucket(hashes, buckets)
+        priced = [(m, c.price) for m, c in enumerate(candidates) if c.price is not None]
+        items.price[_rows(m for m, _ in priced)] = torch.tensor([price for _, price in priced])
+        described = [(m, c.vector) for m, c in enumerate(candidates) if len(c.vector)]
+        vectors = np.zeros((len(described), settings.vector_dim), np.float32)
+        for row, (_, vector) in zip(vectors, described, strict=True):
+            width = min(len(row), len(vector))
+            row[:width] = vector[:width]
+        items.vector[_rows(m for m, _ in described)] = torch.from_numpy(vectors)
         return self._network.keys_with(items, ids), ids
 
 
-def _bucket(text: str, buckets: int) -> int:
-    return int(bucket(np.array([hash_string(text)], np.uint64), buckets)[0])
+def _rows(rows: Iterable[int]) -> Tensor:
+    return torch.tensor(list(rows), dtype=torch.int64)
 
 
 def _tensors(states: Histories) -> StateTensors:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
@@ -54,7 +55,7 @@ class Service:
         self._now_ms = now_ms
         self._batcher: Batcher[Query, Answer] = Batcher(ranker.rank, _MAX_BATCH, time.monotonic)
         self._numbers = count(1)  # next() on it is atomic
-        self._streams = 0
+        self._streams = threading.Semaphore(max_streams)
         self.draining = False  # set by the server: streams end after the answer in hand
 
     def handler(self) -> grpc.GenericRpcHandler:
@@ -100,14 +101,13 @@ class Service:
         self, requests: Iterator[bytes], context: grpc.ServicerContext
     ) -> Iterator[pb.RecommendResponse]:
         # a stream holds a thread for as long as it lives: too many would leave none for calls
-        if self._streams >= self._max_streams:
+        if not self._streams.acquire(blocking=False):
             _refuse(
                 "RecommendStream",
                 context,
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
                 f"{self._max_streams} streams are open; close one, call Recommend, or raise --max-streams",
             )
-        self._streams += 1
         try:
             answer = self._guarded("RecommendStream", self._recommend)
             for data in requests:
@@ -115,7 +115,7 @@ class Service:
                 if self.draining:
                     return
         finally:
-            self._streams -= 1
+            self._streams.release()
 
     def _get_policy(self, data: bytes, context: grpc.ServicerContext) -> pb.GetPolicyResponse:
         parse(pb.GetPolicyRequest, data)
@@ -263,7 +263,7 @@ def _describe(response: pb.GetPolicyResponse, served: Served, now_ms: int) -> No
     response.published_ms = manifest.published_ms
     response.age_s = max(0.0, (now_ms - manifest.published_ms) / 1000)
     response.events_through_ms = manifest.events_through_ms
-    response.items = manifest.items
-    response.strategy = pb.LEARNED
+    response.items = served.policy.items
+    response.strategy = pb.LEARNED if served.policy.items else pb.POPULARITY
     for partition, offset in sorted(manifest.positions.items()):
         response.positions.add(partition=partition, next_offset=offset)
