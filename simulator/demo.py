@@ -492,7 +492,12 @@ class Loop:
         shoppers.close()
         self._check(shoppers, rivals)
         if not observer.policy.policy_version:
-            raise Broken(f"no weights ever reached the policy server; see {self._folder}/learner.log")
+            published = int(_metrics(self._metrics_port).get("learner_policy_version", 0))
+            raise Broken(
+                f"the policy server took none of {published} versions of the weights; see {self._folder}/serving.log"
+                if published
+                else f"the learner published no weights in time; see {self._folder}/learner.log"
+            )
         status = shoppers.status
         accounts = rivals.finish(
             status.event_ms, lambda: self._screen.now("the other policies serve their last visits")
