@@ -566,6 +566,10 @@ REFUSED: dict[str, tuple[Reason, bytes | None]] = {
     "a block of a negative size": (Reason.BAD_LENGTH, an_event(items=varint(-1) + varint(-5) + line() + NULL)),
     "a block of -2**63 elements": (Reason.BAD_LENGTH, an_event(items=varint(-(2**63)) + varint(0))),
     "a third branch of two": (Reason.BAD_INDEX, an_event(session_id=varint(2))),
+    "a third branch of two, and then just what would make it the next field's first": (
+        Reason.BAD_INDEX,
+        an_event(items=array(text("a") + varint(1) + varint(2))),
+    ),
     "a negative branch": (Reason.BAD_INDEX, an_event(value=varint(-1) + real(1))),
     "a fifth symbol of four": (Reason.BAD_INDEX, a_decision(strategy=varint(4))),
     "a stray byte in an id": (Reason.BAD_UTF8, an_event(event_id=text(b"e\xff"))),
@@ -671,6 +675,27 @@ def test_what_keeps_the_bounds_is_read_as_fastavro_reads_it(case):
     vocabulary = Vocabulary()
     columns = Decoder(CODEC, vocabulary).decode(batch(GOOD, ACCEPTED[case], GOOD))
     assert rows(columns, vocabulary)[1] == as_row(ACCEPTED[case])
+
+
+def test_text_is_what_python_takes_for_utf_8():
+    ends = (0x7F, 0x80, 0xBF, 0xC0)
+    texts = [bytes([a, b]) for a in range(256) for b in range(256)]
+    texts += [bytes([a, b, c]) for a in range(0xE0, 0xF0) for b in range(256) for c in ends]
+    texts += [bytes([a, b, c, d]) for a in range(0xF0, 0xF6) for b in range(256) for c in ends for d in ends]
+    head, tail = (
+        GOOD[:10] + text("e1") + text("n"),
+        an_event(items=array())[10 + len(text("e1") + text("purchase")) :],
+    )
+    tail = tail[len(text("ann")) :]
+    columns = decoded(*[head + text(user) + tail for user in texts])
+
+    def why(user: bytes) -> Reason:
+        try:
+            return Reason.BAD_UTF8 if "\0" in user.decode() else Reason.OK
+        except UnicodeDecodeError:
+            return Reason.BAD_UTF8
+
+    assert columns.reason.tolist() == [why(user) for user in texts]
 
 
 def test_a_tiny_propensity_stays_above_0():
