@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -30,7 +29,7 @@ from streaming.schemas import Codec
 logger = logging.getLogger(__name__)
 
 _POLL_RECORDS: Final = 4096
-_POLL_S: Final = 0.05
+_REST_S: Final = 0.05  # between two looks at a log that was read to its end
 _LOOK_S: Final = 5.0  # for partitions added since
 _LOOK_FOR_TOPIC_S: Final = 0.5
 _RETRY_S: Final = 1.0
@@ -244,13 +243,17 @@ class Follower:
             tail.look(now)
         events, catalog = self._tails
         # catalog first: an item out of stock must not be recommended because its events were read before
-        if catalog.poll(0.0) + events.poll(_POLL_S):
+        read = catalog.poll() + events.poll()
+        if read:
             self._busy_s = now
         metrics.USERS.set(self._view.users.known)
         metrics.USERS_FORGOTTEN.set(self._view.users.forgotten)
         quiet = now - self._busy_s >= _QUIET_S
         if quiet or all(tail.caught_up() for tail in self._tails):
             self._caught_up.set()
+        if read < _POLL_RECORDS:
+            # record by record, as they come, the reading would cost more than the answers do
+            self._stop.wait(_REST_S)
 
     def _skip_gaps(self) -> None:
         try:
@@ -295,12 +298,11 @@ class _Tail:
         if self._backlog is not None:
             metrics.VIEW_LAG.set(sum(max(0, b.high - position.get(p, b.low)) for p, b in bounds.items()))
 
-    def poll(self, timeout_s: float) -> int:
-        """Absorb what is there, waiting at most timeout_s for it; returns the number of records."""
+    def poll(self) -> int:
+        """Absorb what is there; returns the number of records."""
         if self._reader is None:
-            time.sleep(timeout_s)
             return 0
-        batch = self._parked or self._reader.poll(_POLL_RECORDS, timeout_s)
+        batch = self._parked or self._reader.poll(_POLL_RECORDS, 0.0)
         if len(batch):
             self._parked = batch  # a registry that cannot be asked now loses nothing
             metrics.VIEW_BAD_RECORDS.labels(self._topic).inc(self._absorb(batch))
