@@ -80,11 +80,11 @@ class LoopSettings:
 
     epsilon: float = field(default=0.05, metadata={"help": "share of slots explored"})
     updates_per_transition: float = field(
-        default=0.04, metadata={"help": "gradient steps for each transition"}
+        default=0.02, metadata={"help": "gradient steps for each transition"}
     )
     min_replay: int = field(default=1000, metadata={"help": "transitions before the first update"})
     capacity: int = field(default=1_000_000, metadata={"help": "transitions kept"})
-    alpha: float = field(default=0.6, metadata={"help": "of prioritised replay; 0: uniform"})
+    alpha: float = field(default=0.0, metadata={"help": "of prioritised replay; 0: uniform"})
     beta: float = field(default=0.4, metadata={"help": "how far importance weights undo the priorities"})
 
 

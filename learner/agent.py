@@ -36,20 +36,20 @@ class AgentSettings:
 
     gamma: float = _setting(0.9, "discount for each further step; 0..1, 1 excluded")
     n_step: int = _setting(3, "steps of reward counted before bootstrapping; 1..32")
-    batch_size: int = _setting(256, "transitions in one update; 1..65536")
+    batch_size: int = _setting(128, "transitions in one update; 1..65536")
     learning_rate: float = _setting(0.002, "of Adam; > 0")
     target_sync_updates: int = _setting(200, "updates between target syncs; >= 1")
     slate_size: int = _setting(
         0,
         "slots counted in the value of the next state; 1: the best alone; 0: as many as shown lately; 0..32",
     )
-    sqn_weight: float = _setting(0.2, "weight of the next-item loss; >= 0")
+    sqn_weight: float = _setting(1.0, "weight of the next-item loss; >= 0")
     reward_weight: float = _setting(0.1, "weight of the loss on what a choice earns; >= 0")
     td_weight: float = _setting(0.1, "weight of the temporal-difference loss; >= 0")
     cql_weight: float = _setting(0.0, "weight of the conservative loss; >= 0, 0: off")
     huber_delta: float = _setting(20.0, "error beyond which losses grow linearly; reward units, > 0")
-    weight_decay: float = _setting(1e-4, "decoupled, of item ids and tables; >= 0")
-    forget: float = _setting(0.02, "share of items treated as new in each update; 0..1")
+    weight_decay: float = _setting(0.3, "decoupled, of what must be learnt from few clicks; 0..1")
+    forget: float = _setting(0.3, "share of items treated as new in each update; 0..1")
     exact_items: int = _setting(
         20_000, "catalogs up to this size are maximised over exactly, larger ones over candidates; >= 1"
     )
@@ -212,7 +212,7 @@ class Agent:
         self._check(batch)
         rows = self._rows(batch)
         keys = self.online.keys(self._items, rows.ids, self._forgotten())
-        queries = self.online.queries(rows.state, keys.tower, rows.here)
+        queries = self.online.queries(rows.state, keys, rows.here)
         target = dqn.n_step_target(rows.reward, rows.discount, self._next_value(rows, keys))
         parts = self.online.parts_at(queries, keys, rows.slate)
         losses = self._losses(rows, keys, queries, target, *parts)
@@ -262,12 +262,14 @@ class Agent:
         return losses
 
     def _next_item_loss(self, rows: _Rows, keys: Keys, queries: Queries) -> Tensor:
-        """SQN's loss over the rows in which the user went to, or rewarded, the action. A part of the batch."""
-        label = rows.present[:, 0] & (rows.organic | (rows.slate_reward[:, 0] > 0))
-        went = torch.nonzero(label).squeeze(1)
+        """SQN's loss over the rows in which the user went to the action unaided. A part of the batch.
+
+        What was chosen from a slate is left out: it tells as much of what was shown as of what is liked.
+        """
+        went = torch.nonzero(rows.present[:, 0] & rows.organic).squeeze(1)
         if not len(went):
             return torch.zeros((), device=self.device)
-        logits = score_all(queries.organic.rows(went), keys.organic)
+        logits = score_all(queries.organic.rows(went), keys.organic, keys.category)
         loss = dqn.next_item_loss(logits, rows.slate[went, 0])
         return dqn.weighted_mean(loss, rows.weight[went]) * (len(went) / len(rows.weight))
 
@@ -279,11 +281,11 @@ class Agent:
         if not len(goes_on) or not bool(rows.on_offer.any()):
             return value
         state, there = rows.next_state.rows(goes_on), rows.there[goes_on]
-        queries = self.online.queries(state, keys.tower, there)
+        queries = self.online.queries(state, keys, there)
         slots = min(self.settings.slate_size or round(self.slots), int(rows.on_offer.sum()))
         best = dqn.double_q_choice(self.online.advantage_all(queries, keys), rows.on_offer, slots)
         judge = self._judge(rows.ids)
-        queries = self.target.queries(state, judge.tower, there)
+        queries = self.target.queries(state, judge, there)
         value[goes_on] = dqn.slate_value(
             self.target.value(queries), self.target.advantage_at(queries, judge, best)
         )
@@ -442,10 +444,10 @@ class Agent:
         return (torch.rand(self.rows, generator=self._generator) < self.settings.forget).to(self.device)
 
     def _new_optimiser(self) -> torch.optim.AdamW:
-        tables = {name for name, _ in self.online.named_parameters() if name in BY_ITEM}
+        decaying = {name for name, p in self.online.named_parameters() if p.ndim > 1 and name not in KEPT}
         groups = [
             {
-                "params": [p for name, p in self.online.named_parameters() if (name in tables) == decays],
+                "params": [p for name, p in self.online.named_parameters() if (name in decaying) == decays],
                 "weight_decay": self.settings.weight_decay if decays else 0.0,
             }
             for decays in (False, True)
@@ -470,6 +472,15 @@ class Agent:
             self._optimiser.state[new] = {key: _padded(value, new) for key, value in state.items()}
 
 
+# matrices that start as what a practitioner would write down, and are not drawn towards zero
+KEPT = (
+    "encoder.name_weight",
+    "encoder.age_weight",
+    "encoder.place_weight",
+    "encoder.mix.weight",
+    "organic_key.weight",
+    "share",
+)
 BY_ITEM = ("tower.id.weight",)  # tables with one row for each vocabulary id
 
 

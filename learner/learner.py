@@ -52,11 +52,11 @@ class LearnerSettings:
         1_000_000, "transitions kept, the oldest go first; transitions, 2..1073741824"
     )
     prioritised: bool = _setting(True, "draw transitions by their TD error, else uniformly")
-    priority_alpha: float = _setting(0.6, "how far priorities count; 0..1, 0: uniform")
+    priority_alpha: float = _setting(0.0, "how far priorities count; 0..1, 0: uniform")
     priority_beta: float = _setting(0.4, "how far importance weights undo the priorities; 0..1")
     min_replay: int = _setting(1000, "transitions before the first update; >= 1")
     updates_low: float = _setting(0.0, "fewer updates per transition than this hold up reading; >= 0")
-    updates_high: float = _setting(0.1, "no more updates per transition than this; > 0")
+    updates_high: float = _setting(0.02, "no more updates per transition than this; > 0")
     seed: int = _setting(0, "of weights and sampling; >= 0")
 
     def __post_init__(self) -> None:

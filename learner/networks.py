@@ -100,18 +100,24 @@ class Keys(NamedTuple):
     organic: Tensor  # [N, d + 2]
     choice: Tensor  # [N, 2d + 5]
     gain: Tensor  # [N, 2v'] reward, then continuation
+    category: Tensor  # [N] int64 bucket, 0 unknown
 
 
 class Query(NamedTuple):
-    """One head's view of B states; score(s, a) = vector(s) · key(a) + Σ_h copy[h] · [history item h is a]."""
+    """One head's view of B states.
+
+    score(s, a) = vector(s) · key(a) + Σ_h copy[h] [history item h is a] + Σ_h alike[h] [it is of a's category]
+    """
 
     vector: Tensor  # [B, D]
     copy: Tensor  # [B, H] weights on the history's own items
     item: Tensor  # [B, H]
+    alike: Tensor  # [B, H] weights on items of the history's categories
+    category: Tensor  # [B, H]
 
     def rows(self, which: Tensor) -> Query:
         """The view of these states."""
-        return Query(self.vector[which], self.copy[which], self.item[which])
+        return Query(*(column[which] for column in self))
 
 
 class Queries(NamedTuple):
@@ -123,16 +129,25 @@ class Queries(NamedTuple):
     unchosen: Tensor  # [B] V0(s)
 
 
-def score_all(query: Query, keys: Tensor) -> Tensor:
-    """Scores of all items. keys: [N, D]; returns [B, N]."""
-    return (query.vector @ keys.T).scatter_add(1, query.item, query.copy)
+def score_all(query: Query, keys: Tensor, category: Tensor) -> Tensor:
+    """Scores of all items, [B, N]. keys: [N, D]; category: [N]."""
+    return (query.vector @ keys.T).scatter_add(1, query.item, query.copy) + of_category(query, category)
 
 
-def score_at(query: Query, keys: Tensor, ids: Tensor) -> Tensor:
-    """Scores of chosen items. keys: [N, D] of the whole shelf; ids: [B, K] rows of it; returns [B, K]."""
+def score_at(query: Query, keys: Tensor, category: Tensor, ids: Tensor) -> Tensor:
+    """Scores of chosen items. keys: [N, D] and category: [N] of the whole shelf; ids: [B, K] rows; returns [B, K]."""
     scores = torch.bmm(functional.embedding(ids, keys), query.vector.unsqueeze(2)).squeeze(2)
     same = query.item.unsqueeze(1) == ids.unsqueeze(2)  # [B, K, H]
-    return scores + (same * query.copy.unsqueeze(1)).sum(dim=2)
+    alike = query.category.unsqueeze(1) == category[ids].unsqueeze(2)
+    return scores + (same * query.copy.unsqueeze(1) + alike * query.alike.unsqueeze(1)).sum(dim=2)
+
+
+def of_category(query: Query, category: Tensor) -> Tensor:
+    """Σ_h alike[h] [history item h is of the category], [B, N]. category: [N]."""
+    buckets = int(category.max()) + 1 if category.numel() else 1
+    buckets = max(buckets, int(query.category.max()) + 1)
+    sums = query.alike.new_zeros(len(query.alike), buckets)
+    return sums.scatter_add(1, query.category, query.alike).index_select(1, category)
 
 
 class ItemTower(nn.Module):
@@ -208,17 +223,21 @@ class HistoryEncoder(nn.Module):
         self.mix.weight.copy_(torch.cat([torch.eye(d) / c] * c, dim=1))
         nn.init.normal_(self.out.weight, std=0.05)
 
-    def forward(self, state: StateTensors, kinds: Tensor, tower: Tensor, local: Tensor) -> Tensor:
-        """[B, d]. kinds: [B, H] of `entry_kinds`; tower: [N, d] item vectors; local: [B, H], its rows that the
-        history's items are."""
+    def forward(
+        self, state: StateTensors, kinds: Tensor, tower: Tensor, local: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """φ, [B, d], and what share of each channel every entry of the history has, [B, H, C].
+
+        kinds: [B, H] of `entry_kinds`; tower: [N, d]; local: [B, H], its rows that the history's items are.
+        """
         table = torch.exp(self.name_weight.unsqueeze(1) + self.age_weight).flatten(0, 1)  # [NAMES * AGES, C]
         place = torch.exp(functional.embedding(place_buckets(state), self.place_weight))  # [1, H, C]
         real = (state.name > 0).unsqueeze(2)
         weight = functional.embedding(kinds, table) * place * real  # [B, H, C]
-        pooled = torch.bmm(weight.transpose(1, 2), functional.embedding(local, tower))  # [B, C, d]
-        pooled = (pooled / (weight.sum(dim=1) + 0.5).unsqueeze(2)).flatten(1)
+        share = weight / (weight.sum(dim=1, keepdim=True) + 0.5)
+        pooled = torch.bmm(share.transpose(1, 2), functional.embedding(local, tower)).flatten(1)  # [B, C * d]
         hidden = functional.relu(self.hidden(torch.cat((pooled, _counts(state, kinds)), dim=1)))
-        return self.mix(pooled) + self.out(hidden)
+        return self.mix(pooled) + self.out(hidden), share
 
 
 COUNTS: Final = 2 * NAMES + 5
@@ -263,6 +282,9 @@ class QNetwork(nn.Module):
         self.encoder = HistoryEncoder(settings)
         # weights of organic interest and of choice on an item that is in the history
         self.copy = nn.Embedding(NAMES * AGES, BIASES)
+        # the same on items of its category: by count, and by share of each channel
+        self.alike = nn.Embedding(NAMES * AGES, BIASES)
+        self.share = nn.Parameter(torch.zeros(settings.channels, BIASES))
         self.prior = nn.Parameter(torch.tensor(0.3))  # β: how far choice follows organic interest
         self.organic_key = nn.Linear(d, d + 1)
         self.query = nn.Linear(d, d + 2 + 2 * v)  # choice, reward, continuation
@@ -276,6 +298,8 @@ class QNetwork(nn.Module):
     def _start(self) -> None:
         d, v = self.settings.dim, self.settings.value_dim + 2
         nn.init.zeros_(self.copy.weight)
+        nn.init.zeros_(self.alike.weight)
+        self.share[2 % len(self.share), 0] = 2.0  # unaided, a visit goes on where it began
         for module in self.modules():
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -314,24 +338,32 @@ class QNetwork(nn.Module):
         key = self.key(tower)
         organic = torch.cat((self.organic_key(tower), bias[:, :1]), dim=1)
         choice = torch.cat((organic, key[:, : d + 2], bias[:, 1:]), dim=1)
-        return Keys(tower, organic, choice, key[:, d + 2 :])
+        return Keys(tower, organic, choice, key[:, d + 2 :], items.category)
 
-    def queries(self, state: StateTensors, tower: Tensor, local: Tensor | None = None) -> Queries:
-        """Every head's view of the states. tower: item vectors [N, d]; local: [B, H] rows of it that the history's
-        items are, and by which they are known to `score_all` and `score_at`; None: row i is vocabulary id i."""
+    def queries(self, state: StateTensors, keys: Keys, local: Tensor | None = None) -> Queries:
+        """Every head's view of the states. keys: of the history's items at least; local: [B, H] rows of them that these
+        are, and by which they are known to `score_all` and `score_at`; None: row i is vocabulary id i."""
         item = state.item if local is None else local
-        kinds = entry_kinds(state)
-        phi = self.encoder(state, kinds, tower, item)
+        kinds, category = entry_kinds(state), keys.category[item]
+        phi, share = self.encoder(state, kinds, keys.tower, item)
         # the unknown item (0) and padding must not pull on anything
         copy = self.copy(kinds) * (state.item > 0).unsqueeze(2)  # [B, H, 2]
+        alike = (self.alike(kinds) + share @ self.share) * (category > 0).unsqueeze(2)  # [B, H, 2]
         one = phi.new_ones(len(phi), 1)
         organic = torch.cat((phi, one, one), dim=1)
         heads = self.query(phi)
         mine = self.settings.dim + 2
         choice = torch.cat((organic * self.prior, heads[:, :mine], one), dim=1)
+        first, second = (part.unbind(dim=2) for part in (copy, alike))
         return Queries(
-            Query(organic, copy[..., 0], item),
-            Query(choice, self.prior * copy[..., 0] + copy[..., 1], item),
+            Query(organic, first[0], item, second[0], category),
+            Query(
+                choice,
+                self.prior * first[0] + first[1],
+                item,
+                self.prior * second[0] + second[1],
+                category,
+            ),
             heads[:, mine:],
             self.unchosen(phi).squeeze(1),
         )
@@ -358,11 +390,12 @@ class QNetwork(nn.Module):
         """Choice log-odds, m and g at ids [B, K], each [B, K]."""
         product = functional.embedding(ids, keys.gain) * queries.gain.unsqueeze(1)
         reward, continuation = product.reshape(*ids.shape, 2, -1).sum(dim=3).unbind(dim=2)
-        return score_at(queries.choice, keys.choice, ids), reward, continuation
+        return score_at(queries.choice, keys.choice, keys.category, ids), reward, continuation
 
     def advantage_all(self, queries: Queries, keys: Keys) -> Tensor:
         """p · (m + γ g) of all N items, [B, N]: what showing an item adds to showing nothing of interest."""
-        return torch.sigmoid(score_all(queries.choice, keys.choice)) * self.gain_all(queries, keys)
+        choice = score_all(queries.choice, keys.choice, keys.category)
+        return torch.sigmoid(choice) * self.gain_all(queries, keys)
 
     def advantage_at(self, queries: Queries, keys: Keys, ids: Tensor) -> Tensor:
         """p · (m + γ g) at ids [B, K], [B, K]."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from learner.agent import bucket
 from learner.compiled import CompiledQ
 from learner.exploration import epsilon_greedy_slate
-from learner.networks import ItemTensors, Keys, NetworkSettings, QNetwork, StateTensors
+from learner.networks import ItemTensors, Keys, NetworkSettings, QNetwork, StateTensors, of_category
 from learner.replay import Histories
 from learner.weights import Manifest, Weights
 from streaming.interning import hash_string
@@ -179,11 +179,11 @@ class Policy:
         """Q(s, a) of one user's candidates, [M]; items never seen score by the features that come with them."""
         with torch.inference_mode():
             keys, ids = self._candidate_keys(candidates)
-            queries = self._network.queries(_tensors(state), self._keys.tower)
+            queries = self._network.queries(_tensors(state), self._keys)
             choice = queries.choice
             log_odds = choice.vector @ keys.choice.T
             same = (choice.item == ids.unsqueeze(1)) & (ids > 0).unsqueeze(1)  # [M, H]
-            log_odds = log_odds + (same * choice.copy).sum(dim=1)
+            log_odds = log_odds + (same * choice.copy).sum(dim=1) + of_category(choice, keys.category)
             gain = self._network.gain_all(queries, keys)
             q: npt.NDArray[np.float32] = (self._network.value(queries) + torch.sigmoid(log_odds) * gain)[
                 0
@@ -243,7 +243,7 @@ class Policy:
             )
         some = rng.integers(0, self.items + 1, (PROBES, PROBES))
         with torch.inference_mode():
-            queries = self._network.queries(_tensors(states), self._keys.tower)
+            queries = self._network.queries(_tensors(states), self._keys)
             said = self._network.q_at(queries, self._keys, torch.from_numpy(some)).numpy()
         apart = np.abs(np.take_along_axis(q, some, axis=1) - said).max()
         if apart > 1e-3 * max(1.0, np.abs(said).max()):  # rounding is a hundredth of that

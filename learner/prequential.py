@@ -190,11 +190,11 @@ class _Scorer:
             torch.as_tensor(steps.age_s, device=device),
             torch.as_tensor(steps.value, device=device),
         )
-        queries = network.queries(state, self._keys.tower)
+        queries = network.queries(state, self._keys)
         target = torch.as_tensor(steps.target, device=device)
         organic: Query = queries.organic
         return (
-            _ranks_of(score_all(organic, self._keys.organic), state.item, target),
+            _ranks_of(score_all(organic, self._keys.organic, self._keys.category), state.item, target),
             _ranks_of(network.q_all(queries, self._keys), state.item, target),
         )
 

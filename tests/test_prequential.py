@@ -23,7 +23,17 @@ from streaming.transitions import Joined
 from tests.rows import Row, columns, decision, event, logged
 
 HISTORY = 8
-SETTINGS = AgentSettings(dim=8, hidden=8, history_length=HISTORY, vector_dim=1, batch_size=64, n_step=1)
+# no features but the ids: nothing to draw them towards
+SETTINGS = AgentSettings(
+    dim=8,
+    hidden=8,
+    history_length=HISTORY,
+    vector_dim=1,
+    batch_size=64,
+    n_step=1,
+    weight_decay=1e-4,
+    forget=0.02,
+)
 ITEMS = 30
 
 
@@ -99,7 +109,7 @@ def test_ranks_equal_a_count_by_hand_on_random_streams() -> None:
                                 (states.age_s, np.float32), (states.value, np.float32))))  # fmt: skip
         with torch.no_grad():
             keys = network.online.keys(network.items)
-            queries = network.online.queries(state, keys.tower)
+            queries = network.online.queries(state, keys)
             q = network.online.q_all(queries, keys)[0].tolist()
             organic = (queries.organic.vector @ keys.organic.T)[0]
             for weight, item in zip(queries.organic.copy[0], queries.organic.item[0], strict=True):
