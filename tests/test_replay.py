@@ -284,7 +284,8 @@ def test_another_capacity_and_segment_keep_the_newest_that_fit(script, before, a
     if kept:
         whole, rest = everything(replay, 3), everything(moved, 3)
         cut = len(replay) - kept
-        for old, new in zip((*whole.state, *whole[2:]), (*rest.state, *rest[2:]), strict=True):
+        # but for the slates: slots of a step that were cut off are no longer in them
+        for old, new in zip((*whole.state, *whole[2:-3]), (*rest.state, *rest[2:-3]), strict=True):
             np.testing.assert_array_equal(old[cut:], new)
         assert_sound(moved)
 
