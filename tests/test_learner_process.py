@@ -71,7 +71,8 @@ def train_through_kills(folder: Path, url: str, seed: int, *flags: str) -> int:
             process.send_signal(signal.SIGKILL)
             finish(process)
             continue
-        assert process.returncode == 0
+        status, said = finish(process)
+        assert status == 0, said
         return deaths
     train(folder, url, *flags)
     return 8
