@@ -336,7 +336,7 @@ class Trainer:
     # --- housekeeping
 
     def _look_around(self) -> None:
-        """Once a second: partitions added and idle ones, the catalog, gauges."""
+        """Once a second: idle partitions, the catalog, gauges."""
         now = self._clock()
         if now < self._due["look"]:
             return
