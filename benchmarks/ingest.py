@@ -108,7 +108,12 @@ def write(log: Log, records: int, users: int, items: int) -> int:
 def drain(bootstrap: str, partitions: int, records: int) -> float:
     """Records a second by `consume` and `value()` alone."""
     consumer = Consumer(
-        {"bootstrap.servers": bootstrap, "group.id": "bare-drain", "enable.auto.commit": "false"}
+        {
+            "bootstrap.servers": bootstrap,
+            "group.id": "bare-drain",
+            "enable.auto.commit": "false",
+            "fetch.queue.backoff.ms": "5",  # with the default of a second it is three times slower
+        }
     )
     consumer.assign([TopicPartition(TOPIC, p, 0) for p in range(partitions)])
     left, start = records, 0.0

@@ -70,6 +70,8 @@ _CONSUMER: Final = {
     "allow.auto.create.topics": "false",
     "queued.max.messages.kbytes": "32768",
     "fetch.wait.max.ms": "200",
+    # a partition whose queue was full is not asked again for so long: a whole second by default, a third of the speed
+    "fetch.queue.backoff.ms": "5",
     "reconnect.backoff.max.ms": "2000",
 }
 _REQUEST_S: Final = 10.0
