@@ -25,8 +25,8 @@ from learner.networks import (
     COUNTS,
     NAMES,
     SESSION_AGES,
-    Keys,
     QNetwork,
+    Shelf,
     StateTensors,
     place_buckets,
 )
@@ -71,13 +71,11 @@ class _Parameters(NamedTuple):
 class CompiledQ:
     """What a network makes of states, over a catalog of N items that stays as it is."""
 
-    def __init__(self, network: QNetwork, keys: Keys, category: Tensor) -> None:
-        """category: [N] bucket, 0 unknown."""
-        self._parameters = _parameters(network, keys.tower, category)
-        biases = torch.cat((keys.organic[:, -1:], keys.choice[:, -1:]), dim=1)
-        self._keys = torch.cat((keys.tower, biases), dim=1).T.contiguous()  # [d + 2, N]
-        self._category = category
-        self._buckets = int(category.max()) + 1
+    def __init__(self, network: QNetwork, shelf: Shelf) -> None:
+        self._parameters = _parameters(network, shelf)
+        self._keys = torch.cat((shelf.tower, shelf.bias), dim=1).T.contiguous()  # [d + 2, N]
+        self._category = shelf.category
+        self._buckets = int(shelf.category.max()) + 1
 
     def q(self, states: Histories) -> Tensor:
         """Q(s, a), [B, N]."""
@@ -92,13 +90,13 @@ class CompiledQ:
         return log_odds.sigmoid_().mul_(gain).add_(torch.from_numpy(value))
 
 
-def _parameters(network: QNetwork, tower: Tensor, category: Tensor) -> _Parameters:
+def _parameters(network: QNetwork, shelf: Shelf) -> _Parameters:
     settings, encoder = network.settings, network.encoder
     choice = settings.dim + 2
     entry = torch.zeros(1, settings.history_length)
     place = place_buckets(StateTensors(entry, entry, entry, entry))[0]
     copy = network.copy.weight
-    alike, share = _of_category(network)
+    alike, share = network.alike.weight, network.share
     first, last = cast(nn.Linear, network.unchosen[0]), cast(nn.Linear, network.unchosen[2])
     return _Parameters(
         kind=_array(torch.exp(encoder.name_weight.unsqueeze(1) + encoder.age_weight).flatten(0, 1)),
@@ -106,8 +104,8 @@ def _parameters(network: QNetwork, tower: Tensor, category: Tensor) -> _Paramete
         copy=_array(network.prior * copy[:, 0] + copy[:, 1]),
         alike=_array(network.prior * alike[:, 0] + alike[:, 1]),
         share=_array(network.prior * share[:, 0] + share[:, 1]),
-        tower=_array(tower),
-        category=category.numpy(),
+        tower=_array(shelf.tower),
+        category=shelf.category.numpy(),
         mix=_Layer(_array(encoder.mix.weight.T), np.zeros(settings.dim, np.float32)),
         hidden=_layer(encoder.hidden),
         out=_layer(encoder.out),
@@ -120,13 +118,6 @@ def _parameters(network: QNetwork, tower: Tensor, category: Tensor) -> _Paramete
         prior=np.float32(network.prior.item()),
         gamma=np.float32(settings.gamma),
     )
-
-
-def _of_category(network: QNetwork) -> tuple[Tensor, Tensor]:
-    """The network's weights on items of the history's categories; zeros where it has none."""
-    if hasattr(network, "alike"):
-        return network.get_parameter("alike.weight"), network.get_parameter("share")
-    return torch.zeros(NAMES * AGES, BIASES), torch.zeros(network.settings.channels, BIASES)
 
 
 def _layer(linear: nn.Linear) -> _Layer:

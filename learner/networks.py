@@ -93,6 +93,14 @@ class ItemTensors(NamedTuple):
     seen: Tensor  # [N] bool: was learnt from; others share the "new item" vector
 
 
+class Shelf(NamedTuple):
+    """N items before any head looks at them."""
+
+    tower: Tensor  # [N, d] ψ(a)
+    bias: Tensor  # [N, 2] by id, of organic interest and of choice
+    category: Tensor  # [N] int64 bucket, 0 unknown
+
+
 class Keys(NamedTuple):
     """What the heads need to know of N items; v' = v + 2."""
 
@@ -319,33 +327,40 @@ class QNetwork(nn.Module):
                 layer.bias[one] = 1.0
             self.query.bias[end - 1] = bias
 
-    def keys(self, items: ItemTensors, ids: Tensor | None = None, forget: Tensor | None = None) -> Keys:
-        """The heads' keys of the items given by ids [M], or of all. forget: [N] bool, as never learnt from."""
+    def shelf(self, items: ItemTensors, ids: Tensor | None = None, forget: Tensor | None = None) -> Shelf:
+        """The items given by ids [M], or all. forget: [N] bool, as never learnt from."""
         if ids is None:
             known = items.seen if forget is None else items.seen & ~forget
-            return self._keys(items, known, self.tower.id.weight[: len(known)])
+            return self._shelf(items, known, self.tower.id.weight[: len(known)])
         rows = ItemTensors(*(column[ids] for column in items))
         known = rows.seen if forget is None else rows.seen & ~forget[ids]
-        return self._keys(rows, known, self.tower.id(ids))
+        return self._shelf(rows, known, self.tower.id(ids))
+
+    def _shelf(self, items: ItemTensors, known: Tensor, own: Tensor) -> Shelf:
+        vectors, bias = self.tower(items, known, own)
+        return Shelf(vectors, bias, items.category)
+
+    def keys(self, items: ItemTensors, ids: Tensor | None = None, forget: Tensor | None = None) -> Keys:
+        """The heads' keys of the items that `shelf` would give."""
+        return self._keys(self.shelf(items, ids, forget))
 
     def keys_with(self, items: ItemTensors, ids: Tensor) -> Keys:
         """The heads' keys of M items whose features come with the request. items: of M rows; ids: [M], 0 unknown."""
-        return self._keys(items, items.seen, self.tower.id(ids))
+        return self._keys(self._shelf(items, items.seen, self.tower.id(ids)))
 
-    def _keys(self, items: ItemTensors, known: Tensor, own: Tensor) -> Keys:
+    def _keys(self, shelf: Shelf) -> Keys:
         d = self.settings.dim
-        tower, bias = self.tower(items, known, own)
-        key = self.key(tower)
-        organic = torch.cat((self.organic_key(tower), bias[:, :1]), dim=1)
-        choice = torch.cat((organic, key[:, : d + 2], bias[:, 1:]), dim=1)
-        return Keys(tower, organic, choice, key[:, d + 2 :], items.category)
+        key = self.key(shelf.tower)
+        organic = torch.cat((self.organic_key(shelf.tower), shelf.bias[:, :1]), dim=1)
+        choice = torch.cat((organic, key[:, : d + 2], shelf.bias[:, 1:]), dim=1)
+        return Keys(shelf.tower, organic, choice, key[:, d + 2 :], shelf.category)
 
-    def queries(self, state: StateTensors, keys: Keys, local: Tensor | None = None) -> Queries:
-        """Every head's view of the states. keys: of the history's items at least; local: [B, H] rows of them that these
+    def queries(self, state: StateTensors, shelf: Shelf | Keys, local: Tensor | None = None) -> Queries:
+        """Every head's view of the states. shelf: of the history's items at least; local: [B, H] rows of it that these
         are, and by which they are known to `score_all` and `score_at`; None: row i is vocabulary id i."""
         item = state.item if local is None else local
-        kinds, category = entry_kinds(state), keys.category[item]
-        phi, share = self.encoder(state, kinds, keys.tower, item)
+        kinds, category = entry_kinds(state), shelf.category[item]
+        phi, share = self.encoder(state, kinds, shelf.tower, item)
         # the unknown item (0) and padding must not pull on anything
         copy = self.copy(kinds) * (state.item > 0).unsqueeze(2)  # [B, H, 2]
         alike = (self.alike(kinds) + share @ self.share) * (category > 0).unsqueeze(2)  # [B, H, 2]

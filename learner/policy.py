@@ -10,7 +10,9 @@ Nothing in it changes after it was made: threads share one, and an answer comes 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
@@ -27,7 +29,7 @@ from learner.weights import Manifest, Weights
 from streaming.interning import hash_string
 from streaming.rewards import CODES, OTHER
 
-PROBES: Final = 16  # made-up histories that `check` ranks for
+PROBES: Final = 8  # made-up histories that `check` ranks for
 
 
 def use_threads(threads: int) -> None:
@@ -100,8 +102,8 @@ class Policy:
             self._item_ids = ["", *item_ids]
             self._id_of = {item_id: i for i, item_id in enumerate(self._item_ids) if i}
         with torch.inference_mode():
-            self._keys = network.keys(items)
-            self._compiled = CompiledQ(network, self._keys, items.category)
+            self._shelf = network.shelf(items)
+            self._compiled = CompiledQ(network, self._shelf)
 
     @classmethod
     def from_weights(
@@ -125,11 +127,9 @@ class Policy:
                 raise ValueError(
                     f"{rows - 1} items, but {len(weights.vocabulary)} item ids, columns of {lengths}"
                 )
-            q_network = QNetwork(settings, rows)
-            q_network.load_state_dict(_under(tensors, f"{network}."))
             return cls(
                 weights.manifest,
-                q_network,
+                _network(settings, _under(tensors, f"{network}."), rows),
                 items,
                 tensors["catalog.on_offer"],
                 weights.vocabulary[: rows - 1],  # it may have grown since the tensors were taken
@@ -179,7 +179,7 @@ class Policy:
         """Q(s, a) of one user's candidates, [M]; items never seen score by the features that come with them."""
         with torch.inference_mode():
             keys, ids = self._candidate_keys(candidates)
-            queries = self._network.queries(_tensors(state), self._keys)
+            queries = self._network.queries(_tensors(state), self._shelf)
             choice = queries.choice
             log_odds = choice.vector @ keys.choice.T
             same = (choice.item == ids.unsqueeze(1)) & (ids > 0).unsqueeze(1)  # [M, H]
@@ -242,9 +242,14 @@ class Policy:
                 f"version {self.version}: {bad} of {PROBES * (self.items + 1)} probe values not finite"
             )
         some = rng.integers(0, self.items + 1, (PROBES, PROBES))
+        ids = torch.from_numpy(np.unique(np.append(some, states.item)))
+        rows, here = (
+            torch.searchsorted(ids, torch.from_numpy(x.astype(np.int64))) for x in (some, states.item)
+        )
         with torch.inference_mode():
-            queries = self._network.queries(_tensors(states), self._keys)
-            said = self._network.q_at(queries, self._keys, torch.from_numpy(some)).numpy()
+            keys = self._network.keys(self._items, ids)
+            queries = self._network.queries(_tensors(states), keys, here)
+            said = self._network.q_at(queries, keys, rows).numpy()
         apart = np.abs(np.take_along_axis(q, some, axis=1) - said).max()
         if apart > 1e-3 * max(1.0, np.abs(said).max()):  # rounding is a hundredth of that
             raise PolicyDamaged(
@@ -280,6 +285,19 @@ class Policy:
             row[:width] = vector[:width]
         items.vector[_rows(m for m, _ in described)] = torch.from_numpy(vectors)
         return self._network.keys_with(items, ids), ids
+
+
+def _network(settings: NetworkSettings, tensors: dict[str, Tensor], rows: int) -> QNetwork:
+    """A network of these very tensors. Nothing is initialised that would be overwritten at once."""
+    mould = _mould(settings, rows)
+    network = copy.deepcopy(mould, {id(parameter): parameter for parameter in mould.parameters()})
+    network.load_state_dict(tensors, assign=True)
+    return network
+
+
+@lru_cache(maxsize=2)
+def _mould(settings: NetworkSettings, rows: int) -> QNetwork:
+    return QNetwork(settings, rows)
 
 
 def _rows(rows: Iterable[int]) -> Tensor:

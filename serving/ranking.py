@@ -179,6 +179,8 @@ class _Shelf:
 
 
 def _rows(states: Histories, rows: list[int]) -> Histories:
+    if len(rows) == len(states.item):
+        return states
     return Histories(states.item[rows], states.name[rows], states.age_s[rows], states.value[rows])
 
 

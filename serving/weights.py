@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from typing import Final, Literal, NamedTuple
+import time
+from collections.abc import Callable
+from typing import Final, Literal, NamedTuple, TypeVar
 
 from learner.policy import Policy, PolicyDamaged
 from learner.weights import Manifest, WeightsDamaged, WeightsError, WeightStore
@@ -12,6 +14,10 @@ from serving import metrics
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
+_REST: Final = 4.0  # times as long as a piece of work on a new version took
+_LONGEST_REST_S: Final = 0.1
 _COMPLAIN_EVERY: Final = 300  # failed looks at the store between two lines about it
 
 
@@ -76,9 +82,10 @@ class WeightsFollower:
             logger.exception("weights refused, version %s stays in use", in_use)
 
     def _take(self, version: int) -> None:
-        weights = self._store.load(version)
-        policy = Policy.from_weights(weights, self.network, self.served.policy if self.served else None)
-        policy.check()
+        before = self.served.policy if self.served else None
+        weights = self._gently(lambda: self._store.load(version))
+        policy = self._gently(lambda: Policy.from_weights(weights, self.network, before))
+        self._gently(policy.check)
         first = self.served is None
         self.served = Served(weights.manifest, policy)
         metrics.WEIGHTS_SWAPPED.inc()
@@ -87,6 +94,18 @@ class WeightsFollower:
         metrics.POLICY_ITEMS.set(policy.items)
         if first:
             logger.info("weights: version %d, %d items; served from now on", version, policy.items)
+
+    def _gently(self, do: Callable[[], T]) -> T:
+        """Do it; while something is served already, then rest several times as long as it took.
+
+        Answers need the same cores and the same GIL: all at once, each new version would hold up those that are
+        due meanwhile, one in a hundred.
+        """
+        began = time.monotonic()
+        done = do()
+        if self.served is not None:
+            self._stop.wait(min(_REST * (time.monotonic() - began), _LONGEST_REST_S))
+        return done
 
     def _run(self) -> None:
         while not self._stop.wait(self._poll_s):

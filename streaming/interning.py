@@ -76,8 +76,8 @@ def hash_string(text: str) -> int:
     >>> hash_string("a") == hash_string("a") != hash_string("b")
     True
     """
-    data, cuts = _join([text])
-    return int(hash_bytes(data, 0, cuts[1])) if text else 0
+    data = np.frombuffer(text.encode(), np.uint8)
+    return int(hash_bytes(data, 0, len(data))) if text else 0
 
 
 @jit

@@ -67,7 +67,7 @@ def test_the_compiled_q_is_the_networks(
         keys = made.keys(items)
         tensors = StateTensors(*(torch.from_numpy(c.astype(t)) for c, t in zip(states, "llff", strict=True)))
         expected = made.q_all(made.queries(tensors, keys), keys).numpy()
-        q = CompiledQ(made, keys, items.category).q(states).numpy()
+        q = CompiledQ(made, made.shelf(items)).q(states).numpy()
     np.testing.assert_allclose(q, expected, rtol=3e-4, atol=3e-4 * max(1.0, float(np.abs(expected).max())))
 
 
