@@ -128,6 +128,10 @@ class Arrivals:
         """See Source."""
         return self._reader.position()
 
+    def add(self, offsets: Mapping[int, int]) -> None:
+        """Give out these partitions too, from these offsets on."""
+        self._reader.assign({**self._reader.position(), **offsets})
+
 
 class Trainer:
     """Drives one learner over one topic."""
@@ -336,7 +340,7 @@ class Trainer:
     # --- housekeeping
 
     def _look_around(self) -> None:
-        """Once a second: idle partitions, the catalog, gauges."""
+        """Once a second: new partitions, idle ones, the catalog, gauges."""
         now = self._clock()
         if now < self._due["look"]:
             return
@@ -346,8 +350,18 @@ class Trainer:
                 self._catalog.follow(self._watch.bounds_beside)
             except LogError as error:
                 logger.warning("catalog: %s; trying again", error)
+            self._take_up_partitions()
             self._let_time_pass(now)
         self._show()
+
+    def _take_up_partitions(self) -> None:
+        """Those that were added to the topic meanwhile, from their first record on."""
+        position, source = self._source.position(), self._source
+        added = {p: bounds.low for p, bounds in self._watch.bounds.items() if p not in position}
+        if added and self._until is None and isinstance(source, Arrivals):
+            logger.info("partitions %s were added to %s: reading them too", sorted(added), self._config.topic)
+            self._learner.assign(added)
+            source.add(added)
 
     def _let_time_pass(self, now_s: float) -> None:
         joiner, position = self._learner.joiner, self._source.position()

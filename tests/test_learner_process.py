@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -200,6 +201,39 @@ def test_it_catches_up_with_either_log_and_dead_letters_what_it_cannot_read(log_
     assert Codec().decode(letters.value(0))[1]["reason"] == "BAD_FRAME"
     for thing in (reader, producer, log):
         thing.close()
+
+
+def test_partitions_added_while_it_runs_are_read_from_their_first_record_on(log_url, tmp_path):
+    log = open_log(log_url)
+    topic = f"events-{tmp_path.name}"
+    log.create_topic(topic, 1)
+    process = start(tmp_path, log_url, "--topic", topic, "--checkpoint-s", "0.5")
+    try:
+        await_line(process, "no checkpoint of")
+        log.create_topic(topic, 3)
+        with closing(log.producer()) as producer:
+            for n in range(60):
+                event = {
+                    "event_id": f"e{n}",
+                    "name": "view_item",
+                    "user_id": f"user-{n}",
+                    "timestamp": 1_700_000_000_000 + n * 1000,
+                    "items": [{"item_id": f"item-{n % 7}"}],
+                }
+                producer.send(topic, event["user_id"].encode(), Codec().encode_event(event))
+        await_line(process, "partitions [1, 2] were added")
+        give_up = time.monotonic() + 60
+        while newest(tmp_path).meta["joined"]["events"] < 60 and time.monotonic() < give_up:
+            time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        assert finish(process)[0] == 0
+    finally:
+        process.kill()
+    meta = newest(tmp_path).meta
+    assert meta["joined"]["events"] == 60
+    assert meta["positions"] == {str(p): bounds.high for p, bounds in log.bounds(topic).items()}
+    assert min(bounds.high for bounds in log.bounds(topic).values()) > 0
+    log.close()
 
 
 def test_a_topic_that_is_not_there_is_one_line_and_status_1(tmp_path):
