@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -32,10 +34,14 @@ def batch(seed, items=ITEMS):
     return out
 
 
+def new_agent(settings=SETTINGS):
+    agent = Agent(settings, seed=1)
+    agent.grow(ITEMS)
+    return agent
+
+
 def trained(seeds, agent=None):
-    if agent is None:
-        agent = Agent(SETTINGS, seed=1)
-        agent.grow(ITEMS)
+    agent = agent or new_agent()
     for seed in seeds:
         agent.update(batch(seed))
     return agent
@@ -84,3 +90,51 @@ def test_scores_at_items_are_those_of_the_whole_shelf():
         q = agent.online.q_all(queries, keys)
         torch.testing.assert_close(agent.online.q_at(queries, keys, ids), q.gather(1, ids))
         assert score_all(queries.choice, keys.choice, keys.category).shape == (16, ITEMS + 1)
+
+
+def test_maximising_over_candidates_is_maximising_over_the_catalog_where_they_are_all_of_it():
+    settings = replace(SETTINGS, forget=0.0)
+    exact = trained(range(3), new_agent(settings))
+    # 300 draws of 13 rows leave none out, bar one time in a billion
+    drawn = trained(range(3), new_agent(replace(settings, exact_items=1, candidates=300)))
+    for name, parameter in exact.online.named_parameters():
+        torch.testing.assert_close(drawn.online.get_parameter(name), parameter, rtol=1e-3, atol=1e-5)
+
+
+def test_few_candidates_still_hold_the_batch_and_teach_the_same_actions():
+    agent = trained(range(3), new_agent(replace(SETTINGS, exact_items=1, candidates=1)))
+    batch_items = np.unique(batch(0).slate)
+    table = agent.online.tower.id.weight.detach()
+    assert (table[batch_items[batch_items > 0]].abs().sum(dim=1) > 0).all()
+
+
+def test_an_item_never_seen_scores_by_its_features_as_its_like_do():
+    class Catalog:
+        category = np.array([0, *([7] * 6), *([9] * 6)], np.uint64)
+        brand = np.zeros(13, np.uint64)
+        price = np.full(13, 10.0, np.float32)
+        in_stock = known = np.arange(13) > 0
+        gone = np.zeros(13, np.bool_)
+        vector = np.zeros((13, 2), np.float32)
+
+    agent = new_agent(replace(SETTINGS, learning_rate=0.02, weight_decay=0.0))
+    agent.set_catalog(Catalog())
+    for seed in range(80):
+        told = batch(seed)
+        told.organic[:] = False
+        # items 6 and 12 are never shown; what is of category 7 is always clicked, the rest never
+        told.slate[:, :3] = np.random.default_rng(seed).choice([1, 2, 3, 4, 5, 7, 8, 9, 10, 11], (16, 3))
+        told.slate_reward[:, :3] = told.slate[:, :3] < 6
+        told.action[:], told.slot_reward[:] = told.slate[:, 0], told.slate_reward[:, 0]
+        told.reward[:] = told.slot_reward
+        for state in (told.state, told.next_state):
+            state.item[np.isin(state.item, (6, 12))] = 1
+        agent.update(told)
+    assert not agent.items.seen[[6, 12]].any()
+    with torch.no_grad():
+        keys = agent.online.keys(agent.items)
+        queries = agent.online.queries(agent._state(batch(99).state), keys)
+        ids = torch.tensor([[6, 12]]).expand(16, 2)
+        p = torch.sigmoid(agent.online.parts_at(queries, keys, ids)[0]).mean(dim=0)
+    assert p[0] > 0.7
+    assert p[1] < 0.3

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from learner.policy import Candidate, Entry, Policy
-from learner.weights import WeightStore
+from learner.weights import Meta, WeightStore
+from streaming.interning import Vocabulary
 from tests.serving_process import agent, publish
+from tests.test_agent import trained
 
 ITEMS = 12
 NAMES = [f"item-{i}" for i in range(ITEMS)]
@@ -36,3 +39,17 @@ def test_candidates_of_the_catalog_score_as_in_the_catalog(served):
     states = policy.encode([HISTORY], [10_000])
     q = policy.q_candidates(states, [Candidate(name) for name in NAMES])
     np.testing.assert_allclose(q, policy.q(states)[0, 1:], rtol=1e-3, atol=1e-4)
+
+
+def test_a_policy_says_of_a_state_what_the_agent_that_trained_it_says(tmp_path):
+    made, words = trained(range(5)), Vocabulary()
+    words.intern_all(NAMES)
+    store = WeightStore(f"{tmp_path}/weights")
+    version = store.publish(made.tensors(), Meta(settings=made.shape()), words).version
+    policy = Policy.from_weights(store.load(version))
+    states = policy.encode([HISTORY, []], [10_000, 10_000])
+    with torch.no_grad():
+        keys = made.online.keys(made.items)
+        q = made.online.q_all(made.online.queries(made._state(states), keys), keys)
+    np.testing.assert_allclose(policy.q(states), q.numpy(), rtol=1e-4, atol=1e-5)
+    assert q.std() > 1e-3
