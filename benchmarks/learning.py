@@ -80,7 +80,7 @@ class LoopSettings:
 
     epsilon: float = field(default=0.05, metadata={"help": "share of slots explored"})
     updates_per_transition: float = field(
-        default=0.02, metadata={"help": "gradient steps for each transition"}
+        default=0.01, metadata={"help": "gradient steps for each transition"}
     )
     min_replay: int = field(default=1000, metadata={"help": "transitions before the first update"})
     capacity: int = field(default=1_000_000, metadata={"help": "transitions kept"})

@@ -34,11 +34,14 @@ def _setting(default: float | int | bool, text: str) -> Any:
 class AgentSettings:
     """How the agent learns."""
 
-    gamma: float = _setting(0.9, "discount for each further step; 0..1, 1 excluded")
+    gamma: float = _setting(0.97, "discount for each further step; 0..1, 1 excluded")
     n_step: int = _setting(3, "steps of reward counted before bootstrapping; 1..32")
     batch_size: int = _setting(128, "transitions in one update; 1..65536")
     learning_rate: float = _setting(0.002, "of Adam; > 0")
-    target_sync_updates: int = _setting(200, "updates between target syncs; >= 1")
+    target_tau: float = _setting(
+        0.005, "share of the way that the target network goes to the online one at each update; 0..1, 0: none"
+    )
+    target_sync_updates: int = _setting(200, "updates between target syncs, where --target-tau is 0; >= 1")
     slate_size: int = _setting(
         0,
         "slots counted in the value of the next state; 1: the best alone; 0: as many as shown lately; 0..32",
@@ -48,8 +51,10 @@ class AgentSettings:
     td_weight: float = _setting(0.1, "weight of the temporal-difference loss; >= 0")
     cql_weight: float = _setting(0.0, "weight of the conservative loss; >= 0, 0: off")
     huber_delta: float = _setting(20.0, "error beyond which losses grow linearly; reward units, > 0")
-    weight_decay: float = _setting(0.3, "decoupled, of what must be learnt from few clicks; 0..1")
-    forget: float = _setting(0.3, "share of items treated as new in each update; 0..1")
+    weight_decay: float = _setting(
+        1.0, "decoupled, of what ids add to their features, of items that a vector describes; 0..1"
+    )
+    forget: float = _setting(0.3, "share of those items treated as new in each update; 0..1")
     exact_items: int = _setting(
         20_000, "catalogs up to this size are maximised over exactly, larger ones over candidates; >= 1"
     )
@@ -67,6 +72,7 @@ class AgentSettings:
             "n_step": (1, 32),
             "batch_size": (1, 65536),
             "learning_rate": (1e-9, 1.0),
+            "target_tau": (0, 1),
             "target_sync_updates": (1, 10**9),
             "slate_size": (0, MAX_SLOTS),
             "sqn_weight": (0, 1e6),
@@ -161,11 +167,19 @@ class Agent:
         self._items = _unknown_items(1, settings.vector_dim, self.device)
         self._on_offer = torch.zeros(1, dtype=torch.bool, device=self.device)
         self._target_keys: Keys | None = None
+        self._vectors: Tensor | None = None
 
     @property
     def rows(self) -> int:
         """Vocabulary ids that can be learnt, the unknown item included."""
         return len(self._on_offer)
+
+    @property
+    def _described(self) -> Tensor:
+        """[N] bool: the catalog has a vector of the item, which tells it from others of its category."""
+        if self._vectors is None:
+            self._vectors = (self._items.vector != 0).any(dim=1)
+        return self._vectors
 
     @property
     def items(self) -> ItemTensors:
@@ -181,7 +195,7 @@ class Agent:
         self._items = ItemTensors(*(torch.cat(pair) for pair in zip(self._items, fresh, strict=True)))
         self._on_offer = torch.cat((self._on_offer, self._on_offer.new_ones(more)))
         self._on_offer[0] = False
-        self._target_keys = None
+        self._target_keys = self._vectors = None
         capacity = self.online.tower.id.num_embeddings
         if self.rows > capacity:
             while capacity < self.rows:
@@ -202,7 +216,7 @@ class Agent:
         offer = ~np.asarray(catalog.gone) & (np.asarray(catalog.in_stock) | ~known)
         self._on_offer[:n] = torch.from_numpy(offer)
         self._on_offer[0] = False
-        self._target_keys = None
+        self._target_keys = self._vectors = None
 
     def update(self, batch: Batch) -> Update:
         """One gradient step; see the losses in learner.dqn and the equation in learner.networks.
@@ -305,16 +319,26 @@ class Agent:
         self._optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         self._optimiser.step()
+        if self.settings.weight_decay > 0:
+            self._decay()
         self.updates += 1
-        if self.updates - self.last_target_sync_update >= self.settings.target_sync_updates:
-            self.sync_target()
+        self._follow()
         return loss.detach()
 
-    def sync_target(self) -> None:
-        """Make the target network equal to the online one."""
-        with torch.no_grad():
-            for mine, theirs in zip(self.target.parameters(), self.online.parameters(), strict=True):
-                mine.copy_(theirs)
+    def _follow(self) -> None:
+        """Let the target network follow: a little each time (Lillicrap et al. 2016), or all at once now and then."""
+        settings = self.settings
+        if settings.target_tau > 0:
+            # at first the plain mean of all updates, so that the network's beginnings do not linger
+            self.sync_target(max(settings.target_tau, 1.0 / self.updates))
+        elif self.updates - self.last_target_sync_update >= settings.target_sync_updates:
+            self.sync_target()
+
+    @torch.no_grad()
+    def sync_target(self, share: float = 1.0) -> None:
+        """Take the target network so far towards the online one; 1: make it equal."""
+        for mine, theirs in zip(self.target.parameters(), self.online.parameters(), strict=True):
+            mine.lerp_(theirs, share)
         self.last_target_sync_update = self.updates
         self._target_keys = None
 
@@ -375,7 +399,7 @@ class Agent:
         self._generator.set_state(torch.from_numpy(state["generator"].copy()))
         self.updates, self.last_target_sync_update = (int(n) for n in state["counters"])
         self.slots = float(state["slots"][0])
-        self._target_keys = None
+        self._target_keys = self._vectors = None
 
     @torch.no_grad()
     def _q(self, queries: Queries, choice: Tensor, reward: Tensor, continuation: Tensor) -> Tensor:
@@ -438,21 +462,29 @@ class Agent:
         return torch.as_tensor(array).to(self.device, dtype)
 
     def _forgotten(self) -> Tensor | None:
-        """[N] bool: items that this update treats as new."""
+        """[N] bool: items that this update treats as new; only those that are more than their ids."""
         if self.settings.forget == 0:
             return None
-        return (torch.rand(self.rows, generator=self._generator) < self.settings.forget).to(self.device)
+        drawn = torch.rand(self.rows, generator=self._generator) < self.settings.forget
+        return drawn.to(self.device) & self._described
 
     def _new_optimiser(self) -> torch.optim.AdamW:
-        decaying = {name for name, p in self.online.named_parameters() if p.ndim > 1 and name not in KEPT}
-        groups = [
-            {
-                "params": [p for name, p in self.online.named_parameters() if (name in decaying) == decays],
-                "weight_decay": self.settings.weight_decay if decays else 0.0,
-            }
-            for decays in (False, True)
-        ]
-        return torch.optim.AdamW(groups, lr=self.settings.learning_rate, eps=1e-6, fused=True)
+        return torch.optim.AdamW(
+            self.online.parameters(),
+            lr=self.settings.learning_rate,
+            weight_decay=0.0,
+            eps=1e-6,
+            fused=True,
+        )
+
+    @torch.no_grad()
+    def _decay(self) -> None:
+        """Draw ids' own vectors to zero, decoupled (Loshchilov & Hutter 2019), where features can speak for them.
+
+        The rest of the network is shared by all items, learns from every click, and suffers from decay.
+        """
+        keep = 1.0 - self.settings.learning_rate * self.settings.weight_decay * self._described.float()
+        self.online.tower.id.weight[: self.rows].mul_(keep.unsqueeze(1))
 
     def _reserve(self, capacity: int) -> None:
         """Grow the tables by id to this many rows; new rows start at zero, what was learnt stays."""
@@ -472,15 +504,6 @@ class Agent:
             self._optimiser.state[new] = {key: _padded(value, new) for key, value in state.items()}
 
 
-# matrices that start as what a practitioner would write down, and are not drawn towards zero
-KEPT = (
-    "encoder.name_weight",
-    "encoder.age_weight",
-    "encoder.place_weight",
-    "encoder.mix.weight",
-    "organic_key.weight",
-    "share",
-)
 BY_ITEM = ("tower.id.weight",)  # tables with one row for each vocabulary id
 
 

@@ -56,7 +56,7 @@ class LearnerSettings:
     priority_beta: float = _setting(0.4, "how far importance weights undo the priorities; 0..1")
     min_replay: int = _setting(1000, "transitions before the first update; >= 1")
     updates_low: float = _setting(0.0, "fewer updates per transition than this hold up reading; >= 0")
-    updates_high: float = _setting(0.02, "no more updates per transition than this; > 0")
+    updates_high: float = _setting(0.01, "no more updates per transition than this; > 0")
     seed: int = _setting(0, "of weights and sampling; >= 0")
 
     def __post_init__(self) -> None:

@@ -17,6 +17,9 @@ are chosen, so a regression on returns drowns in the noise of all the others, wh
 just the rows that speak of it. And a step without a recommender is a choice of known outcome: it teaches m, g and
 the organic head, which is p's prior.
 
+The encoder and the tower learn from choices alone, on slates and unaided; the heads of reward and continuation read
+them as they are (no gradient), since returns are far noisier than choices.
+
 Every head is an inner product of a query made from the state and a key made from the item: all items are scored
 by one matrix product, and a Bayesian last layer may replace any head.
 """
@@ -55,7 +58,7 @@ class NetworkSettings:
     vector_dim: int = 32  # dense catalog features
     category_buckets: int = 1024  # hashed
     brand_buckets: int = 1024  # hashed
-    gamma: float = 0.9
+    gamma: float = 0.97
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -349,11 +352,12 @@ class QNetwork(nn.Module):
         return self._keys(self._shelf(items, items.seen, self.tower.id(ids)))
 
     def _keys(self, shelf: Shelf) -> Keys:
-        d = self.settings.dim
-        key = self.key(shelf.tower)
+        mine, weight, bias = self.settings.dim + 2, self.key.weight, self.key.bias
         organic = torch.cat((self.organic_key(shelf.tower), shelf.bias[:, :1]), dim=1)
-        choice = torch.cat((organic, key[:, : d + 2], shelf.bias[:, 1:]), dim=1)
-        return Keys(shelf.tower, organic, choice, key[:, d + 2 :], shelf.category)
+        key = functional.linear(shelf.tower, weight[:mine], bias[:mine])
+        choice = torch.cat((organic, key, shelf.bias[:, 1:]), dim=1)
+        gain = functional.linear(shelf.tower.detach(), weight[mine:], bias[mine:])
+        return Keys(shelf.tower, organic, choice, gain, shelf.category)
 
     def queries(self, state: StateTensors, shelf: Shelf | Keys, local: Tensor | None = None) -> Queries:
         """Every head's view of the states. shelf: of the history's items at least; local: [B, H] rows of it that these
@@ -366,9 +370,11 @@ class QNetwork(nn.Module):
         alike = (self.alike(kinds) + share @ self.share) * (category > 0).unsqueeze(2)  # [B, H, 2]
         one = phi.new_ones(len(phi), 1)
         organic = torch.cat((phi, one, one), dim=1)
-        heads = self.query(phi)
-        mine = self.settings.dim + 2
-        choice = torch.cat((organic * self.prior, heads[:, :mine], one), dim=1)
+        mine, weight, bias = self.settings.dim + 2, self.query.weight, self.query.bias
+        still = phi.detach()  # returns are noise beside choices: they must not bend what choice is read from
+        heads = functional.linear(phi, weight[:mine], bias[:mine])
+        gain = functional.linear(still, weight[mine:], bias[mine:])
+        choice = torch.cat((organic * self.prior, heads, one), dim=1)
         first, second = (part.unbind(dim=2) for part in (copy, alike))
         return Queries(
             Query(organic, first[0], item, second[0], category),
@@ -379,8 +385,8 @@ class QNetwork(nn.Module):
                 self.prior * second[0] + second[1],
                 category,
             ),
-            heads[:, mine:],
-            self.unchosen(phi).squeeze(1),
+            gain,
+            self.unchosen(still).squeeze(1),
         )
 
     def q_all(self, queries: Queries, keys: Keys) -> Tensor:

@@ -109,10 +109,10 @@ class Policy:
     def from_weights(
         cls,
         weights: Weights,
-        network: Literal["online", "target"] = "online",
+        network: Literal["online", "target"] = "target",
         before: Policy | None = None,
     ) -> Policy:
-        """The policy that these weights are. network: the newest one, or the steadier target. before: the one in
+        """The policy that these weights are. network: the newest one, or its steadier mean. before: the one in
         use so far; making the next one is cheaper beside it.
 
         Raises: PolicyDamaged where tensors are missing or do not fit together.

@@ -46,7 +46,8 @@ class ServingConfig:
         default="stable", metadata={"help": "which label of the store to follow: stable, canary"}
     )
     network: Literal["online", "target"] = field(
-        default="online", metadata={"help": "which of the two networks answers; target is the steadier one"}
+        default="target",
+        metadata={"help": "which of the two networks answers: online, the newest; target, its steadier mean"},
     )
     epsilon: float = field(
         default=0.05, metadata={"help": "share of slots drawn uniformly, unless a request says; 0..1"}

@@ -63,10 +63,9 @@ class DemoConfig:
         default=0.05, metadata={"help": "share of slots explored until the last third, 0..1"}
     )
     slate_size: int = field(default=6, metadata={"help": "slots in a slate, 1..100"})
-    # many passes over few clicks overfit: at 0.01 the reward rose to 7.7 a visit, and fell to 6.4 within a minute
     learner: str = field(
-        default="--updates-high 0.002",
-        metadata={"help": "flags for the learner, in one word: --learner='--gamma 0.95'"},
+        default="",
+        metadata={"help": "flags for the learner, in one word: --learner='--gamma 0.9'"},
     )
     folder: Path = field(
         default=FOLDER,

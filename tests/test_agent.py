@@ -12,7 +12,7 @@ from learner.networks import score_all
 from learner.replay import empty_batch
 
 SETTINGS = AgentSettings(
-    dim=8, hidden=8, history_length=4, vector_dim=2, batch_size=16, target_sync_updates=3
+    dim=8, hidden=8, history_length=4, vector_dim=2, batch_size=16, target_tau=0.0, target_sync_updates=3
 )
 ITEMS = 12
 
@@ -79,6 +79,33 @@ def test_the_target_follows_only_at_a_sync():
     agent.update(batch(2))
     assert torch.equal(agent.online.query.weight, agent.target.query.weight)
     assert agent.last_target_sync_update == 3
+
+
+def test_the_target_follows_a_little_at_each_update_after_the_mean_of_the_first():
+    agent, weights = new_agent(replace(SETTINGS, target_tau=0.25)), []
+    for seed in range(6):
+        before = agent.target.query.weight.clone()
+        agent.update(batch(seed))
+        weights.append(agent.online.query.weight.detach().clone())
+        mean = torch.stack(weights).mean(dim=0) if seed < 4 else 0.75 * before + 0.25 * weights[-1]
+        torch.testing.assert_close(agent.target.query.weight, mean)
+    assert agent.last_target_sync_update == agent.updates == 6
+
+
+def test_only_the_ids_of_items_that_a_vector_describes_are_drawn_to_zero():
+    agent = new_agent(replace(SETTINGS, weight_decay=1.0, learning_rate=0.01))
+    agent.items.vector[:5] = 1.0
+    agent.grow(ITEMS + 1)  # what is known of the items has changed
+    with torch.no_grad():
+        agent.online.tower.id.weight.fill_(1.0)
+    before = {name: p.detach().clone() for name, p in agent.online.named_parameters()}
+    agent._decay()
+    for name, parameter in agent.online.named_parameters():
+        if name == "tower.id.weight":
+            torch.testing.assert_close(parameter[:5], torch.full_like(parameter[:5], 0.99))
+            assert torch.equal(parameter[5:], before[name][5:])
+        else:
+            assert torch.equal(parameter, before[name]), name
 
 
 def test_scores_at_items_are_those_of_the_whole_shelf():

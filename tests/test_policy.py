@@ -46,10 +46,11 @@ def test_a_policy_says_of_a_state_what_the_agent_that_trained_it_says(tmp_path):
     words.intern_all(NAMES)
     store = WeightStore(f"{tmp_path}/weights")
     version = store.publish(made.tensors(), Meta(settings=made.shape()), words).version
-    policy = Policy.from_weights(store.load(version))
-    states = policy.encode([HISTORY, []], [10_000, 10_000])
-    with torch.no_grad():
-        keys = made.online.keys(made.items)
-        q = made.online.q_all(made.online.queries(made._state(states), keys), keys)
-    np.testing.assert_allclose(policy.q(states), q.numpy(), rtol=1e-4, atol=1e-5)
-    assert q.std() > 1e-3
+    for network, of_agent in (("online", made.online), ("target", made.target)):
+        policy = Policy.from_weights(store.load(version), network)
+        states = policy.encode([HISTORY, []], [10_000, 10_000])
+        with torch.no_grad():
+            keys = of_agent.keys(made.items)
+            q = of_agent.q_all(of_agent.queries(made._state(states), keys), keys)
+        np.testing.assert_allclose(policy.q(states), q.numpy(), rtol=1e-4, atol=1e-5)
+        assert q.std() > 1e-3

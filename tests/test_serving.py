@@ -355,7 +355,7 @@ def test_get_policy_says_what_is_served(learned: tuple[World, ServerProcess, Cli
     policy = client.policy()
     assert (policy.policy_version, policy.step, policy.last_target_sync_step) == (1, 70, 50)
     assert [(p.partition, p.next_offset) for p in policy.positions] == [(0, 7), (2, 9)]
-    assert (policy.network, policy.label, policy.strategy) == ("online", "stable", pb.LEARNED)
+    assert (policy.network, policy.label, policy.strategy) == ("target", "stable", pb.LEARNED)
     assert (policy.epsilon, policy.items, policy.events_through_ms) == (0.2, 30, 5)
     assert 0 < policy.age_s < 600
     assert policy.published_ms > NOW_MS
