@@ -53,7 +53,7 @@ class NetworkSettings:
     dim: int = 32  # d: item vectors and queries
     channels: int = 8  # ways to weigh a history by event type, recency and place
     hidden: int = 64
-    value_dim: int = 8  # inner products of the reward and continuation heads
+    value_dim: int = 2  # inner products of the reward and continuation heads
     history_length: int = 32  # H
     vector_dim: int = 32  # dense catalog features
     category_buckets: int = 1024  # hashed
