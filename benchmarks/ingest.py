@@ -106,20 +106,26 @@ def write(log: Log, records: int, users: int, items: int) -> int:
 
 
 def drain(bootstrap: str, partitions: int, records: int) -> float:
-    """Records a second by `consume` and `value()` alone."""
+    """Records a second by `consume` and `value()` alone, in the quickest way that we know.
+
+    It takes what is there rather than wait for a full batch (twice as fast), and a full queue is asked again after 5 ms
+    rather than a second (three times as fast).
+    """
     consumer = Consumer(
         {
             "bootstrap.servers": bootstrap,
             "group.id": "bare-drain",
             "enable.auto.commit": "false",
-            "fetch.queue.backoff.ms": "5",  # with the default of a second it is three times slower
+            "queued.max.messages.kbytes": "32768",
+            "fetch.queue.backoff.ms": "5",
         }
     )
     consumer.assign([TopicPartition(TOPIC, p, 0) for p in range(partitions)])
     left, start = records, 0.0
     while left > 0:
-        messages = consumer.consume(BATCH, 1.0)
-        start = start or time.perf_counter()  # connecting is not part of it
+        messages = consumer.consume(BATCH, 0) or consumer.consume(1, 1.0)
+        if messages and not start:
+            start = time.perf_counter()  # connecting is not part of it
         for message in messages:
             message.value()
         left -= len(messages)

@@ -16,10 +16,6 @@ Intervals are 95 %, Student's t over seeds (over shoppers where there is one see
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -31,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from benchmarks import record
 from benchmarks.shop import policies
 from learner.agent import Agent, AgentSettings
 from learner.pacing import Band
@@ -314,22 +311,9 @@ def main() -> int:
         f"\nlearned, for each of {len(seeds)} seeds: {cost['updates']:,.0f} updates of {cost['update_ms']:.1f} ms; "
         f"{cost['cpu_ms_per_decision']:.2f} ms of CPU a decision, serving and learning together"
     )
-    if options.json:
-        _append(options.json, {"agent": agent.__dict__, "loop": loop.__dict__, "seeds": seeds})
+    found = {"agent": agent.__dict__, "loop": loop.__dict__, "seeds": seeds}
+    record.append(options.json, "learning", sys.argv[1:], found)
     return 0
-
-
-def _append(path: Path, figures: dict[str, Any]) -> None:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    about = {
-        "benchmark": "learning",
-        "commit": commit.stdout.strip(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-        "command": " ".join(["python", "-m", "benchmarks.learning", *sys.argv[1:]]),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(about | figures) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,18 +12,16 @@ each method, and last where that leaves the learner.
 from __future__ import annotations
 
 import json
-import os
-import platform
 import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
+from benchmarks import record
 from serving import policy_pb2 as pb
 from streaming.commandline import Parser
 from streaming.dead_letters import dlq_topic, late_topic
@@ -69,8 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             result = run(layout, Path(file), broker.url, Path(scratch) / str(i), f"events-{i}", options)
             show(result)
             good &= result["served"]["learned"] == result["served"]["users"] > 0
-            if options.json is not None:
-                append(options.json, result)
+            # files by name alone: where they lie is the user's business
+            record.append(options.json, "prequential", [Path(a).name for a in sys.argv[1:]], result)
     return 0 if good else 1
 
 
@@ -199,24 +197,6 @@ def command(program: str, *arguments: str) -> str:
         [sys.executable, "-m", program, *arguments], stdout=subprocess.PIPE, text=True, check=True
     )
     return done.stdout
-
-
-def append(path: Path, result: dict[str, Any]) -> None:
-    """Add the result with commit, machine and command, as one line."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    line = {
-        "benchmark": "prequential",
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit.stdout.strip(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-        # files by name alone: where they lie is the user's business
-        "command": " ".join(
-            ["python", "-m", "benchmarks.prequential", *(Path(a).name for a in sys.argv[1:])]
-        ),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as out:
-        out.write(json.dumps(line | result) + "\n")
 
 
 def _number(text: str) -> int:

@@ -10,10 +10,6 @@ slots and for both neighbours, so it moves fewer bytes in.)
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -23,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks import record
 from learner.replay import Replay, empty_batch
 from streaming.transitions import Amendments, Joined, Rejects, States, Transitions
 
@@ -193,23 +190,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="append the figures to this file, one JSON object a line")
     options = parser.parse_args(arguments)
     figures = measure(options.transitions, options.slots, options.history)
-    width = max(map(len, figures))
-    for name, value in figures.items():
-        print(f"{name:<{width}}  {value:>14,.2f}" if value < 1000 else f"{name:<{width}}  {value:>14,.0f}")
-    if options.json:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-        about = {
-            "benchmark": "replay",
-            "commit": commit.stdout.strip(),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-            "command": " ".join(["python", "-m", "benchmarks.replay", *(arguments or sys.argv[1:])]),
-            "transitions": options.transitions,
-            "slots": options.slots,
-            "history_length": options.history,
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        with options.json.open("a") as file:
-            file.write(json.dumps(about | figures) + "\n")
+    record.show(figures)
+    asked = {
+        "transitions": options.transitions,
+        "slots": options.slots,
+        "history_length": options.history,
+    }
+    record.append(options.json, "replay", arguments or sys.argv[1:], asked | figures)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,6 @@ where there is one. `--why` switches one mechanism of the shop off at a time: wh
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import record
 from simulator.figures import mean_interval, over_seeds
 from simulator.goods import DAY_MS
 from simulator.policies import (
@@ -177,22 +175,8 @@ def main() -> int:
             )
     speed = bare_speed(settings, options.slate_size)
     print(f"\nthe shop alone: {speed:,.0f} decisions a second ({1e6 / speed:.0f} µs each)")
-    if options.json:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip()
-        line = {
-            "benchmark": "shop",
-            "commit": commit,
-            "machine": f"{platform.machine()} {platform.system()} Python {platform.python_version()}",
-            "command": " ".join(["python", "-m", "benchmarks.shop", *sys.argv[1:]]),
-            "seeds": seeds,
-            "why": why,
-            "decisions_per_s": speed,
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        with options.json.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+    found = {"seeds": seeds, "why": why, "decisions_per_s": speed}
+    record.append(options.json, "shop", sys.argv[1:], found)
     return 0
 
 
