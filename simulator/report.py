@@ -241,8 +241,9 @@ def picture(made: Json, file: Path) -> None:
     _draw_last(last, made)
     low, high = made["gap_closed_ci95"]
     seeds = f"seed{'s' if several else ''} {', '.join(map(str, made['seeds']))}"
+    space = "\n" if several else " "  # the picture of several is narrow
     figure.suptitle(
-        f"Bellwether demo, {seeds}: {made['gap_closed']:.2f} of the gap from random to the oracle closed "
+        f"Bellwether demo, {seeds}:{space}{made['gap_closed']:.2f} of the gap from random to the oracle closed "
         f"({low:.2f} to {high:.2f})",
         fontsize=11,
     )

@@ -21,16 +21,13 @@ from typing import Any, Final, TypeVar
 import numpy as np
 from confluent_kafka import (
     Consumer,
-    ConsumerGroupTopicPartitions,
-    IsolationLevel,
     KafkaError,
     KafkaException,
     Message,
     Producer,
-    TopicCollection,
     TopicPartition,
 )
-from confluent_kafka.admin import AdminClient, NewPartitions, NewTopic, OffsetSpec  # type: ignore[attr-defined]
+from confluent_kafka.admin import AdminClient, NewPartitions, NewTopic  # type: ignore[attr-defined]
 
 from streaming.log import (
     Bounds,
@@ -120,6 +117,11 @@ class KafkaLog:
         self._options = dict(options)
         self._settings = {**_ANY, "bootstrap.servers": servers}
         self._admin = self._client(AdminClient, {})
+        # For what is asked again and again: an admin request that waits for a broker may abort the process
+        # (librdkafka 2.16, "rd_kafka_enq_once_del_source_return"), a consumer's may not.
+        self._asking = self._client(Consumer, _CONSUMER)
+        self._groups: dict[str, _Group] = {}
+        self._lock = threading.Lock()
 
     def create_topic(
         self, topic: str, partitions: int, *, compacted: bool = False, retention_ms: int | None = None
@@ -143,19 +145,32 @@ class KafkaLog:
 
     def partitions(self, topic: str) -> int:
         try:
-            request = TopicCollection([topic])
-            description = self._wait(self._admin.describe_topics(request, request_timeout=_REQUEST_S))
-        except UnknownTopic:
+            found = self._asking.list_topics(topic, timeout=_REQUEST_S).topics[topic]
+        except KafkaException as error:
+            raise _translated(error.args[0], topic) from error
+        if found.error is not None and found.error.code() in _NO_TOPIC:
             return 0
-        return len(description.partitions)
+        if found.error is not None and not found.partitions:
+            raise _translated(found.error, topic)
+        return len(found.partitions)
 
     def bounds(self, topic: str) -> dict[int, Bounds]:
         count = self.partitions(topic)
         if not count:
             raise _unknown(topic)
-        lows = self._offsets(topic, count, OffsetSpec.earliest())  # type: ignore[no-untyped-call]
-        highs = self._offsets(topic, count, OffsetSpec.latest())  # type: ignore[no-untyped-call]
-        return {p: Bounds(lows[p], max(lows[p], highs[p])) for p in range(count)}
+        return {partition: self._bounds(TopicPartition(topic, partition)) for partition in range(count)}
+
+    def _bounds(self, place: TopicPartition) -> Bounds:
+        try:
+            found = self._asking.get_watermark_offsets(place, timeout=_REQUEST_S, cached=False)
+        except KafkaException as error:
+            raise _translated(error.args[0], place.topic) from error
+        if found is None:
+            raise LogUnavailable(
+                f"no broker told within {_REQUEST_S:g} s where {place.topic} begins and ends"
+            )
+        low, high = found
+        return Bounds(low, max(low, high))
 
     def reader(self, topic: str, offsets: Mapping[int, int], *, keys: bool = False) -> KafkaReader:
         errors = _ClientErrors()
@@ -169,22 +184,25 @@ class KafkaLog:
 
     def commit(self, group: str, topic: str, offsets: Mapping[int, int]) -> None:
         places = [TopicPartition(topic, partition, offset) for partition, offset in offsets.items()]
-        request = [ConsumerGroupTopicPartitions(group, places)]
-        done = self._wait(self._admin.alter_consumer_group_offsets(request, request_timeout=_REQUEST_S))
-        for place in done.topic_partitions:
-            if place.error is not None:
-                raise _translated(place.error, topic)
+        self._group(group).commit(topic, places)
 
     def committed(self, group: str, topic: str) -> dict[int, int]:
         places = [TopicPartition(topic, partition) for partition in range(self.partitions(topic))]
-        if not places:
-            return {}
-        request = [ConsumerGroupTopicPartitions(group, places)]
-        found = self._wait(self._admin.list_consumer_group_offsets(request, request_timeout=_REQUEST_S))
-        return {place.partition: place.offset for place in found.topic_partitions if place.offset >= 0}
+        return self._group(group).committed(topic, places) if places else {}
 
     def close(self) -> None:
-        """Nothing to let go of: librdkafka's handle goes with the object."""
+        with self._lock:
+            groups, self._groups = list(self._groups.values()), {}
+        for group in groups:
+            group.close()
+
+    def _group(self, name: str) -> _Group:
+        with self._lock:
+            if name not in self._groups:
+                self._groups[name] = _Group(
+                    lambda told: self._client(Consumer, {**_CONSUMER, "group.id": name, "on_commit": told})
+                )
+            return self._groups[name]
 
     def _client(self, make: Callable[..., T], settings: Mapping[str, Any]) -> T:
         try:
@@ -192,12 +210,6 @@ class KafkaLog:
         except (KafkaException, TypeError, ValueError) as error:
             reason = error.args[0].str() if isinstance(error, KafkaException) else error
             raise LogError(f"Kafka client refuses its settings: {reason}") from error
-
-    def _offsets(self, topic: str, count: int, spec: OffsetSpec) -> dict[int, int]:
-        places = {TopicPartition(topic, partition): spec for partition in range(count)}
-        level = IsolationLevel.READ_COMMITTED
-        futures = self._admin.list_offsets(places, isolation_level=level, request_timeout=_REQUEST_S)
-        return {place.partition: int(_result(future).offset) for place, future in futures.items()}
 
     def _await_leaders(self, topic: str, partitions: int, timeout_s: float = 30.0) -> None:
         """A topic that was just made cannot be used at once."""
@@ -214,6 +226,44 @@ class KafkaLog:
         """The result of a request about one thing."""
         (future,) = futures.values()
         return _result(future)
+
+
+class _Group:
+    """Offsets of a consumer group that nobody joins; for lag graphs."""
+
+    def __init__(self, make: Callable[[Callable[..., None]], Consumer]) -> None:
+        self._told: list[KafkaError | None] = []
+        self._lock = threading.Lock()  # one commit at a time, so that an answer is that to ours
+        self._consumer = make(lambda error, places: self._told.append(error))
+
+    def commit(self, topic: str, places: Sequence[TopicPartition]) -> None:
+        """Raises: LogUnavailable when nobody answers in time; LogError."""
+        with self._lock:
+            self._told.clear()
+            deadline = time.monotonic() + _REQUEST_S
+            try:
+                # not synchronously: that has no timeout
+                self._consumer.commit(offsets=list(places), asynchronous=True)
+            except KafkaException as error:
+                raise _translated(error.args[0], topic) from error
+            while not self._told:
+                if time.monotonic() > deadline:
+                    raise LogUnavailable(f"offsets of {topic!r} were not committed within {_REQUEST_S:g} s")
+                self._consumer.poll(0.05)
+            if (refused := self._told[0]) is not None:
+                raise _translated(refused, topic)
+
+    def committed(self, topic: str, places: Sequence[TopicPartition]) -> dict[int, int]:
+        """Raises: LogUnavailable, LogError."""
+        try:
+            found = self._consumer.committed(list(places), timeout=_REQUEST_S)
+        except KafkaException as error:
+            raise _translated(error.args[0], topic) from error
+        return {place.partition: place.offset for place in found if place.offset >= 0}
+
+    def close(self) -> None:
+        """Let go."""
+        self._consumer.close()
 
 
 class KafkaProducer:
