@@ -85,7 +85,7 @@ class WeightsFollower:
         before = self.served.policy if self.served else None
         weights = self._gently(lambda: self._store.load(version))
         policy = self._gently(lambda: Policy.from_weights(weights, self.network, before))
-        self._gently(policy.check)
+        policy.check()
         first = self.served is None
         self.served = Served(weights.manifest, policy)
         metrics.WEIGHTS_SWAPPED.inc()
