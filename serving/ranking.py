@@ -179,6 +179,7 @@ class _Shelf:
 
 
 def _rows(states: Histories, rows: list[int]) -> Histories:
+    """The states of these rows, which ascend."""
     if len(rows) == len(states.item):
         return states
     return Histories(states.item[rows], states.name[rows], states.age_s[rows], states.value[rows])

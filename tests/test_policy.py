@@ -9,6 +9,7 @@ import torch
 from learner.policy import Candidate, Entry, Policy
 from learner.weights import Meta, WeightStore
 from streaming.interning import Vocabulary
+from streaming.rewards import CODES
 from tests.serving_process import agent, publish
 from tests.test_agent import trained
 
@@ -31,7 +32,8 @@ def test_a_history_is_encoded_newest_first_and_unknown_items_are_zero(served):
     states = served.encode([HISTORY], [10_000])
     assert states.item[0, :4].tolist() == [6, 0, 4, 0]
     assert states.age_s[0, :3].tolist() == [1.0, 5.0, 9.0]
-    assert (states.name[0, :4] > 0).tolist() == [True, True, True, False]
+    assert states.name[0, :4].tolist() == [*(CODES[n] for n in ("select_item", "purchase", "view_item")), 0]
+    assert states.value[0, :4].tolist() == [0.0, 20.0, 0.0, 0.0]
 
 
 def test_candidates_of_the_catalog_score_as_in_the_catalog(served):
