@@ -108,6 +108,23 @@ def test_only_the_ids_of_items_that_a_vector_describes_are_drawn_to_zero():
             assert torch.equal(parameter, before[name]), name
 
 
+def test_only_items_that_a_vector_describes_are_now_and_then_treated_as_new():
+    agent = new_agent(replace(SETTINGS, forget=1.0))
+    assert not agent._forgotten().any()
+    agent.items.vector[[2, 5]] = 1.0
+    agent.grow(ITEMS + 1)  # what is known of the items has changed
+    assert torch.nonzero(agent._forgotten()).flatten().tolist() == [2, 5]
+
+
+def test_returns_and_rewards_do_not_bend_the_encoder_or_the_items():
+    light = trained(range(4), new_agent(replace(SETTINGS, td_weight=0.1, reward_weight=0.1)))
+    heavy = trained(range(4), new_agent(replace(SETTINGS, td_weight=50.0, reward_weight=0.0)))
+    for name, parameter in light.online.named_parameters():
+        if name.startswith(("encoder.", "tower.", "organic_key.", "copy.", "alike.")):
+            assert torch.equal(parameter, heavy.online.get_parameter(name)), name
+    assert not torch.equal(light.online.query.weight, heavy.online.query.weight)
+
+
 def test_scores_at_items_are_those_of_the_whole_shelf():
     agent = trained(range(3))
     with torch.no_grad():
