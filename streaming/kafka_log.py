@@ -234,7 +234,11 @@ class _Group:
     def __init__(self, make: Callable[[Callable[..., None]], Consumer]) -> None:
         self._told: list[KafkaError | None] = []
         self._lock = threading.Lock()  # one commit at a time, so that an answer is that to ours
-        self._consumer = make(lambda error, places: self._told.append(error))
+        self._consumer = make(self._hear)
+
+    def _hear(self, error: KafkaError | None, places: Sequence[TopicPartition]) -> None:
+        refused = (place.error for place in places if place.error is not None)
+        self._told.append(error or next(refused, None))
 
     def commit(self, topic: str, places: Sequence[TopicPartition]) -> None:
         """Raises: LogUnavailable when nobody answers in time; LogError."""
