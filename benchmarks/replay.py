@@ -28,14 +28,14 @@ N_STEP = 3
 
 
 def joined(steps: int, slots: int, history: int, offset: int, rng: np.random.Generator) -> Joined:
-    """One push of the joiner: a chain of steps with so many slots each."""
-    rows, states = steps * slots, steps + 1
+    """One push of the joiner: the steps of so many users, each of whom comes back in the next push."""
+    rows, states = steps * slots, 2 * steps
     row = np.repeat(np.arange(steps, dtype=np.int32), slots)
     return Joined(
         States(
             np.zeros(states, np.int32),
             np.arange(offset, offset + states),
-            np.arange(states) * 1000,
+            np.arange(offset, offset + states) * 1000,
             rng.integers(1, 10_000, (states, history)).astype(np.int32),
             rng.integers(1, 9, (states, history)).astype(np.uint8),
             rng.random((states, history), np.float32),
@@ -46,7 +46,7 @@ def joined(steps: int, slots: int, history: int, offset: int, rng: np.random.Gen
             row + np.int64(offset),
             np.tile(np.arange(slots, dtype=np.int16), steps),
             row,
-            row + np.int32(1),
+            row + np.int32(steps),
             rng.integers(1, 10_000, rows).astype(np.int32),
             rng.random(rows, np.float32),
             np.full(rows, 0.9, np.float32),

@@ -15,8 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from learner.checkpoint import KEEP, Arrays, Keep
-from learner.sum_tree import Tree, tree_fill, tree_find, tree_new, tree_repair, tree_set
+from learner.sum_tree import Tree, tree_fill, tree_find_all, tree_new, tree_repair, tree_set
+from streaming.copying import copy_row
 from streaming.jit import jit
+from streaming.pinned import pin
 from streaming.transitions import Amendments, Joined, States, Transitions
 
 SEGMENT: Final = 8192  # rows of a checkpoint part: what one change makes the next checkpoint write again
@@ -108,41 +110,50 @@ def empty_batch(batch_size: int, history_length: int) -> Batch:
     return Batch(histories(), histories(), *columns, *slates)
 
 
-class _Steps(NamedTuple):
-    """S slots for steps; row 0.. in no order."""
+# What is read together lies together: a random step or transition costs one miss of the cache, not one a field.
+_STEP: Final = np.dtype(
+    [
+        ("key", np.int64),  # partition << 48 | offset; -1: a free slot
+        ("total", np.float64),  # reward of all its slots, also of those no longer kept
+        ("first", np.int64),  # sequence number of its first transition
+        ("next", np.int32),  # slot of the step that followed; -1: none
+        ("discount", np.float32),  # to the next step; 0 where the session ended
+        ("slots", np.int32),  # how many transitions it gave; 0: not complete yet
+        ("refs", np.int32),  # transitions kept + steps that this one followed (derived)
+        ("timestamp_ms", np.int64),
+        ("policy_version", np.int64),
+        ("last_slot", np.int16),  # the highest slot it gave
+        ("organic", np.bool_),
+    ],
+    align=True,
+)
+_ROW: Final = np.dtype(
+    [
+        ("reward", np.float64),  # the slot's own
+        ("step", np.int32),  # slot of its step
+        ("action", np.int32),
+        ("propensity", np.float32),
+        ("slot", np.int16),
+    ],
+    align=True,
+)
 
-    key: npt.NDArray[np.int64]  # [S] partition << 48 | offset; -1: a free slot
-    next: npt.NDArray[np.int32]  # [S] slot of the step that followed; -1: none
-    discount: npt.NDArray[np.float32]  # [S] to the next step; 0 where the session ended
-    total: npt.NDArray[np.float64]  # [S] reward of all its slots, also of those no longer kept
-    first: npt.NDArray[np.int64]  # [S] sequence number of its first transition
-    slots: npt.NDArray[np.int32]  # [S] how many transitions it gave; 0: not complete yet
-    last_slot: npt.NDArray[np.int16]  # [S] the highest slot it gave
-    organic: npt.NDArray[np.bool_]  # [S]
-    policy_version: npt.NDArray[np.int64]  # [S]
-    refs: npt.NDArray[np.int32]  # [S] transitions kept + steps that this one followed (derived)
-    timestamp_ms: npt.NDArray[np.int64]  # [S]
+
+class _Histories(NamedTuple):
+    """The states of S steps."""
+
     item: npt.NDArray[np.int32]  # [S, H]
     name: npt.NDArray[np.uint8]  # [S, H]
     age_s: npt.NDArray[np.float32]  # [S, H]
     value: npt.NDArray[np.float32]  # [S, H]
 
 
-class _Rows(NamedTuple):
-    """T transitions: a ring, sequence number n in row n % T."""
-
-    step: npt.NDArray[np.int32]  # [T] slot of its step
-    slot: npt.NDArray[np.int16]  # [T]
-    action: npt.NDArray[np.int32]  # [T]
-    propensity: npt.NDArray[np.float32]  # [T]
-    reward: npt.NDArray[np.float64]  # [T] the slot's own
-
-
 class _Store(NamedTuple):
     """All of it, in one value that numba functions take."""
 
-    steps: _Steps
-    rows: _Rows
+    steps: npt.NDArray[Any]  # [S] of _STEP, S slots for steps, in no order
+    history: _Histories
+    rows: npt.NDArray[Any]  # [T] of _ROW: a ring, sequence number n in row n % T
     table: npt.NDArray[np.int32]  # [power of two >= 2 S] key -> slot, linear probing; -1: free
     free: npt.NDArray[np.int32]  # [S] stack of freed slots, cursor[_FREE] of them
     cursor: npt.NDArray[np.int64]  # [7]
@@ -152,7 +163,6 @@ class _Store(NamedTuple):
     top: npt.NDArray[np.float64]  # [1] the largest value ever put into the tree
 
 
-_HISTORY_FIELDS: Final = ("timestamp_ms", "item", "name", "age_s", "value")
 _CHAIN_FIELDS: Final = (
     *("key", "next", "discount", "total", "first", "slots", "last_slot", "organic", "policy_version"),
 )
@@ -178,7 +188,7 @@ def _place(store: _Store, key: int) -> int:
     """Where the index holds this key, or the free place where it belongs."""
     mask = len(store.table) - 1
     at = _home(key, mask)
-    while store.table[at] >= 0 and store.steps.key[store.table[at]] != key:
+    while store.table[at] >= 0 and store.steps[store.table[at]].key != key:
         at = (at + 1) & mask
     return at
 
@@ -190,7 +200,7 @@ def _forget(store: _Store, key: int) -> None:
     hole = _place(store, key)
     at = (hole + 1) & mask
     while store.table[at] >= 0:
-        home = _home(store.steps.key[store.table[at]], mask)
+        home = _home(store.steps[store.table[at]].key, mask)
         if ((at - home) & mask) >= ((at - hole) & mask):
             store.table[hole] = store.table[at]
             hole = at
@@ -202,8 +212,8 @@ def _forget(store: _Store, key: int) -> None:
 def _index_all(store: _Store) -> None:
     """Fill an empty table with every step there is."""
     for slot in range(store.cursor[_USED]):
-        if store.steps.key[slot] >= 0:
-            store.table[_place(store, store.steps.key[slot])] = slot
+        if store.steps[slot].key >= 0:
+            store.table[_place(store, store.steps[slot].key)] = slot
 
 
 # --- insert ----------------------------------------------------------------------------------------------
@@ -229,19 +239,19 @@ def _resolve(store: _Store, states: States, row: int, clock: int) -> int:
         store.cursor[_USED] += 1
     store.table[at] = slot
     steps = store.steps
-    steps.key[slot] = key
-    steps.next[slot] = -1
-    steps.discount[slot] = 0.0
-    steps.total[slot] = 0.0
-    steps.first[slot] = 0
-    steps.slots[slot] = 0
-    steps.refs[slot] = 0
-    steps.timestamp_ms[slot] = states.timestamp_ms[row]
-    for h in range(steps.item.shape[1]):  # a plain loop: row views cost more than the copying here
-        steps.item[slot, h] = states.item[row, h]
-        steps.name[slot, h] = states.name[row, h]
-        steps.age_s[slot, h] = states.age_s[row, h]
-        steps.value[slot, h] = states.value[row, h]
+    steps[slot].key = key
+    steps[slot].next = -1
+    steps[slot].discount = 0.0
+    steps[slot].total = 0.0
+    steps[slot].first = 0
+    steps[slot].slots = 0
+    steps[slot].refs = 0
+    steps[slot].timestamp_ms = states.timestamp_ms[row]
+    history = store.history
+    copy_row(states.item, row, history.item, slot)
+    copy_row(states.name, row, history.name, slot)
+    copy_row(states.age_s, row, history.age_s, slot)
+    copy_row(states.value, row, history.value, slot)
     _stamp(store, _HISTORY, slot, clock)
     _stamp(store, _CHAIN, slot, clock)
     return slot
@@ -251,15 +261,15 @@ def _resolve(store: _Store, states: States, row: int, clock: int) -> int:
 def _release(store: _Store, slot: int, clock: int) -> None:
     """One reference less; a step that nothing kept can reach goes, and lets go of the one after it."""
     while slot >= 0:
-        store.steps.refs[slot] -= 1
-        if store.steps.refs[slot] > 0:
+        store.steps[slot].refs -= 1
+        if store.steps[slot].refs > 0:
             return
-        _forget(store, store.steps.key[slot])
-        store.steps.key[slot] = -1
+        _forget(store, store.steps[slot].key)
+        store.steps[slot].key = -1
         _stamp(store, _CHAIN, slot, clock)
         store.free[store.cursor[_FREE]] = slot
         store.cursor[_FREE] += 1
-        slot = int(store.steps.next[slot])
+        slot = int(store.steps[slot].next)
 
 
 @jit
@@ -270,15 +280,15 @@ def _complete(store: _Store, states: States, transitions: Transitions, t: int, k
     """
     steps = store.steps
     step = known if known >= 0 else _resolve(store, states, transitions.state[t], clock)
-    steps.refs[step] += 1  # held until its rows are in: making room for them must not take it
-    steps.first[step] = store.cursor[_HEAD]
-    steps.discount[step] = transitions.discount[t]
-    steps.organic[step] = transitions.organic[t]
-    steps.policy_version[step] = transitions.policy_version[t]
+    steps[step].refs += 1  # held until its rows are in: making room for them must not take it
+    steps[step].first = store.cursor[_HEAD]
+    steps[step].discount = transitions.discount[t]
+    steps[step].organic = transitions.organic[t]
+    steps[step].policy_version = transitions.policy_version[t]
     if transitions.next_state[t] >= 0:
         following = _resolve(store, states, transitions.next_state[t], clock)
-        steps.next[step] = following
-        steps.refs[following] += 1
+        steps[step].next = following
+        steps[following].refs += 1
     _stamp(store, _CHAIN, step, clock)
     return step
 
@@ -287,31 +297,32 @@ def _complete(store: _Store, states: States, transitions: Transitions, t: int, k
 def _append(store: _Store, transitions: Transitions, t: int, step: int, clock: int) -> None:
     """Row t enters the ring; the oldest transition makes room."""
     rows, steps, cursor = store.rows, store.steps, store.cursor
-    capacity = len(rows.step)
+    capacity = len(rows)
     if cursor[_HEAD] - cursor[_TAIL] == capacity:
-        oldest = int(rows.step[cursor[_TAIL] % capacity])
+        oldest = int(rows[cursor[_TAIL] % capacity].step)
         cursor[_TAIL] += 1
         _release(store, oldest, clock)
     at = cursor[_HEAD] % capacity
     cursor[_HEAD] += 1
-    rows.step[at] = step
-    rows.slot[at] = transitions.slot[t]
-    rows.action[at] = transitions.action[t]
-    rows.propensity[at] = transitions.propensity[t]
-    rows.reward[at] = transitions.reward[t]
-    steps.total[step] += transitions.reward[t]
-    steps.slots[step] += 1
-    steps.last_slot[step] = transitions.slot[t]
-    steps.refs[step] += 1
+    rows[at].step = step
+    rows[at].slot = transitions.slot[t]
+    rows[at].action = transitions.action[t]
+    rows[at].propensity = transitions.propensity[t]
+    rows[at].reward = transitions.reward[t]
+    steps[step].total += transitions.reward[t]
+    steps[step].slots += 1
+    steps[step].last_slot = transitions.slot[t]
+    steps[step].refs += 1
     _stamp(store, _ROWS, at, clock)
     _stamp(store, _REWARDS, at, clock)
 
 
 @jit
-def _insert(store: _Store, states: States, transitions: Transitions, clock: int) -> None:
+def _insert(unpinned: _Store, new_states: States, new: Transitions, clock: int) -> None:
     """Add every run of rows that share a step, unless that step is complete already."""
+    store, states, transitions = pin(unpinned), pin(new_states), pin(new)
     total = len(transitions.offset)
-    capacity = len(store.rows.step)
+    capacity = len(store.rows)
     before = store.cursor[_HEAD]
     t = 0
     while t < total:
@@ -323,7 +334,7 @@ def _insert(store: _Store, states: States, transitions: Transitions, clock: int)
         ):
             end += 1
         known = int(store.table[_place(store, _key(transitions.partition[t], transitions.offset[t]))])
-        if known >= 0 and store.steps.slots[known] > 0:
+        if known >= 0 and store.steps[known].slots > 0:
             store.cursor[_DUPLICATES] += end - t
         else:
             step = _complete(store, states, transitions, t, known, clock)
@@ -340,7 +351,7 @@ def _prioritise_range(store: _Store, start: int, end: int, clock: int) -> None:
     """Sequence numbers start..end, at most a ring's length of them, get the highest priority there is."""
     if start == end:
         return
-    capacity = len(store.rows.step)
+    capacity = len(store.rows)
     low, high = start % capacity, (end - 1) % capacity + 1
     if low < high:
         _prioritise_rows(store, low, high, clock)
@@ -361,34 +372,35 @@ def _prioritise_rows(store: _Store, low: int, high: int, clock: int) -> None:
 def _find_row(store: _Store, step: int, slot: int) -> int:
     """Sequence number of a step's slot; -1 where it is no longer kept; -2 where the step never had it."""
     steps, rows = store.steps, store.rows
-    capacity = len(rows.step)
-    first, end = steps.first[step], steps.first[step] + steps.slots[step]
+    capacity = len(rows)
+    first, end = steps[step].first, steps[step].first + steps[step].slots
     kept = max(first, store.cursor[_TAIL])
     for n in range(kept, end):
-        if rows.slot[n % capacity] == slot:
+        if rows[n % capacity].slot == slot:
             return n
-    gone = kept > first and slot <= steps.last_slot[step]
-    return -1 if gone and (kept >= end or slot < rows.slot[kept % capacity]) else -2
+    gone = kept > first and slot <= steps[step].last_slot
+    return -1 if gone and (kept >= end or slot < rows[kept % capacity].slot) else -2
 
 
 @jit
-def _amend(store: _Store, amendments: Amendments, clock: int) -> None:
+def _amend(unpinned: _Store, new: Amendments, clock: int) -> None:
     """Add each reward to its slot and to its step's total, and make the transition worth sampling again."""
-    capacity = len(store.rows.step)
+    store, amendments = pin(unpinned), pin(new)
+    capacity = len(store.rows)
     for a in range(len(amendments.offset)):
         step = store.table[_place(store, _key(amendments.partition[a], amendments.offset[a]))]
         n = -2
-        if step >= 0 and store.steps.slots[step] > 0:
+        if step >= 0 and store.steps[step].slots > 0:
             n = _find_row(store, step, amendments.slot[a])
         if n == -2:
             store.cursor[_UNKNOWN] += 1
             continue
-        store.steps.total[step] += amendments.reward[a]
+        store.steps[step].total += amendments.reward[a]
         store.cursor[_AMENDED] += 1
         _stamp(store, _CHAIN, step, clock)
         if n >= 0:
             at = n % capacity
-            store.rows.reward[at] += amendments.reward[a]
+            store.rows[at].reward += amendments.reward[a]
             _stamp(store, _REWARDS, at, clock)
             if len(store.tree) > 0:
                 tree_set(store.tree, at, store.top[0])
@@ -437,14 +449,14 @@ _WRONG: Final = {
 
 
 @jit
-def _draw(store: _Store, uniform: npt.NDArray[np.float64], beta: float, out: Batch) -> None:
+def _draw(unpinned: _Store, uniform: npt.NDArray[np.float64], beta: float, batch: Batch) -> None:
     """Choose rows into out.index and their importance weights into out.weight.
 
     Prioritised: stratified, row i with P(i) = value(i) / total (Schaul et al. 2016, eq. 1, appendix B.2.1), weight
     (N P(i))**-beta, divided by the largest in the batch (section 3.4). Else each row alike, weight 1.
     """
-    size = len(out.action)
-    capacity = len(store.rows.step)
+    store, out = pin(unpinned), pin(batch)
+    size, capacity = len(out.action), len(store.rows)
     head, tail = store.cursor[_HEAD], store.cursor[_TAIL]
     kept = head - tail
     if len(store.tree) == 0:
@@ -452,98 +464,132 @@ def _draw(store: _Store, uniform: npt.NDArray[np.float64], beta: float, out: Bat
             out.index[b] = tail + min(int(uniform[b] * kept), kept - 1)
             out.weight[b] = 1.0
         return
-    total = store.tree[1]
-    half = len(store.tree) // 2
+    mass = np.empty(size)
+    for b in range(size):
+        mass[b] = (b + uniform[b]) / size * store.tree[1]
+    place = tree_find_all(store.tree, mass)
+    values = store.tree[len(store.tree) // 2 :]
     smallest = np.inf
     for b in range(size):
-        at = tree_find(store.tree, (b + uniform[b]) / size * total)
-        out.index[b] = head - 1 - (head - 1 - at) % capacity
-        smallest = min(smallest, store.tree[half + at])
+        smallest = min(smallest, values[place[b]])
+    start = head % capacity  # where the next row goes: the oldest of a full ring
     for b in range(size):
-        out.weight[b] = (smallest / store.tree[half + out.index[b] % capacity]) ** beta
+        age = start - place[b] if place[b] < start else start - place[b] + capacity
+        out.index[b] = head - age
+        out.weight[b] = (smallest / values[place[b]]) ** beta
 
 
 @jit
-def _gather(store: _Store, n_step: int, gamma: float, out: Batch) -> None:
+def _gather(unpinned: _Store, n_step: int, gamma: float, batch: Batch) -> None:
     """Fill the batch for out.index: walk each step's chain for its n-step return.
 
     reward = r_slot + d_0 R_1 + d_0 d_1 R_2 + ..., R_k the total of the k-th step after it, up to n_step terms. It
     stops where a discount is 0 or the next step is not complete, and bootstraps from the last state there is.
     gamma: taken for every discount above 0; negative: discounts as they were inserted.
+
+    One kind of thing at a time for all of the batch: so the processor waits for many rows of memory at once.
     """
-    rows, steps = store.rows, store.steps
-    capacity = len(rows.step)
-    for b in range(len(out.action)):
-        at = out.index[b] % capacity
-        step = int(rows.step[at])
-        reward, discount, last = float(rows.reward[at]), 1.0, step
-        for n in range(n_step):
-            if n > 0:
-                if steps.slots[last] == 0:
-                    break
-                reward += discount * steps.total[last]
-            scale = float(steps.discount[last])
-            discount *= gamma if gamma >= 0.0 and scale > 0.0 else scale
-            if discount == 0.0:
-                break
-            last = int(steps.next[last])
-        out.action[b] = rows.action[at]
-        out.reward[b] = reward
-        out.slot_reward[b] = rows.reward[at]
-        out.step_reward[b] = steps.total[step]
-        out.discount[b] = discount
-        out.slot[b] = rows.slot[at]
-        out.slots[b] = steps.slots[step]
-        out.organic[b] = steps.organic[step]
-        out.propensity[b] = rows.propensity[at]
-        out.policy_version[b] = steps.policy_version[step]
-        out.timestamp_ms[b] = steps.timestamp_ms[step]
-        _copy_slate(store, step, out, b)
-        _copy_state(steps, step, out.state, b)
-        if discount > 0.0:
-            out.next_timestamp_ms[b] = steps.timestamp_ms[last]
-            _copy_state(steps, last, out.next_state, b)
+    store, out = pin(unpinned), pin(batch)
+    size, capacity, rows = len(out.action), len(store.rows), store.rows
+    here = np.empty(size, np.int64)
+    for b in range(size):
+        here[b] = rows[out.index[b] % capacity].step
+    there = _walk(store, here, n_step, gamma, out)
+    for b in range(size):
+        _copy_row(store, here[b], out, b)
+        _copy_slate(store, here[b], out, b)
+    _copy_states(store.history, here, out.state)
+    _copy_states(store.history, there, out.next_state)
+
+
+@jit
+def _copy_states(history: _Histories, step: npt.NDArray[np.int64], out: Histories) -> None:
+    """out[b] = the history of step[b]; padding where that is -1."""
+    for b in range(len(step)):
+        if step[b] >= 0:
+            copy_row(history.item, step[b], out.item, b)
+            copy_row(history.name, step[b], out.name, b)
+            copy_row(history.age_s, step[b], out.age_s, b)
+            copy_row(history.value, step[b], out.value, b)
         else:
-            out.next_timestamp_ms[b] = 0
-            out.next_state.item[b] = 0
-            out.next_state.name[b] = 0
-            out.next_state.age_s[b] = 0.0
-            out.next_state.value[b] = 0.0
+            out.item[b] = 0
+            out.name[b] = 0
+            out.age_s[b] = 0.0
+            out.value[b] = 0.0
+
+
+@jit
+def _walk(
+    store: _Store, here: npt.NDArray[np.int64], n_step: int, gamma: float, out: Batch
+) -> npt.NDArray[np.int64]:
+    """Returns and discounts from these steps on; gives the steps to bootstrap from, -1 where there is none."""
+    steps, size = store.steps, len(here)
+    last, going = here.copy(), np.ones(size, np.bool_)
+    reward, discount = np.empty(size), np.ones(size)
+    for n in range(n_step):
+        for b in range(size):
+            if n == 0:
+                reward[b] = store.rows[out.index[b] % len(store.rows)].reward
+            elif going[b]:
+                going[b] = steps[last[b]].slots > 0
+                if going[b]:
+                    reward[b] += discount[b] * steps[last[b]].total
+            if going[b]:
+                scale = float(steps[last[b]].discount)
+                discount[b] *= gamma if gamma >= 0.0 and scale > 0.0 else scale
+                going[b] = discount[b] > 0.0
+                last[b] = steps[last[b]].next if going[b] else -1
+    for b in range(size):
+        out.reward[b] = reward[b]
+        out.discount[b] = discount[b]
+        out.next_timestamp_ms[b] = steps[last[b]].timestamp_ms if last[b] >= 0 else 0
+    return last
+
+
+@jit
+def _copy_row(store: _Store, step: int, out: Batch, b: int) -> None:
+    """What row b's transition and step say of themselves."""
+    row, of = store.rows[out.index[b] % len(store.rows)], store.steps[step]
+    out.action[b] = row.action
+    out.slot_reward[b] = row.reward
+    out.step_reward[b] = of.total
+    out.slot[b] = row.slot
+    out.slots[b] = of.slots
+    out.organic[b] = of.organic
+    out.propensity[b] = row.propensity
+    out.policy_version[b] = of.policy_version
+    out.timestamp_ms[b] = of.timestamp_ms
 
 
 @jit
 def _copy_slate(store: _Store, step: int, out: Batch, b: int) -> None:
     """The slots of row b's step that are kept, from the row's own on, round and round."""
-    rows, capacity = store.rows, len(store.rows.step)
-    first = max(store.steps.first[step], store.cursor[_TAIL])
-    count = store.steps.first[step] + store.steps.slots[step] - first
-    for k in range(out.slate.shape[1]):
-        if k < count:
-            at = (first + (out.index[b] - first + k) % count) % capacity
-            out.slate[b, k] = rows.action[at]
-            out.slate_slot[b, k] = rows.slot[at]
-            out.slate_reward[b, k] = rows.reward[at]
-        else:
-            out.slate[b, k] = 0
-            out.slate_slot[b, k] = 0
-            out.slate_reward[b, k] = 0.0
-
-
-@jit
-def _copy_state(steps: _Steps, step: int, out: Histories, b: int) -> None:
-    for h in range(out.item.shape[1]):
-        out.item[b, h] = steps.item[step, h]
-        out.name[b, h] = steps.name[step, h]
-        out.age_s[b, h] = steps.age_s[step, h]
-        out.value[b, h] = steps.value[step, h]
+    rows, capacity = store.rows, len(store.rows)
+    first = max(store.steps[step].first, store.cursor[_TAIL])
+    count = store.steps[step].first + store.steps[step].slots - first
+    at = out.index[b] % capacity
+    turn = first + count - out.index[b]  # slots to the end of the step, where it goes on with the first
+    width = out.slate.shape[1]
+    for k in range(min(count, width)):
+        if k == turn:
+            at = first % capacity
+        out.slate[b, k] = rows[at].action
+        out.slate_slot[b, k] = rows[at].slot
+        out.slate_reward[b, k] = rows[at].reward
+        at = at + 1 if at + 1 < capacity else 0
+    for k in range(min(count, width), width):
+        out.slate[b, k] = 0
+        out.slate_slot[b, k] = 0
+        out.slate_reward[b, k] = 0.0
 
 
 @jit
 def _reprioritise(
-    store: _Store, index: npt.NDArray[np.int64], value: npt.NDArray[np.float64], clock: int
+    unpinned: _Store, index: npt.NDArray[np.int64], value: npt.NDArray[np.float64], clock: int
 ) -> int:
     """Set priorities of the sequence numbers that are still kept; returns how many were."""
-    capacity = len(store.rows.step)
+    store = pin(unpinned)
+    capacity = len(store.rows)
     done = 0
     for b in range(len(index)):
         if store.cursor[_TAIL] <= index[b] < store.cursor[_HEAD]:
@@ -617,7 +663,7 @@ class Replay:
     def nbytes(self) -> int:
         """Bytes allotted (the operating system provides those that were touched)."""
         store = self._store
-        arrays: list[npt.NDArray[Any]] = [*store.steps, *store.rows, *store[2:]]
+        arrays: list[npt.NDArray[Any]] = [store.steps, *store.history, *store[2:]]
         return sum(array.nbytes for array in arrays)
 
     def insert(self, joined: Joined) -> int:
@@ -691,18 +737,18 @@ class Replay:
         """What is kept, for audits and tests."""
         steps, rows, cursor = self._store.steps, self._store.rows, self._store.cursor
         at = np.arange(cursor[_TAIL], cursor[_HEAD]) % self.capacity
-        step = rows.step[at]
-        following = steps.next[step]
+        row, step = rows[at], steps[rows[at]["step"]]
+        following = step["next"]
         return Contents(
-            partition=steps.key[step] >> 48,
-            offset=steps.key[step] & (MAX_OFFSET - 1),
-            slot=rows.slot[at],
-            action=rows.action[at],
-            reward=rows.reward[at],
-            discount=steps.discount[step],
-            next_offset=np.where(following < 0, -1, steps.key[following] & (MAX_OFFSET - 1)),
-            organic=steps.organic[step],
-            policy_version=steps.policy_version[step],
+            partition=step["key"] >> 48,
+            offset=step["key"] & (MAX_OFFSET - 1),
+            slot=row["slot"],
+            action=row["action"],
+            reward=row["reward"],
+            discount=step["discount"],
+            next_offset=np.where(following < 0, -1, steps[following]["key"] & (MAX_OFFSET - 1)),
+            organic=step["organic"],
+            policy_version=step["policy_version"],
         )
 
     # --- checkpoints
@@ -810,26 +856,17 @@ def _new_store(
     """An empty store with room for so many steps; or the old one, moved into that room."""
     size = segment << max(-(-steps // segment) - 1, 0).bit_length()
     shape = (size, history_length)
-    table = _Steps(
-        key=np.full(size, -1, np.int64),
-        next=np.full(size, -1, np.int32),
-        discount=np.zeros(size, np.float32),
-        total=np.zeros(size, np.float64),
-        first=np.zeros(size, np.int64),
-        slots=np.zeros(size, np.int32),
-        last_slot=np.zeros(size, np.int16),
-        organic=np.zeros(size, np.bool_),
-        policy_version=np.zeros(size, np.int64),
-        refs=np.zeros(size, np.int32),
-        timestamp_ms=np.zeros(size, np.int64),
-        item=np.zeros(shape, np.int32),
-        name=np.zeros(shape, np.uint8),
-        age_s=np.zeros(shape, np.float32),
-        value=np.zeros(shape, np.float32),
-    )
+    empty = np.zeros(size, _STEP)
+    empty["key"] = empty["next"] = -1
     store = _Store(
-        steps=table,
-        rows=_new_rows(capacity) if old is None else old.rows,
+        steps=empty,
+        history=_Histories(
+            np.zeros(shape, np.int32),
+            np.zeros(shape, np.uint8),
+            np.zeros(shape, np.float32),
+            np.zeros(shape, np.float32),
+        ),
+        rows=np.zeros(capacity, _ROW) if old is None else old.rows,
         table=np.full(2 * size, -1, np.int32),
         free=np.zeros(size, np.int32),
         cursor=np.zeros(7, np.int64) if old is None else old.cursor,
@@ -840,9 +877,9 @@ def _new_store(
     )
     if old is not None:
         used = int(old.cursor[_USED])
-        targets: list[npt.NDArray[Any]] = list(store.steps)
-        sources: list[npt.NDArray[Any]] = list(old.steps)
-        for target, source in zip(targets, sources, strict=True):
+        store.steps[:used] = old.steps[:used]
+        histories: list[npt.NDArray[Any]] = list(store.history)
+        for target, source in zip(histories, old.history, strict=True):
             target[:used] = source[:used]
         store.free[: len(old.free)] = old.free
         store.stamps[:, : old.stamps.shape[1]] = old.stamps
@@ -850,24 +887,18 @@ def _new_store(
     return store
 
 
-def _new_rows(capacity: int) -> _Rows:
-    dtypes = (np.int32, np.int16, np.int32, np.float32, np.float64)
-    columns: list[npt.NDArray[Any]] = [np.zeros(capacity, dtype) for dtype in dtypes]
-    return _Rows(*columns)
-
-
 def _groups(store: _Store) -> list[tuple[str, int, dict[str, npt.NDArray[Any]]]]:
     """(name, row of stamps and sizes, arrays) of all that a checkpoint holds."""
-    steps, rows = store.steps._asdict(), store.rows._asdict()
-    groups = [
-        ("history", _HISTORY, {field: steps[field] for field in _HISTORY_FIELDS}),
+    steps, rows = store.steps, store.rows
+    groups: list[tuple[str, int, dict[str, npt.NDArray[Any]]]] = [
+        ("history", _HISTORY, {"timestamp_ms": steps["timestamp_ms"], **store.history._asdict()}),
         ("chain", _CHAIN, {field: steps[field] for field in _CHAIN_FIELDS}),
         ("rows", _ROWS, {field: rows[field] for field in _ROW_FIELDS}),
         ("rewards", _REWARDS, {"reward": rows["reward"]}),
     ]
     if len(store.tree):
         half = len(store.tree) // 2
-        groups.append(("priorities", _PRIORITIES, {"value": store.tree[half : half + len(store.rows.step)]}))
+        groups.append(("priorities", _PRIORITIES, {"value": store.tree[half : half + len(rows)]}))
     return groups
 
 
@@ -886,23 +917,24 @@ def _moved(
 
 
 @jit
-def _derive(store: _Store) -> None:
+def _derive(unpinned: _Store) -> None:
     """Rebuild what follows from the rest: references, the table, free slots."""
+    store = pin(unpinned)
     steps, cursor = store.steps, store.cursor
-    capacity = len(store.rows.step)
+    capacity = len(store.rows)
     for n in range(cursor[_TAIL], cursor[_HEAD]):
-        steps.refs[store.rows.step[n % capacity]] += 1
+        steps[store.rows[n % capacity].step].refs += 1
     for slot in range(cursor[_USED]):
-        if steps.key[slot] >= 0 and steps.next[slot] >= 0:
-            steps.refs[steps.next[slot]] += 1
+        if steps[slot].key >= 0 and steps[slot].next >= 0:
+            steps[steps[slot].next].refs += 1
     _index_all(store)
     for slot in range(cursor[_USED] - 1, -1, -1):
-        if steps.key[slot] < 0:
+        if steps[slot].key < 0:
             store.free[cursor[_FREE]] = slot
             cursor[_FREE] += 1
     for slot in range(cursor[_USED]):  # a smaller capacity leaves steps that nothing reaches
-        if steps.key[slot] >= 0 and steps.refs[slot] == 0:
-            steps.refs[slot] = 1
+        if steps[slot].key >= 0 and steps[slot].refs == 0:
+            steps[slot].refs = 1
             _release(store, slot, 1)
 
 

@@ -70,3 +70,21 @@ def tree_find(tree: Tree, mass: float) -> int:
         elif left == 0.0:
             node += 1
     return node - half
+
+
+@jit
+def tree_find_all(tree: Tree, mass: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+    """`tree_find` of each mass, [B] -> [B]; a level at a time, so that no search waits for another, and branch-free."""
+    left_over = mass.copy()
+    node = np.ones(len(mass), np.int32)
+    half = len(tree) // 2
+    level = 1
+    while level < half:
+        level *= 2
+        for b in range(len(mass)):
+            at = 2 * node[b]
+            left = tree[at]
+            right = np.int32((left == 0.0) | ((left_over[b] >= left) & (tree[at + 1] > 0.0)))
+            left_over[b] -= left * right
+            node[b] = at + right
+    return node.astype(np.int64) - half

@@ -218,7 +218,8 @@ def assert_sound(replay):
 def references(replay):
     steps = replay._store.steps
     return [
-        (int(slot), int(steps.key[slot]), int(steps.refs[slot])) for slot in np.flatnonzero(steps.key >= 0)
+        (int(slot), int(steps["key"][slot]), int(steps["refs"][slot]))
+        for slot in np.flatnonzero(steps["key"] >= 0)
     ]
 
 
