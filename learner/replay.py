@@ -879,7 +879,8 @@ def _new_store(
         used = int(old.cursor[_USED])
         store.steps[:used] = old.steps[:used]
         histories: list[npt.NDArray[Any]] = list(store.history)
-        for target, source in zip(histories, old.history, strict=True):
+        sources: list[npt.NDArray[Any]] = list(old.history)
+        for target, source in zip(histories, sources, strict=True):
             target[:used] = source[:used]
         store.free[: len(old.free)] = old.free
         store.stamps[:, : old.stamps.shape[1]] = old.stamps
