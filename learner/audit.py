@@ -358,9 +358,12 @@ class Audit:
     def _read(self, partition: int, bounds: Bounds, end: int) -> PartitionReport:
         memory, journal = self._memory, self._memory.journal
         began = journal.began.get(partition, 0)
-        start = max(bounds.low, began, journal.whole_from.get(partition, 0))
+        gaps = journal.gaps.get(partition, [])
+        # whatever was stepped over is gone, but `--on-gap latest` left out records that may still be there
+        start = max(bounds.low, began, journal.whole_from.get(partition, 0), *(gap.end for gap in gaps))
         blind = start > began  # some of what was read is gone, and with it what was known at `start`
         report = PartitionReport(partition, start, end, end if blind else start)
+        report.gaps, report.stepped_over = gaps, journal.stepped_over.get(partition, 0)
         joined = _Partition(partition, start, journal.told(partition))
         may_evict = memory.inserted > len(memory.contents.offset)
         held = _Held(memory.contents, partition, may_evict)

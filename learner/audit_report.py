@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
+from learner.journal import Gap
 from streaming.dead_letters import dlq_topic, late_topic
 
 MOST_NAMED: Final = 1000  # differences described one by one; all are counted
@@ -67,6 +68,8 @@ class PartitionReport:
     open: int = 0  # slots of steps that wait for what follows them
     unverified: int = 0  # in replay, of steps that cannot be judged
     differences: int = 0
+    gaps: list[Gap] = field(default_factory=list)  # stepped over on purpose, the newest last
+    stepped_over: int = 0  # offsets in all such gaps
 
     @property
     def complete(self) -> bool:
@@ -151,7 +154,8 @@ def as_text(report: Report) -> str:
         f"checkpoint {report.generation} in {report.directory}: topic {report.topic!r}, "
         f"{report.inserted:,} transitions, {report.updates:,} updates",
         *_table(report.partitions),
-        *(_gap(p) for p in report.partitions if not p.complete),
+        *(_stepped_over(p) for p in report.partitions if p.stepped_over),
+        *(_unverified(p) for p in report.partitions if not p.complete),
         *_letters_text(report),
         *_weights_text(report),
         f"{report.records:,} records in {report.took_s:.1f} s, "
@@ -176,7 +180,15 @@ def _table(partitions: list[PartitionReport]) -> list[str]:
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in shown]
 
 
-def _gap(p: PartitionReport) -> str:
+def _stepped_over(p: PartitionReport) -> str:
+    last = p.gaps[-1]
+    return (
+        f"partition {p.partition}: {p.stepped_over:,} offsets were gone before they were read and were stepped over "
+        f"on purpose (--on-gap), last {last.start} to {last.end - 1}; nothing was learnt from them"
+    )
+
+
+def _unverified(p: PartitionReport) -> str:
     judged = "nothing" if p.verified_from >= p.end else f"steps from offset {p.verified_from} on"
     return (
         f"partition {p.partition}: what was before offset {p.start} is no longer there to be verified; "

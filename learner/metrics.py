@@ -55,6 +55,11 @@ class Metrics:
         self.checkpoint_failures = counter(
             "learner_checkpoint_failures", "Checkpoints that could not be written."
         )
+        self.gaps = counter(
+            "learner_gap_offsets",
+            "Offsets that retention took before they were read, and that --on-gap let be stepped over.",
+            "partition",
+        )
         self.log_errors = counter("learner_log_errors", "Polls that failed and were tried again.")
 
     def serve(self, port: int) -> None:

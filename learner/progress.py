@@ -20,14 +20,15 @@ class Totals(NamedTuple):
     loss: float  # of the last update; NaN before the first
     mean_q: float  # likewise
     version: int  # of the weights published last; 0: none yet
+    stepped_over: int  # offsets that were gone before they were read, since the learner was new
     waiting: str  # why one side stands still, empty where none does
 
 
 def describe(before: Totals, now: Totals) -> str:
     """One line on what happened between two looks.
 
-    >>> a = Totals(0.0, 0, 0, 0, 900, math.nan, math.nan, 0, "")
-    >>> describe(a, Totals(2.0, 6000, 1500, 30, 12, 0.25, 1.5, 3, ""))
+    >>> a = Totals(0.0, 0, 0, 0, 900, math.nan, math.nan, 0, 0, "")
+    >>> describe(a, Totals(2.0, 6000, 1500, 30, 12, 0.25, 1.5, 3, 0, ""))
     '3,000 events/s · lag 12 · 1,500 transitions · 15.0 updates/s · loss 0.25 · mean Q 1.5 · version 3'
     """
     seconds = max(now.now_s - before.now_s, 1e-9)
@@ -40,6 +41,8 @@ def describe(before: Totals, now: Totals) -> str:
     if not math.isnan(now.loss):
         parts += [f"loss {now.loss:.3g}", f"mean Q {now.mean_q:.3g}"]
     parts.append(f"version {now.version}" if now.version else "nothing published yet")
+    if now.stepped_over:
+        parts.append(f"{now.stepped_over:,} offsets were gone")
     if now.waiting:
         parts.append(now.waiting)
     return " · ".join(parts)

@@ -17,6 +17,7 @@ from typing import Any, Final, Literal, Protocol
 from learner.catalog_feed import CatalogFeed
 from learner.checkpoint import CheckpointFailed, Checkpoints, CheckpointWriter
 from learner.fence import Fence
+from learner.gaps import gaps_at
 from learner.learner import CannotContinue, Learner
 from learner.metrics import Metrics
 from learner.progress import Totals
@@ -26,7 +27,7 @@ from learner.weights import WeightStore
 from streaming.columns import Reason
 from streaming.dead_letters import DeadLetters
 from streaming.idle import IdleClock
-from streaming.log import LogError, LogUnavailable, Reader, RecordBatch
+from streaming.log import LogError, LogUnavailable, OffsetOutOfRange, Reader, RecordBatch
 from streaming.schemas import RegistryUnavailable
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,11 @@ class TrainConfig:
         metavar="URL",
     )
     start: Literal["earliest", "latest"] = _setting("earliest", "where a learner without a checkpoint begins")
+    on_gap: Literal["stop", "earliest", "latest"] = _setting(
+        "stop",
+        "where retention took offsets before they were read: stop, or go on from the earliest record that is kept, "
+        "or from the latest",
+    )
     until_caught_up: bool = _setting(False, "end once everything that is in the log now was learnt from")
     deterministic: bool = _setting(
         False,
@@ -99,6 +105,10 @@ class TrainConfig:
                 raise ValueError(f"{name} must be within {low}..{high}, not {getattr(self, name)}")
         if self.deterministic and self.device != "cpu":
             raise ValueError(f"deterministic needs device cpu, not {self.device!r}")
+        if self.deterministic and self.on_gap != "stop":
+            raise ValueError(
+                f"deterministic needs on_gap stop, not {self.on_gap!r}: what retention took is another log"
+            )
 
 
 class Source(Protocol):
@@ -127,6 +137,10 @@ class Arrivals:
     def position(self) -> dict[int, int]:
         """See Source."""
         return self._reader.position()
+
+    def seek(self, offsets: Mapping[int, int]) -> None:
+        """Go on from these offsets in these partitions."""
+        self._reader.seek(offsets)
 
     def add(self, offsets: Mapping[int, int]) -> None:
         """Give out these partitions too, from these offsets on."""
@@ -177,8 +191,8 @@ class Trainer:
     def run(self, stop: threading.Event, tell: Callable[[float], None]) -> None:
         """Until `stop`, or the end of what is to be read; then a last version and a last checkpoint.
 
-        tell: called each turn with the time. Raises: LogError where the log is at fault for good (gaps, missing
-        topics); Fenced; WeightsError when training has diverged.
+        tell: called each turn with the time. Raises: LogError where the log is at fault for good (missing
+        topics); CannotContinue at a gap; Fenced; WeightsError when training has diverged.
         """
         while not stop.is_set() and not self._finished():
             self._read()
@@ -201,6 +215,7 @@ class Trainer:
             math.nan if last is None else last.loss,
             math.nan if last is None else last.mean_q,
             self._publisher.version,
+            sum(learner.journal.stepped_over.values()),
             self._waiting(),
         )
 
@@ -226,7 +241,7 @@ class Trainer:
         if not self._learner.may_read or now < self._due["retry"]:
             return
         try:
-            batch = self._parked or self._source.next(0.0 if self._learner.updates_left else PATIENCE_S)
+            batch = self._parked or self._next()
             if batch is not None and len(batch):
                 self._parked = batch
                 self._take(batch)
@@ -238,6 +253,30 @@ class Trainer:
             self._last_error = "the log cannot be reached"
             self._metrics.log_errors.inc()
             self._due["retry"] = now + RETRY_S
+
+    def _next(self) -> RecordBatch | None:
+        try:
+            return self._source.next(0.0 if self._learner.updates_left else PATIENCE_S)
+        except OffsetOutOfRange as error:
+            self._step_over(error)
+            return None
+
+    def _step_over(self, error: OffsetOutOfRange) -> None:
+        """Go on behind what is gone, if that is allowed. Raises: CannotContinue, LogUnavailable."""
+        source, position = self._source, self._source.position()
+        found = gaps_at(self._config.topic, position, self._watch.ask(), self._config.on_gap)
+        if not isinstance(source, Arrivals):
+            raise error
+        if not found:
+            logger.warning("%s; it does hold it, so it is asked again", error)
+        for p, gap in found.items():
+            logger.warning(
+                "%s/%d: offsets %d to %d (%d of them) were gone before they were read; going on without them",
+                *(self._config.topic, p, gap.start, gap.end - 1, gap.end - gap.start),
+            )
+            self._learner.journal.step_over(p, gap.start, gap.end)
+            self._metrics.gaps.labels(str(p)).inc(gap.end - gap.start)
+        source.seek(position | {p: gap.end for p, gap in found.items()})
 
     def _take(self, batch: RecordBatch) -> None:
         taken = self._learner.take(batch)

@@ -33,6 +33,11 @@ class LogWatch:
         """Records that are there and not read, by partition, as of the last look."""
         return {p: max(0, b.high - position.get(p, b.low)) for p, b in self.bounds.items()}
 
+    def ask(self) -> dict[int, Bounds]:
+        """What the topic holds at this moment. Raises: LogError."""
+        self.bounds = self._log.bounds(self._topic)
+        return self.bounds
+
     def safe(self, position: Mapping[int, int]) -> None:
         """A checkpoint holds everything before these offsets."""
         self._safe = dict(position)
@@ -50,7 +55,7 @@ class LogWatch:
 
     def _look(self) -> None:
         try:
-            self.bounds = self._log.bounds(self._topic)
+            self.ask()
             with contextlib.suppress(UnknownTopic):
                 self.bounds_beside = self._log.bounds(self._beside)
             safe = self._safe

@@ -3,7 +3,7 @@
 import pytest
 
 from learner.checkpoint import decode, encode
-from learner.journal import Journal, Told
+from learner.journal import MOST_GAPS, Gap, Journal, Told
 from streaming.join_settings import JoinSettings
 from streaming.rewards import RewardTable
 
@@ -64,6 +64,32 @@ def test_it_stays_small_and_says_from_where_it_is_whole():
         journal.let_pass(0, offset, offset * 1000)
     assert [told.offset for told in journal.told(0)] == [10, 22, 23, 24]
     assert restored(journal).whole_from == {0: 21}
+
+
+def test_what_was_stepped_over_is_kept_and_counted_and_the_newest_are_named(journal):
+    for start in range(0, 5 * MOST_GAPS, 5):
+        journal.step_over(1, 1000 + start, 1002 + start)
+    other = restored(journal)
+    assert other.stepped_over == {1: 2 * MOST_GAPS}
+    journal.step_over(1, 9000, 9500)
+    other = restored(journal)
+    assert other.stepped_over == {1: 2 * MOST_GAPS + 500}
+    assert len(other.gaps[1]) == MOST_GAPS
+    assert other.gaps[1][-1] == Gap(9000, 9500)
+    assert other.began == {0: 10, 1: 0}
+
+
+def test_where_nothing_was_read_yet_a_gap_is_a_later_beginning(journal):
+    journal.step_over(0, 10, 40)
+    assert (journal.began[0], journal.whole_from[0]) == (40, 40)
+
+
+def test_a_journal_of_before_gaps_were_noted_has_none(journal):
+    state = journal.state()
+    del state["gaps"], state["stepped_over"]
+    other = Journal()
+    other.restore(decode(encode(state)))
+    assert (other.gaps, other.stepped_over) == ({}, {})
 
 
 def test_a_restored_journal_goes_on_as_if_nothing_had_happened(journal):
