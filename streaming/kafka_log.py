@@ -1,4 +1,4 @@
-"""The log on Kafka. The only module that knows confluent_kafka.
+"""The log on Kafka. This module and `streaming.rdkafka` alone know confluent_kafka.
 
 Readers assign partitions by hand and start where they are told: no group, no rebalance, no stored positions.
 Positions are computed from the messages handed out, never taken from librdkafka. Producers are idempotent and
@@ -14,7 +14,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Final, TypeVar
 
@@ -38,6 +38,7 @@ from streaming.log import (
     RecordBatch,
     UnknownTopic,
 )
+from streaming.rdkafka import ArrayConsumer, Trouble
 
 T = TypeVar("T")
 
@@ -143,9 +144,9 @@ class KafkaLog:
         self._await_leaders(topic, partitions)
         return True
 
-    def partitions(self, topic: str) -> int:
+    def partitions(self, topic: str, timeout_s: float = _REQUEST_S) -> int:
         try:
-            found = self._asking.list_topics(topic, timeout=_REQUEST_S).topics[topic]
+            found = self._asking.list_topics(topic, timeout=timeout_s).topics[topic]
         except KafkaException as error:
             raise _translated(error.args[0], topic) from error
         if found.error is not None and found.error.code() in _NO_TOPIC:
@@ -174,8 +175,8 @@ class KafkaLog:
 
     def reader(self, topic: str, offsets: Mapping[int, int], *, keys: bool = False) -> KafkaReader:
         errors = _ClientErrors()
-        consumer = self._client(Consumer, {**_CONSUMER, "error_cb": errors})
-        return KafkaReader(consumer, errors, topic, offsets, keys)
+        consumer = self._client(ArrayConsumer, {**_CONSUMER, "error_cb": errors})
+        return KafkaReader(consumer, errors, self, topic, offsets, keys)
 
     def producer(self) -> KafkaProducer:
         return KafkaProducer(
@@ -206,7 +207,7 @@ class KafkaLog:
 
     def _client(self, make: Callable[..., T], settings: Mapping[str, Any]) -> T:
         try:
-            return make({**self._settings, **settings, **self._options, "logger": logger})
+            return make({**self._settings, **settings, **self._options}, logger=logger)
         except (KafkaException, TypeError, ValueError) as error:
             reason = error.args[0].str() if isinstance(error, KafkaException) else error
             raise LogError(f"Kafka client refuses its settings: {reason}") from error
@@ -354,9 +355,16 @@ class KafkaReader:
     """Reads partitions of one topic. Survives restarts of the brokers: LogUnavailable until one answers again."""
 
     def __init__(
-        self, consumer: Consumer, errors: _ClientErrors, topic: str, offsets: Mapping[int, int], keys: bool
+        self,
+        consumer: ArrayConsumer,
+        errors: _ClientErrors,
+        log: KafkaLog,
+        topic: str,
+        offsets: Mapping[int, int],
+        keys: bool,
     ) -> None:
-        self._consumer, self._errors, self._topic, self._keys = consumer, errors, topic, keys
+        self._consumer, self._errors, self._log = consumer, errors, log
+        self._topic, self._keys = topic, keys
         self._next = dict(offsets)
         self._paused: set[int] = set()
         self._broken: dict[int, LogError] = {}  # raised until somebody seeks
@@ -370,17 +378,20 @@ class KafkaReader:
             raise LogError("this reader is closed")
         deadline = time.monotonic() + timeout_s
         while True:
-            messages = self._take(max_records, deadline - time.monotonic())
-            records = self._sort_out(messages)
-            if records:
+            left_s = deadline - time.monotonic()
+            records, troubles = self._consumer.take(max_records, max(left_s, 0.0), keys=self._keys)
+            self._advance(records)
+            for trouble in troubles:
+                self._note(trouble)
+            if len(records.offset):
                 self._errors.down = None
-                return self._batch(records)
+                return records
             if self._broken:
                 raise next(iter(self._broken.values()))
-            if not messages:
+            if not troubles:
                 self._look_after(max(0.1, min(1.0, deadline - time.monotonic())))
             if time.monotonic() >= deadline:
-                return self._batch([])
+                return records
 
     def position(self) -> dict[int, int]:
         return dict(self._next)
@@ -406,12 +417,12 @@ class KafkaReader:
     def pause(self, partitions: Iterable[int]) -> None:
         new = set(partitions) & self._next.keys() - self._paused
         self._paused |= new
-        self._consumer.pause(self._places(new))
+        self._consumer.pause(self._topic, new)
 
     def resume(self, partitions: Iterable[int]) -> None:
         again = set(partitions) & self._paused
         self._paused -= again
-        self._consumer.resume(self._places(again))
+        self._consumer.resume(self._topic, again)
         self._heard |= dict.fromkeys(again, time.monotonic())
 
     def close(self) -> None:
@@ -424,40 +435,27 @@ class KafkaReader:
 
         One way for every move: its own `seek` refuses partitions that are not being fetched just now.
         """
-        places = [TopicPartition(self._topic, partition, offset) for partition, offset in self._next.items()]
-        self._consumer.assign(places)
-        self._consumer.pause(self._places(self._paused))
+        self._consumer.assign(self._topic, self._next)
+        self._consumer.pause(self._topic, self._paused)
         self._heard = dict.fromkeys(self._next, time.monotonic())
         self._silent = set(self._next)
 
-    def _take(self, max_records: int, timeout_s: float) -> list[Message]:
-        messages: list[Message] = self._consumer.consume(max_records, 0)
-        if messages or timeout_s <= 0:
-            return messages
-        # `consume` would wait for max_records or the whole timeout; we want the first
-        first = self._consumer.poll(timeout_s)
-        if first is None:
-            return []
-        return [first, *self._consumer.consume(max_records - 1, 0)] if max_records > 1 else [first]
+    def _advance(self, records: RecordBatch) -> None:
+        for partition in np.unique(records.partition).tolist():
+            last = int(records.offset[records.partition == partition][-1])
+            self._next[partition] = max(self._next[partition], last + 1)
+            self._hear(partition)
 
-    def _sort_out(self, messages: Sequence[Message]) -> list[Message]:
-        """The records among the messages; positions move, errors are kept for later."""
-        records = []
-        for message in messages:
-            error = message.error()
-            if error is None:
-                records.append(message)
-            elif error.code() == KafkaError._PARTITION_EOF:
-                # after the records before it, which are in this batch or were in an earlier one
-                partition, offset = message.partition(), message.offset()
-                if partition is not None and offset is not None:
-                    self._next[partition] = max(self._next[partition], offset)
-                    self._hear(partition)
-            else:
-                self._keep(error, message.partition())
-        return records
+    def _note(self, trouble: Trouble) -> None:
+        """Where a partition ends, our position follows; errors are kept for later."""
+        if trouble.error.code() != KafkaError._PARTITION_EOF:
+            self._keep(trouble.error, trouble.partition)
+        elif trouble.partition in self._next:
+            # after the records before it, which are in this batch or were in an earlier one
+            self._next[trouble.partition] = max(self._next[trouble.partition], trouble.offset)
+            self._hear(trouble.partition)
 
-    def _keep(self, error: KafkaError, partition: int | None) -> None:
+    def _keep(self, error: KafkaError, partition: int) -> None:
         code = error.code()
         if partition in self._next and code in _OUT_OF_RANGE:
             self._broken[partition] = OffsetOutOfRange(
@@ -470,7 +468,7 @@ class KafkaReader:
         elif code in _UNAVAILABLE or error.retriable():
             logger.info("%s: %s", self._topic, error.str())
         else:
-            self._broken[-1 if partition is None else partition] = _translated(error, self._topic)
+            self._broken[partition] = _translated(error, self._topic)
 
     def _hear(self, partition: int) -> None:
         self._heard[partition] = time.monotonic()
@@ -478,14 +476,9 @@ class KafkaReader:
 
     def _check(self, timeout_s: float) -> None:
         """A reader must not seem idle where there is no broker, no topic or no partition."""
-        try:
-            found = self._consumer.list_topics(self._topic, timeout=timeout_s).topics[self._topic]
-        except KafkaException as error:
-            raise LogUnavailable(f"no broker answers: {error.args[0].str()}") from error
+        there = range(self._log.partitions(self._topic, timeout_s))
         self._errors.down = None
-        if found.error is not None and found.error.code() not in _NO_TOPIC:
-            return
-        for partition in self._next.keys() - found.partitions.keys():
+        for partition in self._next.keys() - there:
             self._broken[partition] = UnknownTopic(
                 f"there is no {self._topic!r} partition {partition}; create it with `streaming topics`"
             )
@@ -499,8 +492,7 @@ class KafkaReader:
             self._silent.clear()
         for partition in [p for p, silence_s in silence.items() if silence_s > _STALL_S]:
             self._heard[partition] = now
-            place = TopicPartition(self._topic, partition)
-            _, high = self._consumer.get_watermark_offsets(place, cached=True)
+            high = self._consumer.high(self._topic, partition)
             if high > self._next[partition]:
                 # librdkafka has been seen to stall
                 where = f"{self._topic}/{partition}"
@@ -512,29 +504,6 @@ class KafkaReader:
                 )
                 self._start()
                 return
-
-    def _batch(self, records: Sequence[Message]) -> RecordBatch:
-        values = [record.value() for record in records]
-        partition = np.fromiter((record.partition() for record in records), np.int32, len(records))
-        offset = np.fromiter((record.offset() for record in records), np.int64, len(records))
-        bounds = np.zeros(len(records) + 1, np.int64)
-        sizes: Iterator[int] = (0 if value is None else len(value) for value in values)
-        np.cumsum(np.fromiter(sizes, np.int64, len(records)), out=bounds[1:])
-        for p in np.unique(partition).tolist():
-            self._next[p] = max(self._next[p], int(offset[partition == p][-1]) + 1)
-            self._hear(p)
-        return RecordBatch(
-            partition=partition,
-            offset=offset,
-            timestamp_ms=np.fromiter((record.timestamp()[1] for record in records), np.int64, len(records)),
-            data=np.frombuffer(b"".join(value for value in values if value), np.uint8),
-            bounds=bounds,
-            null=np.fromiter((value is None for value in values), np.bool_, len(records)),
-            keys=[record.key() for record in records] if self._keys else None,
-        )
-
-    def _places(self, partitions: Iterable[int]) -> list[TopicPartition]:
-        return [TopicPartition(self._topic, partition) for partition in partitions]
 
 
 class _Exists(LogError):

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ORDER = ["streaming", "learner", "serving", "simulator"]
 HOMES = {
-    "confluent_kafka": {"streaming/kafka_log.py"},
+    "confluent_kafka": {"streaming/kafka_log.py", "streaming/rdkafka.py"},
     "fastavro": {"streaming/schemas.py"},
     "grpc": {"serving/"},
     "grpc_health": {"serving/"},
