@@ -23,13 +23,15 @@ from learner.audit_report import as_json, as_text
 from learner.catalog_feed import CatalogFeed
 from learner.checkpoint import CheckpointDamaged, CheckpointFailed, Checkpoints, CheckpointWriter, Loaded
 from learner.fence import Fenced
+from learner.intake import Arrivals, Source
 from learner.learner import CannotContinue, Learner, LearnerSettings
 from learner.metrics import Metrics
+from learner.misplaced import Misplaced
 from learner.prequential import Prequential
 from learner.progress import ProgressLine
 from learner.publishing import WeightPublisher
 from learner.replay import ReplayError
-from learner.train import Arrivals, Source, TrainConfig, Trainer, offsets_to_start, open_store
+from learner.train import TrainConfig, Trainer, offsets_to_start, open_store
 from learner.watch import LogWatch
 from learner.weights import WeightsError, WeightStore
 from streaming.chunks import Chunker
@@ -189,9 +191,15 @@ def _prepared(
     offsets = offsets_to_start(config, saved, watch.bounds)
     learner.assign(offsets)
     logger.info("%s", _beginning(config, loaded))
+    if learner.joiner.settings.late_after_s > learner.joiner.settings.dedup_window_s:
+        logger.warning(
+            "--late-after-s is above --dedup-window-s: a record put back after that would count twice"
+        )
     producer = log.producer()
     closing.callback(producer.close)
     letters = DeadLetters(producer, codec, config.topic)
+    misplaced = Misplaced(log, config.topic, codec, lambda: len(watch.bounds), time.monotonic)
+    closing.callback(misplaced.close)
     catalog = CatalogFeed(log, config.catalog_topic, learner.take_catalog)
     closing.callback(catalog.close)
     catalog.catch_up()
@@ -215,6 +223,7 @@ def _prepared(
         watch=watch,
         catalog=catalog,
         letters=letters,
+        misplaced=misplaced,
         checkpoints=writer,
         publisher=publisher,
         metrics=metrics,

@@ -31,6 +31,9 @@ class Metrics:
         self.lag = gauge(
             "learner_lag_records", "Records in the log that were not read yet, by partition.", "partition"
         )
+        self.parked = gauge(
+            "learner_parked_partitions", "Partitions that wait for a schema registry that cannot be asked."
+        )
         self.event_time = gauge(
             "learner_events_through_seconds", "Newest event time read, seconds since 1970."
         )

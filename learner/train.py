@@ -9,17 +9,20 @@ from __future__ import annotations
 import logging
 import math
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal
 
 from learner.catalog_feed import CatalogFeed
 from learner.checkpoint import CheckpointFailed, Checkpoints, CheckpointWriter
 from learner.fence import Fence
 from learner.gaps import gaps_at
-from learner.learner import CannotContinue, Learner
+from learner.intake import Arrivals, Intake, Source
+from learner.learner import CannotContinue, Learner, Taken
 from learner.metrics import Metrics
+from learner.misplaced import Misplaced
 from learner.progress import Totals
 from learner.publishing import PublishFailed, WeightPublisher
 from learner.watch import LogWatch
@@ -27,8 +30,7 @@ from learner.weights import WeightStore
 from streaming.columns import Reason
 from streaming.dead_letters import DeadLetters
 from streaming.idle import IdleClock
-from streaming.log import LogError, LogUnavailable, OffsetOutOfRange, Reader, RecordBatch
-from streaming.schemas import RegistryUnavailable
+from streaming.log import LogError, LogUnavailable, OffsetOutOfRange, RecordBatch
 
 logger = logging.getLogger(__name__)
 
@@ -111,42 +113,6 @@ class TrainConfig:
             )
 
 
-class Source(Protocol):
-    """Where batches come from: `Arrivals`, or a `streaming.chunks.Chunker` where they are cut by offset."""
-
-    turn: int  # whose chunk is next, where batches are cut by offset; goes into the checkpoint
-
-    def next(self, timeout_s: float) -> RecordBatch | None:
-        """The next batch; None or an empty one when none came in time."""
-
-    def position(self) -> dict[int, int]:
-        """Next offset to be given out, for each partition."""
-
-
-class Arrivals:
-    """Batches as they come."""
-
-    def __init__(self, reader: Reader, most: int) -> None:
-        self._reader, self._most = reader, most
-        self.turn = 0
-
-    def next(self, timeout_s: float) -> RecordBatch:
-        """Up to `most` records, waiting at most so long for the first."""
-        return self._reader.poll(self._most, timeout_s)
-
-    def position(self) -> dict[int, int]:
-        """See Source."""
-        return self._reader.position()
-
-    def seek(self, offsets: Mapping[int, int]) -> None:
-        """Go on from these offsets in these partitions."""
-        self._reader.seek(offsets)
-
-    def add(self, offsets: Mapping[int, int]) -> None:
-        """Give out these partitions too, from these offsets on."""
-        self._reader.assign({**self._reader.position(), **offsets})
-
-
 class Trainer:
     """Drives one learner over one topic."""
 
@@ -160,6 +126,7 @@ class Trainer:
         watch: LogWatch,
         catalog: CatalogFeed,
         letters: DeadLetters,
+        misplaced: Misplaced,
         checkpoints: CheckpointWriter,
         publisher: WeightPublisher,
         metrics: Metrics,
@@ -170,11 +137,11 @@ class Trainer:
         """until: ends before these offsets; None: never. clock: monotonic seconds. now_ms: wall clock. since: the
         token of the snapshot that the learner was restored from."""
         self._config, self._learner, self._source, self._until = config, learner, source, until
-        self._watch, self._catalog, self._letters = watch, catalog, letters
+        self._watch, self._catalog, self._letters, self._misplaced = watch, catalog, letters, misplaced
         self._checkpoints, self._publisher, self._metrics = checkpoints, publisher, metrics
         self._clock, self._now_ms = clock, now_ms
         self._idle = IdleClock(config.idle_s)
-        self._parked: RecordBatch | None = None  # its schemas cannot be asked for now
+        self._intake = Intake(learner, source, letters, self._note)
         self._records = 0
         self._learnt = dict(source.position())  # the weights have seen all before these offsets
         self._published: tuple[object, ...] = ()
@@ -182,7 +149,8 @@ class Trainer:
         # of the one being written: token, offsets, when it was begun
         self._saving: tuple[int, dict[int, int], float] | None = None
         now = clock()
-        self._due = {"publish": now, "checkpoint": now + config.checkpoint_s, "look": now, "retry": now}
+        self._due = dict.fromkeys(("publish", "checkpoint", "look", "retry", "unpark"), now)
+        self._due["checkpoint"] += config.checkpoint_s
         self._last_error = ""
         metrics.updates.inc(0)
 
@@ -211,7 +179,7 @@ class Trainer:
             self._records,
             learner.replay.inserted,
             learner.agent.updates,
-            sum(self._watch.lag(self._source.position()).values()),
+            sum(self._watch.lag(self._intake.position()).values()),
             math.nan if last is None else last.loss,
             math.nan if last is None else last.mean_q,
             self._publisher.version,
@@ -221,14 +189,16 @@ class Trainer:
 
     def _finished(self) -> bool:
         until = self._until
-        if until is None or self._parked is not None or self._learner.updates_left > 0:
+        if until is None or not self._intake.whole or self._learner.updates_left > 0:
             return False
-        position = self._source.position()
+        position = self._intake.position()
         return all(position[p] >= offset for p, offset in until.items())
 
     def _waiting(self) -> str:
         if self._last_error:
             return self._last_error
+        if self._intake.parked:
+            return f"the registry cannot be asked: partitions {self._intake.parked} wait"
         learner = self._learner
         reason = learner.band.reason(learner.replay.inserted, learner.agent.updates)
         return "" if "training waits for new" in reason else reason
@@ -238,28 +208,30 @@ class Trainer:
     def _read(self) -> None:
         """One batch, all the way into replay. What cannot be reached is tried again: training goes on meanwhile."""
         now = self._clock()
-        if not self._learner.may_read or now < self._due["retry"]:
+        if not self._learner.may_read:
+            return
+        patience_s = 0.0 if self._learner.updates_left else PATIENCE_S
+        if now < self._due["retry"]:
+            time.sleep(patience_s)
             return
         try:
-            batch = self._parked or self._next()
-            if batch is not None and len(batch):
-                self._parked = batch
-                self._take(batch)
-                self._parked = None
+            if self._intake.parked and now >= self._due["unpark"]:
+                self._due["unpark"] = now + RETRY_S
+                self._intake.retry()
+            self._next(patience_s)
             self._last_error = ""
-        except (LogUnavailable, RegistryUnavailable) as error:
+        except LogUnavailable as error:
             if not self._last_error:
                 logger.warning("%s; trying again", error)
             self._last_error = "the log cannot be reached"
             self._metrics.log_errors.inc()
             self._due["retry"] = now + RETRY_S
 
-    def _next(self) -> RecordBatch | None:
+    def _next(self, patience_s: float) -> None:
         try:
-            return self._source.next(0.0 if self._learner.updates_left else PATIENCE_S)
+            self._intake.read(patience_s)
         except OffsetOutOfRange as error:
             self._step_over(error)
-            return None
 
     def _step_over(self, error: OffsetOutOfRange) -> None:
         """Go on behind what is gone, if that is allowed. Raises: CannotContinue, LogUnavailable."""
@@ -278,18 +250,17 @@ class Trainer:
             self._metrics.gaps.labels(str(p)).inc(gap.end - gap.start)
         source.seek(position | {p: gap.end for p, gap in found.items()})
 
-    def _take(self, batch: RecordBatch) -> None:
-        taken = self._learner.take(batch)
+    def _note(self, batch: RecordBatch, taken: Taken) -> None:
+        """What came of a batch, for clocks and counters."""
         self._idle.heard(batch, taken.columns, self._clock())
+        self._misplaced.look(batch, taken.columns)
         self._records += len(batch)
         self._metrics.records.inc(len(batch))
         self._metrics.transitions.inc(taken.inserted)
         self._metrics.amendments.inc(len(taken.joined.amendments.reward))
         for rejects in (taken.bad, taken.joined.late):
-            if len(rejects.row):
-                self._letters.write(batch, rejects.row, rejects.reason)
-                for reason in rejects.reason.tolist():
-                    self._metrics.dead_letters.labels(Reason(reason).name).inc()
+            for reason in rejects.reason.tolist():
+                self._metrics.dead_letters.labels(Reason(reason).name).inc()
 
     # --- replay → weights
 
@@ -303,7 +274,7 @@ class Trainer:
             done = learner.train(ANY_NUMBER, lambda: self._clock() >= end)
         self._metrics.updates.inc(done)
         if done or learner.updates_left == 0:
-            self._learnt = self._source.position() if self._parked is None else self._learnt
+            self._learnt = self._intake.position()
 
     def _publish(self) -> None:
         """A new version each second, if anything is new. Nothing before the first update."""
@@ -333,7 +304,7 @@ class Trainer:
         """Now and then; a failure leaves the last good one, is said, and tried again."""
         self._collect()
         now = self._clock()
-        if now >= self._due["checkpoint"] and not self._checkpoints.busy and self._parked is None:
+        if now >= self._due["checkpoint"] and not self._checkpoints.busy and self._intake.whole:
             self._due["checkpoint"] = now + self._config.checkpoint_s
             self._start_checkpoint()
 
@@ -344,7 +315,7 @@ class Trainer:
             logger.warning("no checkpoint now: %s", error)
             self._due["checkpoint"] = self._clock() + RETRY_S
             return
-        position = self._source.position()
+        position = self._intake.position()
         token, parts = self._learner.snapshot(self._safe)
         learner = self._learner
         meta = {
@@ -403,18 +374,21 @@ class Trainer:
             source.add(added)
 
     def _let_time_pass(self, now_s: float) -> None:
-        joiner, position = self._learner.joiner, self._source.position()
+        joiner, position = self._learner.joiner, self._intake.position()
         watermarks = {p: joiner.watermark_ms(p) for p in joiner.partitions}
-        due = self._idle.due(watermarks, self._watch.lag(position), now_s, self._now_ms())
-        if due and self._parked is None:
+        # what is parked is there and not read, whatever the last look at the log said
+        lag = self._watch.lag(position) | dict.fromkeys(self._intake.parked, 1)
+        due = self._idle.due(watermarks, lag, now_s, self._now_ms())
+        if due:
             self._metrics.transitions.inc(self._learner.advance(due, position))
 
     def _show(self) -> None:
         learner, metrics, last = self._learner, self._metrics, self._learner.last
         for what, count in learner.joiner.counters().items():
             metrics.joined.labels(what).set(count)
-        for partition, lag in self._watch.lag(self._source.position()).items():
+        for partition, lag in self._watch.lag(self._intake.position()).items():
             metrics.lag.labels(str(partition)).set(lag)
+        metrics.parked.set(len(self._intake.parked))
         metrics.replay_transitions.set(len(learner.replay))
         metrics.event_time.set(learner.events_through_ms / 1000)
         metrics.catalog_refused.set(self._catalog.refused)
@@ -436,10 +410,12 @@ class Trainer:
             self._settle_publishing()
         while self._checkpoints.busy:
             self._collect(60.0)
-        if self._parked is None:
+        if self._intake.whole:
             self._start_checkpoint()
             if self._checkpoints.busy and not self._collect(600.0):
                 raise CheckpointFailed("the last checkpoint was not written; the one before is intact")
+        else:
+            logger.warning("no last checkpoint, records wait to be dealt with; the one before is intact")
         self._show()
 
     def _settle_publishing(self) -> None:

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterator
-from typing import Any, Final
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +19,7 @@ from streaming.log import LogError, LogFull, LogUnavailable, Producer, RecordBat
 from streaming.schemas import DEAD_LETTER, Codec
 
 CUT_BYTES: Final = 65_536  # what is kept of a value that does not fit into a letter
+HELD_BYTES: Final = 32 << 20  # of letters that are not known to be durable
 
 logger = logging.getLogger(__name__)
 
@@ -32,38 +35,76 @@ def late_topic(topic: str) -> str:
 
 
 class DeadLetters:
-    """Writes dead letters for records of one topic.
+    """Writes dead letters for records of one topic, each at least once.
 
     A letter is its record and a little more, so it may be larger than the log takes: then the value's first
-    CUT_BYTES go into it, and its reason says how long the value was.
+    CUT_BYTES go into it, and its reason says how long the value was. Letters are held until `flush` has seen them
+    durable: one that the log lost or refused after it was queued is written again.
     """
 
     def __init__(self, producer: Producer, codec: Codec, topic: str) -> None:
         self._producer, self._codec, self._topic = producer, codec, topic
+        self._held: deque[_Letter] = deque()  # queued, not known to be durable
+        self._held_bytes = 0
+        self._doubtful = False  # some of those held were lost; which, nobody tells
 
     def write(self, batch: RecordBatch, rows: npt.NDArray[np.int64], reasons: npt.NDArray[np.uint8]) -> None:
         """Queue letters for these rows of the batch, for the streaming.columns.Reason of each.
 
-        Waits while the producer's queue is full. Raises: UnknownTopic where the topics of dead letters are
-        missing; LogError when the log takes not even a cut letter.
+        Waits while the producer's queue is full. Raises: LogUnavailable (write the same again); UnknownTopic where
+        the topics of dead letters are missing; LogError when the log takes not even a cut letter.
         """
         for row, reason in zip(rows.tolist(), reasons.tolist(), strict=True):
-            self._write(batch, row, Reason(reason))
+            letter = self._letter(batch, row, Reason(reason))
+            self._queue(letter, self._send)
+            self._held.append(letter)
+            self._held_bytes += letter.size
+            if self._held_bytes > HELD_BYTES:
+                self.flush()
 
     def flush(self, timeout_s: float = 30.0) -> None:
-        """Wait until all letters are durable. Raises: LogError when they are not."""
-        if left := self._producer.flush(timeout_s):
-            raise LogUnavailable(
-                f"{left} dead letters of {self._topic} were not written within {timeout_s} s"
-            )
-
-    def _write(self, batch: RecordBatch, row: int, reason: Reason) -> None:
-        topic = late_topic(self._topic) if reason == Reason.LATE else dlq_topic(self._topic)
-        refused: LogError | None = None
-        for letter in self._letters(batch, row, reason):
-            key = letter["key"] or f"{letter['partition']}-{letter['offset']}".encode()
+        """Wait until all letters are durable. Raises: LogUnavailable when they are not, they stay held; LogError."""
+        if not self._doubtful:
             try:
-                return self._send(topic, key, self._codec.encode(DEAD_LETTER, letter))
+                self._await(timeout_s)
+                self._held.clear()
+            except LogUnavailable:
+                raise
+            except LogError as error:
+                logger.warning("%s", error)
+                self._doubtful = True
+        if self._doubtful:
+            self._write_again(timeout_s)
+        self._held_bytes = 0
+
+    def _write_again(self, timeout_s: float) -> None:
+        """All that are held, one by one, so that one which is refused is known, and cut short."""
+        logger.warning("writing the last %d dead letters of %s again", len(self._held), self._topic)
+        with contextlib.suppress(LogError):  # of what is queued from before
+            self._producer.flush(timeout_s)
+        while self._held:
+            self._queue(self._held[0], lambda t, k, v: self._send_and_await(t, k, v, timeout_s))
+            self._held.popleft()
+        self._doubtful = False
+
+    def _letter(self, batch: RecordBatch, row: int, reason: Reason) -> _Letter:
+        return _Letter(
+            late_topic(self._topic) if reason == Reason.LATE else dlq_topic(self._topic),
+            reason.name,
+            int(batch.partition[row]),
+            int(batch.offset[row]),
+            int(batch.timestamp_ms[row]),
+            batch.keys[row] if batch.keys is not None else None,
+            batch.value(row),
+        )
+
+    def _queue(self, letter: _Letter, send: Callable[[str, bytes, bytes], None]) -> None:
+        """Send the letter, or the longest form of it that the log takes."""
+        refused: LogError | None = None
+        for form in letter.forms():
+            record = form._asdict() | {"topic": self._topic}
+            try:
+                return send(letter.topic, form.log_key(), self._codec.encode(DEAD_LETTER, record))
             except (UnknownTopic, LogUnavailable):
                 raise
             except LogError as error:  # too large
@@ -72,27 +113,58 @@ class DeadLetters:
         assert refused is not None
         raise refused
 
-    def _letters(self, batch: RecordBatch, row: int, reason: Reason) -> Iterator[dict[str, Any]]:
-        """The letter, and shorter ones to fall back to."""
-        value = batch.value(row)
-        letter = {
-            "reason": reason.name,
-            "topic": self._topic,
-            "partition": int(batch.partition[row]),
-            "offset": int(batch.offset[row]),
-            "timestamp": int(batch.timestamp_ms[row]),
-            "key": batch.keys[row] if batch.keys is not None else None,
-            "value": value,
-        }
-        yield letter
-        if value is not None:
-            letter |= {"value": value[:CUT_BYTES], "reason": f"{reason.name}, cut from {len(value)} bytes"}
-            yield letter
-        yield letter | {"key": None}  # a key of such a size is no user's
-
     def _send(self, topic: str, key: bytes, value: bytes) -> None:
         while True:
             try:
                 return self._producer.send(topic, key, value)
             except LogFull:
-                self._producer.flush(1.0)
+                try:
+                    self._producer.flush(1.0)
+                except LogError:
+                    self._doubtful = True  # `flush` will write them again
+
+    def _send_and_await(self, topic: str, key: bytes, value: bytes, timeout_s: float) -> None:
+        self._send(topic, key, value)
+        self._await(timeout_s)
+
+    def _await(self, timeout_s: float) -> None:
+        try:
+            left = self._producer.flush(timeout_s)
+        except LogUnavailable:  # lost for want of a log, not refused: they must be written again
+            self._doubtful = True
+            raise
+        if left:
+            raise LogUnavailable(
+                f"{left} dead letters of {self._topic} were not written within {timeout_s} s"
+            )
+
+
+class _Letter(NamedTuple):
+    """A dead letter, and the topic that it goes to."""
+
+    topic: str
+    reason: str
+    partition: int
+    offset: int
+    timestamp: int
+    key: bytes | None
+    value: bytes | None
+
+    @property
+    def size(self) -> int:
+        """Bytes, roughly."""
+        return len(self.key or b"") + len(self.value or b"") + 200
+
+    def forms(self) -> Iterator[_Letter]:
+        """The letter, and shorter ones to fall back to."""
+        yield self
+        short = self
+        if self.value is not None:
+            reason = f"{self.reason}, cut from {len(self.value)} bytes"
+            short = self._replace(value=self.value[:CUT_BYTES], reason=reason)
+            yield short
+        yield short._replace(key=None)  # a key of such a size is no user's
+
+    def log_key(self) -> bytes:
+        """What the log is to file it under."""
+        return self.key or f"{self.partition}-{self.offset}".encode()

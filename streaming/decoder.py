@@ -65,6 +65,7 @@ _SLATE: Final = 1
 _HISTORY: Final = 2
 
 _MAX_ELEMENTS: Final = 1000  # of items, a slate, a history: each as its schema says
+_MAX_NOTHINGS: Final = 1_000_000  # elements without bytes: whoever reads such records one by one needs an end
 _MAX_DEPTH: Final = 64  # of arrays and records within each other
 _SORT_ABOVE: Final = 32  # slots, from which on sorting beats comparing them all
 _FLOAT_MAX: Final = float(np.finfo(np.float32).max)
@@ -613,10 +614,14 @@ def _run_plan(
             at += a
         elif op == _EMPTY_LOOP:
             count = 1
+            left = _MAX_NOTHINGS
             while count != 0:
                 count, at = _block(data, at, end)
                 if at < 0:
                     return at
+                if count > left:
+                    return -_TOO_LONG
+                left -= count
         elif op == _CALL:
             if depth == _MAX_DEPTH:
                 return -_BAD_LENGTH

@@ -81,6 +81,7 @@ _UNAVAILABLE: Final = {
     KafkaError._ALL_BROKERS_DOWN,
     KafkaError._TIMED_OUT,
     KafkaError._TIMED_OUT_QUEUE,
+    KafkaError._MSG_TIMED_OUT,
     KafkaError._RESOLVE,
     KafkaError._WAIT_COORD,
     KafkaError.LEADER_NOT_AVAILABLE,
@@ -282,6 +283,7 @@ class KafkaProducer:
         self._log = log
         self._topics: set[str] = set()
         self._failed = self._failed_told = 0
+        self._refusals = 0  # since `flush` told; the others failed because nobody answered
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="kafka-producer", daemon=True)
         self._thread.start()
@@ -309,8 +311,11 @@ class KafkaProducer:
     def flush(self, timeout_s: float = 30.0) -> int:
         left = int(self._producer.flush(timeout_s))
         lost, self._failed_told = self._failed - self._failed_told, self._failed
+        refusals, self._refusals = self._refusals, 0
         if lost:
-            raise LogError(f"{lost} records could not be written to {self._log.url}; see the log")
+            raise (LogError if refusals else LogUnavailable)(
+                f"{lost} records could not be written to {self._log.url}; see the log"
+            )
         return left
 
     @property
@@ -335,6 +340,7 @@ class KafkaProducer:
     def _refused(self, error: KafkaError | None, message: Message) -> None:
         if error is not None:
             self._failed += 1
+            self._refusals += not isinstance(_translated(error), LogUnavailable)
             logger.error("a record for %s was lost: %s", message.topic(), error.str())
 
 

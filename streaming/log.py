@@ -80,7 +80,11 @@ class Producer(Protocol):
         """
 
     def flush(self, timeout_s: float = 30.0) -> int:
-        """Wait until everything queued is durable; returns how many records still are not."""
+        """Wait until everything queued is durable; returns how many records still are not.
+
+        Raises, once, for what failed since the last call: LogUnavailable when all of it failed because the log could
+        not be reached for long, else LogError.
+        """
 
     @property
     def failed(self) -> int:

@@ -43,6 +43,7 @@ CONFLUENT: Final = b"\x00"  # + 4 bytes of schema id
 _PROTO = Path(__file__).resolve().parents[1] / "proto"
 _CONTENT_TYPE = "application/vnd.schemaregistry.v1+json"
 _NO_SUCH_SCHEMA = 40403
+MOST_BACKOFF_S: Final = 15.0  # between two questions to a registry that is down
 
 logger = logging.getLogger(__name__)
 
@@ -183,8 +184,8 @@ class Registry:
 
     url: http(s), with `user:password@` for basic authentication; several, comma-separated, are tried in turn.
     headers: sent with every request (bearer tokens, ...); `read_headers` reads them from a file.
-    clock: monotonic seconds. After a failure nothing is asked for `backoff_s`, so that a registry that is down
-    costs a poll loop little.
+    clock: monotonic seconds. After a failure nothing is asked for `backoff_s`, twice as long after each further
+    one up to MOST_BACKOFF_S, and a single attempt is made then: a registry that is down costs a poll loop little.
     """
 
     def __init__(
@@ -210,6 +211,7 @@ class Registry:
         )
         self._clock = clock
         self._down_until = float("-inf")
+        self._failures = 0  # in a row
         self._unknown: dict[int, float] = {}  # id → when to ask again
 
     def schema(self, number: int) -> Schema | None:
@@ -262,7 +264,7 @@ class Registry:
         if self._clock() < self._down_until:
             raise RegistryUnavailable(f"schema registry {self._urls[0][0]} failed a moment ago; retry")
         trouble = ""
-        for attempt in range(self._attempts):
+        for attempt in range(1 if self._failures else self._attempts):
             if attempt:
                 time.sleep(0.1 * 2**attempt)
             for url, user in self._urls:
@@ -272,9 +274,11 @@ class Registry:
                     trouble = f"{url}: {error}"
                     continue
                 if status < 500 and status != 429:
+                    self._failures = 0
                     return status, answer
                 trouble = f"{url}: HTTP {status} {answer.get('message', '')}"
-        self._down_until = self._clock() + self._backoff_s
+        self._down_until = self._clock() + min(self._backoff_s * 2**self._failures, MOST_BACKOFF_S)
+        self._failures = min(self._failures + 1, 30)
         raise RegistryUnavailable(f"schema registry cannot be asked: {trouble}")
 
     def _once(

@@ -39,6 +39,7 @@ from streaming.log import (
 Clock = Callable[[], float]  # seconds since 1970
 
 MAX_RECORD_BYTES: Final = 1_000_000  # key + value; Kafka's default too, so that a shop can move there
+MAX_POLL_BYTES: Final = 32 << 20  # of one batch, or a little more: as many records may be large ones
 MAX_QUEUED_BYTES: Final = 64 << 20
 MAX_QUEUED_RECORDS: Final = 500_000
 TOMBSTONES_KEPT_MS: Final = 24 * 3600 * 1000  # long enough for every reader to have seen them
@@ -49,6 +50,7 @@ _PAGE_BYTES: Final = 8192  # a decision with its history fits into a leaf
 _BUSY_TIMEOUT_S: Final = 10.0
 _LINGER_S: Final = 0.004  # the wait that makes one commit out of many sends
 _BATCH_RECORDS: Final = 10_000  # one commit; bounds how long other writers wait
+_SOME_ROWS: Final = 32
 _POLL_S: Final = 0.004
 _UPKEEP_S: Final = 1.0
 _WAL_BYTES: Final = 64 << 20
@@ -173,6 +175,7 @@ class SqliteProducer:
         self._queue: list[_Queued] = []
         self._queued = self._queued_bytes = 0  # with what is being written
         self._failed = self._failed_told = 0
+        self._refusals = 0  # since `flush` told; the others failed because the disk was busy or full
         self._closing = threading.Event()
         self._topics: set[str] = set()
         self._partition: dict[tuple[bytes, int], int] = {}  # murmur2 in Python is slow, and users come again
@@ -205,8 +208,11 @@ class SqliteProducer:
         with self._lock:
             self._written.wait_for(lambda: self._queued == 0, timeout_s)
             lost, self._failed_told = self._failed - self._failed_told, self._failed
+            refusals, self._refusals = self._refusals, 0
             if lost:
-                raise LogError(f"{lost} records could not be written to {self._file.path}; see the log")
+                raise (LogError if refusals else LogUnavailable)(
+                    f"{lost} records could not be written to {self._file.path}; see the log"
+                )
             return self._queued
 
     @property
@@ -254,11 +260,11 @@ class SqliteProducer:
 
     def _write(self, db: sqlite3.Connection, batch: list[_Queued]) -> None:
         """Append, whatever it takes; what cannot be written for long is counted as failed."""
-        gone = 0
+        gone, passing = 0, False
         started = time.monotonic()
         while True:
             try:
-                gone = self._append(db, batch)
+                gone, passing = self._append(db, batch), False
                 break
             except sqlite3.Error as error:
                 passing = isinstance(error, sqlite3.OperationalError)  # busy, disk full, I/O
@@ -270,6 +276,7 @@ class SqliteProducer:
                 self._closing.wait(0.5)
         with self._lock:
             self._failed += gone
+            self._refusals += 0 if passing else gone
             self._queued -= len(batch)
             self._queued_bytes -= sum(len(record.key) + len(record.value or b"") for record in batch)
             self._written.notify_all()
@@ -372,7 +379,7 @@ class SqliteReader:
         self._turn = (self._turn + 1) % len(active)
         order = active[self._turn :] + active[: self._turn]
         found: dict[int, list[_Row]] = {partition: [] for partition in order}
-        left, next_offset = max_records, dict(self._next)
+        left, room, next_offset = max_records, MAX_POLL_BYTES, dict(self._next)
         # one snapshot, so that retention cannot take records between the check and the reading
         db.execute("BEGIN")
         try:
@@ -380,11 +387,12 @@ class SqliteReader:
             for share in (-(-max_records // len(active)), max_records):
                 for partition in order:
                     limit = min(left, share - len(found[partition]))
-                    if limit > 0 and next_offset[partition] < high[partition]:
+                    if limit > 0 and room > 0 and next_offset[partition] < high[partition]:
                         at = (self._part[partition], next_offset[partition], limit)
-                        rows = db.execute(_SELECT[self._keys], at).fetchall()
+                        rows, room = _within(room, db.execute(_SELECT[self._keys], at))
                         # fewer than asked for: from there to high there are only holes, left by compaction
-                        next_offset[partition] = rows[-1][0] + 1 if len(rows) == limit else high[partition]
+                        whole = len(rows) < limit and room > 0
+                        next_offset[partition] = high[partition] if whole else rows[-1][0] + 1
                         found[partition] += rows
                         left -= len(rows)
         finally:
@@ -434,6 +442,15 @@ _SELECT = {
     "WHERE part = ? AND offset >= ? ORDER BY offset LIMIT ?"
     for keys in (False, True)
 }
+
+
+def _within(room: int, found: sqlite3.Cursor) -> tuple[list[_Row], int]:
+    """The rows up to about so many bytes of values, and what is left of the room."""
+    rows: list[_Row] = []
+    while room > 0 and (some := found.fetchmany(_SOME_ROWS)):
+        rows += some
+        room -= sum(len(row[2] or b"") for row in some)
+    return rows, room
 
 
 def _column(rows: list[_Row], i: int) -> npt.NDArray[np.int64]:

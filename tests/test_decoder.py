@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import struct
@@ -10,7 +9,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import fastavro
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -23,9 +21,26 @@ from streaming.log import RecordBatch, partition_of
 from streaming.rewards import CODES, EVENT_NAMES, OTHER
 from streaming.schemas import DECISION, EVENT, ITEM, Codec, Registry, RegistryUnavailable, SchemaError
 from tests.joins import DEEP, float32
+from tests.wire import (
+    DECIDED,
+    GOOD,
+    NOON,
+    NULL,
+    a_decision,
+    an_event,
+    array,
+    candidate,
+    entry,
+    line,
+    real,
+    slot,
+    some,
+    text,
+    varint,
+    written,
+)
 
 CODEC = Codec()
-NOON = 1_767_268_800_000  # 2026-01-01T12:00
 SLOW = settings(max_examples=150 * DEEP, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -264,14 +279,6 @@ RECORDS = {EVENT: EVENTS, DECISION: DECISIONS}
 records = st.sampled_from([EVENT, DECISION]).flatmap(lambda name: st.tuples(st.just(name), RECORDS[name]))
 
 
-def written(schema: Any, record: Any, prefix: bytes) -> bytes:
-    """A record as any Avro producer writes it."""
-    out = io.BytesIO()
-    out.write(prefix)
-    fastavro.schemaless_writer(out, fastavro.parse_schema(json.loads(json.dumps(schema))), record)
-    return out.getvalue()
-
-
 @given(st.lists(st.tuples(records, st.booleans()), max_size=6))
 @SLOW
 def test_columns_are_what_fastavro_reads(given_records):
@@ -446,93 +453,6 @@ def test_every_version_ever_shipped_is_read():
 
 # --- records by hand ---------------------------------------------------------------------------------------
 
-
-def varint(number: int, *, pad: int = 0) -> bytes:
-    """Zigzag; pad: so many bytes longer than need be."""
-    number = (number << 1) ^ (number >> 63)
-    out = bytearray()
-    while number > 0x7F:
-        out.append(number & 0x7F | 0x80)
-        number >>= 7
-    out.append(number)
-    for _ in range(pad):
-        out[-1] |= 0x80
-        out.append(0)
-    return bytes(out)
-
-
-def text(value: str | bytes) -> bytes:
-    data = value.encode() if isinstance(value, str) else value
-    return varint(len(data)) + data
-
-
-def real(value: float) -> bytes:
-    return struct.pack("<d", value)
-
-
-def some(data: bytes) -> bytes:
-    """The second branch of a union."""
-    return varint(1) + data
-
-
-def array(*elements: bytes) -> bytes:
-    return (varint(len(elements)) + b"".join(elements) if elements else b"") + varint(0)
-
-
-NULL = varint(0)
-
-
-def line(
-    item: str | bytes = "a", quantity: bytes = varint(1), price: bytes = NULL, index: bytes = NULL
-) -> bytes:
-    return text(item) + quantity + price + index
-
-
-def slot(item: str = "a", propensity: float = 0.5) -> bytes:
-    return text(item) + real(propensity)
-
-
-def entry(item: str = "a", name: str = "view_item", at: int = NOON, value: float = 1.0) -> bytes:
-    return text(item) + text(name) + varint(at) + struct.pack("<f", value)
-
-
-def an_event(frame: bytes = CODEC.encode_event(
-    {"event_id": "e", "name": "n", "user_id": "u", "timestamp": NOON})[:10], **fields: bytes) -> bytes:  # fmt: skip
-    """An Event with some fields' bytes replaced."""
-    return frame + b"".join(
-        {
-            "event_id": text("e1"), "name": text("purchase"), "user_id": text("ann"), "session_id": NULL,
-            "timestamp": varint(NOON), "items": array(line("a", price=some(real(9.5))), line("b")),
-            "value": some(real(19.0)), "currency": some(text("EUR")), "recommendation_id": some(text("r1")),
-            "params": array(text("k") + text("v")), **fields,
-        }.values()
-    )  # fmt: skip
-
-
-def a_decision(**fields: bytes) -> bytes:
-    """A Decision with some fields' bytes replaced."""
-    frame = CODEC.encode_decision(
-        {
-            "recommendation_id": "r",
-            "user_id": "u",
-            "timestamp": NOON,
-            "slate": [{"item_id": "a", "propensity": 1.0}],
-        }
-    )[:10]
-    return frame + b"".join(
-        {
-            "recommendation_id": text("r1"), "user_id": text("ann"), "session_id": NULL, "timestamp": varint(NOON),
-            "history": array(entry("c")), "slate": array(slot("a"), slot("b")), "epsilon": real(0.1),
-            "policy_version": varint(7), "strategy": varint(1), "bucket": text(""), "candidates": NULL, **fields,
-        }.values()
-    )  # fmt: skip
-
-
-def candidate(item: str = "a", price: bytes = NULL, vector: bytes = NULL) -> bytes:
-    return text(item) + NULL + NULL + price + vector
-
-
-GOOD, DECIDED = an_event(), a_decision()
 
 REFUSED: dict[str, tuple[Reason, bytes | None]] = {
     "null": (Reason.EMPTY, None),

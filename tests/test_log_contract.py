@@ -393,3 +393,21 @@ def _poll_until_something_happens(reader: Reader) -> None:
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         reader.poll(10, 0.5)
+
+
+def test_large_records_come_in_batches_that_fit_into_memory(log: Log, topic: str) -> None:
+    log.create_topic(topic, 2)
+    producer = log.producer()
+    for i in range(120):
+        producer.send(topic, f"{i}".encode(), bytes(900_000))
+        producer.flush()
+    producer.close()
+    reader, sizes, count = log.reader(topic, {0: 0, 1: 0}), [], 0
+    while count < 120:
+        batch = reader.poll(10_000, 5.0)
+        count += len(batch)
+        sizes.append(len(batch.data))
+    assert count == 120
+    assert max(sizes) < 100_000_000
+    assert reader.position() == {p: bounds.high for p, bounds in log.bounds(topic).items()}
+    reader.close()
