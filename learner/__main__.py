@@ -19,6 +19,7 @@ import torch
 
 from learner.agent import AgentSettings
 from learner.audit import Audit, AuditConfig, NothingToAudit
+from learner.audit_explain import Explainer
 from learner.audit_report import as_json, as_text
 from learner.catalog_feed import CatalogFeed
 from learner.checkpoint import CheckpointDamaged, CheckpointFailed, Checkpoints, CheckpointWriter, Loaded
@@ -105,6 +106,10 @@ def _audit(arguments: Sequence[str]) -> int:
     def body() -> int:
         with contextlib.closing(log_from(namespace)) as log:
             try:
+                if config.explain is not None:
+                    return _explain(
+                        Explainer(log, codec_from(namespace), config), config.explain, namespace.json
+                    )
                 report = Audit(log, codec_from(namespace), config).run()
             except (NothingToAudit, CheckpointDamaged, ReplayError) as error:
                 print(f"learner audit: {error}", file=sys.stderr)
@@ -113,6 +118,15 @@ def _audit(arguments: Sequence[str]) -> int:
         return 0 if report.clean else 1
 
     return run(body)
+
+
+def _explain(explainer: Explainer, what: str, json_wanted: bool) -> int:
+    found = explainer.explain(what)
+    if json_wanted:
+        print(json.dumps([each.as_json() for each in found], indent=1))
+    else:
+        print("\n".join(each.as_text() for each in found))
+    return 0 if all(each.as_it_should_be for each in found) else 1
 
 
 def _guarded(body: Callable[[], None]) -> int:

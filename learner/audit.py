@@ -11,8 +11,10 @@ Not compared: histories (the states' content) and propensities. Bytes are read b
 from __future__ import annotations
 
 import time
+from array import array
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -22,28 +24,23 @@ import numpy.typing as npt
 
 from learner.audit_report import MOST_NAMED, Difference, Differences, PartitionReport, Report, Version
 from learner.checkpoint import CheckpointDamaged, Checkpoints, Disk
-from learner.journal import Journal, Told
+from learner.journal import Journal
 from learner.learner import STATE_FORMAT
 from learner.replay import Contents, Replay
+from learner.retelling import Retelling, first_offset, open_steps, plain_rows, read_partition
 from learner.weights import WeightsError, WeightStore
-from streaming.chunks import rows
-from streaming.columns import Columns, Kind, Reason
+from streaming.columns import Kind, Reason
 from streaming.dead_letters import dlq_topic, late_topic
 from streaming.decoder import Decoder
 from streaming.interning import Vocabulary
-from streaming.join_settings import COUNTERS, JoinSettings
-from streaming.log import Bounds, Log, LogUnavailable, OffsetOutOfRange, RecordBatch
-from streaming.plain_joiner import Line, Output, PlainPartition, Row, Transition
-from streaming.rewards import EVENT_NAMES
+from streaming.join_settings import COUNTERS
+from streaming.log import Bounds, Log, LogUnavailable, OffsetOutOfRange
+from streaming.plain_joiner import PlainPartition, Transition
 from streaming.schemas import DEAD_LETTER, DECISION, EVENT, Codec, SchemaError
 
-POLL_RECORDS: Final = 5000
-POLL_S: Final = 1.0
-QUIET_S: Final = (
-    10.0  # with nothing more to read, a partition is believed to end: what is missing then is reported
-)
 TRIES: Final = 5  # to load a checkpoint, or to read a partition, while they move on
 REWARD_TOLERANCE: Final = 1e-4  # relative: replay adds up numbers that travelled as float32
+MOST_WANTED: Final = 1_000_000  # rows whose letters are looked for at once
 SLOT_BITS: Final = 15  # of a key: offset << SLOT_BITS | slot
 
 
@@ -66,6 +63,12 @@ class AuditConfig:
         None, "refuse a checkpoint of another topic than this", metavar="TOPIC", shown="the checkpoint's"
     )
     show: int = _setting(10, "differences described one by one; 0..1000")
+    explain: str | None = _setting(
+        None,
+        "instead: what became of one record, given as PARTITION/OFFSET, or of all with this event_id or "
+        "recommendation_id, and which events earned what",
+        metavar="RECORD",
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.show <= MOST_NAMED:
@@ -114,6 +117,16 @@ def load_memory(directory: Path) -> Memory:
     raise AssertionError("unreachable")
 
 
+def checkpoint_of(config: AuditConfig) -> tuple[Memory, str, dict[int, int]]:
+    """The newest checkpoint, its topic, and its offsets. Raises: NothingToAudit, CheckpointDamaged."""
+    directory = Path(config.data_dir) / config.name
+    memory = load_memory(directory)
+    topic: str = memory.meta["topic"]
+    if config.topic not in (None, topic):
+        raise NothingToAudit(f"the checkpoint in {directory} is of topic {topic!r}, not {config.topic!r}")
+    return memory, topic, {int(p): int(o) for p, o in memory.meta["positions"].items()}
+
+
 def _memory(generation: int, meta: Mapping[str, Any], parts: Mapping[str, Any]) -> Memory:
     if parts["learner"]["format"] != STATE_FORMAT:
         raise NothingToAudit(
@@ -129,107 +142,6 @@ def _memory(generation: int, meta: Mapping[str, Any], parts: Mapping[str, Any]) 
         int(name.removeprefix("joiner/")): part for name, part in parts.items() if name.startswith("joiner/")
     }
     return Memory(generation, meta, journal, vocabulary, joiner, replay.contents(), replay.inserted)
-
-
-# --- the log, once more ----------------------------------------------------------------------------------
-
-
-def read_partition(log: Log, topic: str, partition: int, start: int, end: int) -> Iterator[RecordBatch]:
-    """The records start <= offset < end, in order. Raises: OffsetOutOfRange; LogUnavailable when it stays away."""
-    if start >= end:
-        return
-    reader = log.reader(topic, {partition: start})
-    quiet_s = 0.0
-    try:
-        while reader.position()[partition] < end and quiet_s < QUIET_S:
-            batch = reader.poll(POLL_RECORDS, POLL_S)
-            quiet_s = 0.0 if len(batch) else quiet_s + POLL_S
-            inside = int(np.searchsorted(batch.offset, end))
-            if inside:
-                yield rows(batch, 0, inside)
-    finally:
-        reader.close()
-
-
-def plain_rows(columns: Columns) -> list[Row]:
-    """The columns row by row, without decisions' histories."""
-    lists = {name: getattr(columns, name).tolist() for name in _ROW_COLUMNS}
-    bounds, item = columns.item_bounds.tolist(), columns.item.tolist()
-    quantity, price = columns.quantity.tolist(), columns.price.tolist()
-    propensity = columns.propensity.tolist()
-    plain = []
-    for i, values in enumerate(zip(*lists.values(), strict=True)):
-        kind, reason, partition, offset, id, user, at_ms, name, recommendation, value, version = values
-        lines = tuple(
-            Line(item[k], quantity[k], price[k], propensity[k]) for k in range(bounds[i], bounds[i + 1])
-        )
-        plain.append(
-            Row(
-                Kind(kind), id, user, at_ms, EVENT_NAMES[name], recommendation, value, lines, (), version,
-                False, partition, offset, Reason(reason),
-            )
-        )  # fmt: skip
-    return plain
-
-
-_ROW_COLUMNS: Final = (
-    *("kind", "reason", "partition", "offset", "id", "user", "timestamp_ms", "name"),
-    *("recommendation", "value", "policy_version"),
-)
-
-
-class _Partition:
-    """Joins one partition again, with all that its journal says was told in between."""
-
-    def __init__(self, partition: int, start: int, told: Iterable[Told]) -> None:
-        told = list(told)
-        held = [t.settings for t in told if t.settings is not None]
-        before = [t.settings for t in told if t.settings is not None and t.offset <= start]
-        settings = before[-1] if before else held[0]
-        self.out = Output()
-        self.join = PlainPartition(partition, _without_history(settings), self.out)
-        self._told = [t for t in told if t.offset > start]
-        self._first_ms: int | None = None
-        self._blind_ms = blind_ms(settings)
-
-    def take(self, row: Row) -> None:
-        """The next record, after what was told before it."""
-        while self._told and self._told[0].offset <= row.offset:
-            self._hear(self._told.pop(0))
-        self.join.take(row)
-
-    def end(self) -> None:
-        """What was told after the last record."""
-        while self._told:
-            self._hear(self._told.pop(0))
-
-    def sees(self) -> bool:
-        """Whether nothing from before the first record matters any more; False before the first one."""
-        if self._first_ms is None and self.join.high_ms is not None:
-            self._first_ms = self.join.watermark_ms
-        return self._first_ms is not None and self.join.watermark_ms - self._first_ms > self._blind_ms
-
-    def _hear(self, told: Told) -> None:
-        if told.settings is not None:
-            self.join.adopt(_without_history(told.settings))
-        elif told.watermark_ms is not None:
-            self.join.advance(told.watermark_ms)
-
-
-def _without_history(settings: JoinSettings) -> JoinSettings:
-    return replace(settings, history_length=1)  # histories are not compared, and nothing else depends on it
-
-
-def blind_ms(settings: JoinSettings) -> int:
-    """For how long, in event time, a record can matter to what becomes of later ones."""
-    longest_s = max(
-        settings.attribution_window_s,
-        2 * settings.dedup_window_s,
-        settings.session_gap_s,
-        settings.overtake_wait_s,
-        settings.user_ttl_s if settings.horizon == "user" else 0,
-    )
-    return round((longest_s + settings.watermark_delay_s) * 1000)
 
 
 # --- replay against the log ------------------------------------------------------------------------------
@@ -251,6 +163,7 @@ class _Held:
         columns = [*self.held]
         self.expected = Contents(*(np.zeros_like(column) for column in columns))
         self.evicted = 0
+        self.amended = np.zeros(len(keys), np.bool_)
         self._may_evict = may_evict  # of what comes first; once one is kept, all that follow must be
 
     def find(self, keys: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -282,6 +195,7 @@ class _Held:
         at = self.find(np.array([o << SLOT_BITS | s for _, o, s, _ in amendments], np.int64))
         kept = np.flatnonzero(at >= 0)
         np.add.at(self.expected.reward, at[kept], np.array([a[3] for a in amendments])[kept])
+        self.amended[at[kept]] = True
 
 
 _COMPARED: Final = ("action", "reward", "discount", "next_offset", "organic", "policy_version")
@@ -293,6 +207,81 @@ def _compared(t: Transition) -> tuple[Any, ...]:
     return t.action, t.reward, t.discount, following, t.organic, t.policy_version
 
 
+def ids_of(value: bytes, codec: Codec) -> str:
+    """Which record that is, as its ids tell it."""
+    try:
+        name, record = codec.decode(value)
+    except SchemaError:
+        return "unreadable"
+    if name == DECISION:
+        return f"decision {record['recommendation_id']!r} for user {record['user_id']!r}"
+    if name == EVENT:
+        return f"{record['name']} {record['event_id']!r} of user {record['user_id']!r}"
+    return name
+
+
+def subject(value: bytes | None, codec: Codec, topic: str) -> tuple[int, int]:
+    """Which record of the topic a letter is about; (-1, -1): none."""
+    try:
+        name, letter = codec.decode(value or b"")
+    except SchemaError:
+        return -1, -1
+    if name != DEAD_LETTER or letter["topic"] != topic:
+        return -1, -1
+    return letter["partition"], letter["offset"]
+
+
+class Places:
+    """Offsets of one partition, in order, each with a Reason: ten bytes each, since there may be many."""
+
+    def __init__(self) -> None:
+        self._offset, self._reason, self._seen = array("q"), bytearray(), bytearray()
+
+    def __len__(self) -> int:
+        return len(self._offset)
+
+    def add(self, offset: int, reason: Reason) -> None:
+        """The next one."""
+        self._offset.append(offset)
+        self._reason.append(reason)
+        self._seen.append(0)
+
+    def find(self, offset: int) -> None:
+        """This one, if it is among them, was found."""
+        at = bisect_left(self._offset, offset)
+        if at < len(self._offset) and self._offset[at] == offset:
+            self._seen[at] = 1
+
+    def found(self) -> int:
+        """How many were."""
+        return sum(self._seen)
+
+    def missing(self) -> Iterator[tuple[int, Reason]]:
+        """Those that were not."""
+        for offset, reason, seen in zip(self._offset, self._reason, self._seen, strict=True):
+            if not seen:
+                yield offset, Reason(reason)
+
+    def count(self) -> dict[str, int]:
+        """How many there are of each reason."""
+        return {Reason(reason).name: count for reason, count in Counter(self._reason).most_common()}
+
+
+class Wanted:
+    """Rows that must have a letter."""
+
+    def __init__(self) -> None:
+        self.of: dict[int, Places] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self.of.values()))
+
+    def find(self, partition: int, offset: int) -> None:
+        """There is a letter of this one."""
+        if partition in self.of:
+            self.of[partition].find(offset)
+
+
 class Audit:
     """One audit; `run` does it."""
 
@@ -302,16 +291,10 @@ class Audit:
         """clock: monotonic seconds. Raises: NothingToAudit, CheckpointDamaged."""
         self._log, self._codec, self._config, self._clock = log, codec, config, clock
         self._directory = Path(config.data_dir) / config.name
-        self._memory = load_memory(self._directory)
-        self._topic: str = self._memory.meta["topic"]
-        if config.topic not in (None, self._topic):
-            raise NothingToAudit(
-                f"the checkpoint in {self._directory} is of topic {self._topic!r}, not {config.topic!r}"
-            )
-        self._positions = {int(p): int(o) for p, o in self._memory.meta["positions"].items()}
+        self._memory, self._topic, self._positions = checkpoint_of(config)
         self._found = Differences()
-        self._bad: dict[tuple[int, int], Reason] = {}
-        self._late: set[tuple[int, int]] = set()
+        self._wanted = {which: Wanted() for which in ("dlq", "late")}
+        self._letters = {"dlq": 0, "late": 0, "unverified": 0}
 
     def run(self) -> Report:
         """Read the log and compare. Raises: LogError."""
@@ -322,13 +305,17 @@ class Audit:
         )
         for partition, end in sorted(self._positions.items()):
             report.partitions.append(self._judge(partition, end))
+            if sum(map(len, self._wanted.values())) > MOST_WANTED:
+                self._look_for_letters(report.partitions)
         strangers = ~np.isin(memory.contents.partition, list(self._positions))
         for i in np.flatnonzero(strangers).tolist():
             c = memory.contents
             self._add("invented", int(c.partition[i]), int(c.offset[i]), int(c.slot[i]), _NOT_READ)
         self._count_all(report)
-        report.bad = Counter(reason.name for reason in self._bad.values())
-        report.letters = self._look_for_letters()
+        self._look_for_letters(report.partitions)
+        for partition_report in report.partitions:
+            report.bad.update(partition_report.reasons)
+        report.letters = self._letters
         self._look_at_weights(report)
         report.differences = self._found.count
         report.named = [self._identified(d) for d in sorted(self._found.first)[: self._config.show]]
@@ -357,28 +344,32 @@ class Audit:
 
     def _read(self, partition: int, bounds: Bounds, end: int) -> PartitionReport:
         memory, journal = self._memory, self._memory.journal
-        began = journal.began.get(partition, 0)
-        gaps = journal.gaps.get(partition, [])
-        # whatever was stepped over is gone, but `--on-gap latest` left out records that may still be there
-        start = max(bounds.low, began, journal.whole_from.get(partition, 0), *(gap.end for gap in gaps))
-        blind = start > began  # some of what was read is gone, and with it what was known at `start`
+        start, blind = first_offset(journal, partition, bounds.low)
         report = PartitionReport(partition, start, end, end if blind else start)
-        report.gaps, report.stepped_over = gaps, journal.stepped_over.get(partition, 0)
-        joined = _Partition(partition, start, journal.told(partition))
+        report.gaps = journal.gaps.get(partition, [])
+        report.stepped_over = journal.stepped_over.get(partition, 0)
+        joined = Retelling(partition, start, journal.told(partition))
         may_evict = memory.inserted > len(memory.contents.offset)
         held = _Held(memory.contents, partition, may_evict)
         decoder = Decoder(self._codec, memory.vocabulary)
-        bad: dict[tuple[int, int], Reason] = {}
-        late: set[tuple[int, int]] = set()
-        lost: list[Transition] = []
+        bad, late = Places(), Places()
+        told = Differences()  # not yet known to be of this reading: retention may cut it short
 
         def drain() -> None:
             out = joined.out
+            for t in out.transitions:
+                report.organic_transitions += t.organic
+                if t.slot == 0:
+                    report.organic += t.organic
+                    report.decided += not t.organic
             report.transitions += len(out.transitions)
             report.amendments += len(out.amendments)
-            late.update(out.late)
-            if out.transitions:
-                lost.extend(held.expect(out.transitions))
+            for _, offset in out.late:
+                if offset >= report.verified_from:
+                    late.add(offset, Reason.LATE)
+            for t in held.expect(out.transitions) if out.transitions else ():
+                if t.offset >= report.verified_from:
+                    told.add("lost", partition, t.offset, t.slot, _LOST)
             if out.amendments:
                 held.amend(out.amendments)
             out.transitions, out.amendments, out.late = [], [], []
@@ -387,42 +378,37 @@ class Audit:
             report.records += len(batch)
             for row in plain_rows(decoder.decode(batch)):
                 if row.kind == Kind.BAD:
-                    bad[partition, row.offset] = row.reason
+                    bad.add(row.offset, row.reason)
                 if blind and joined.sees():
                     blind, report.verified_from = False, row.offset
                 joined.take(row)
             drain()
         joined.end()
         drain()
-        self._bad |= bad
-        self._late |= {place for place in late if place[1] >= report.verified_from}
+        self._found.merge(told)
+        self._wanted["dlq"].of[partition], self._wanted["late"].of[partition] = bad, late
+        report.reasons = bad.count()
         self._fill(report, joined.join, held)
         if bounds.high < end:
             text = f"the log ends at offset {bounds.high}, the checkpoint has read to {end}: another log, or recreated"
             self._add("unexplained", partition, -1, -1, text)
-        self._compare(report, joined.join, held, lost)
+        self._compare(report, joined.join, held)
         return report
 
     def _fill(self, report: PartitionReport, join: PlainPartition, held: _Held) -> None:
         for name in ("events", "decisions", "duplicates", "bad", "late"):
             setattr(report, name, join.counters[name])
         report.kept, report.evicted = len(held.keys), held.evicted
-        report.open = sum(len(step.slots) for step in _open_steps(join))
+        report.amended = int(held.amended.sum())
+        report.open = sum(len(step.slots) for step in open_steps(join))
 
-    def _compare(
-        self, report: PartitionReport, join: PlainPartition, held: _Held, lost: list[Transition]
-    ) -> None:
+    def _compare(self, report: PartitionReport, join: PlainPartition, held: _Held) -> None:
         partition = report.partition
         judged = held.held.offset >= report.verified_from
         report.unverified = int((~judged).sum())
-        for t in lost:
-            if t.offset >= report.verified_from:
-                self._add(
-                    "lost", partition, t.offset, t.slot, "the log gives this transition, replay lacks it"
-                )
         for i in np.flatnonzero(held.twice & judged).tolist():
             self._add("doubled", *self._place(held, i), "this transition is in replay twice")
-        still_open = {step.offset for step in _open_steps(join)}
+        still_open = {step.offset for step in open_steps(join)}
         for i in np.flatnonzero(~held.seen & ~held.twice & judged).tolist():
             where = self._place(held, i)
             text = _NOT_READ if where[1] >= report.end else _UNEXPLAINED
@@ -482,48 +468,39 @@ class Audit:
             text = f"replay says that {gone} older transitions made room, the log gives {evicted}"
             self._add("count", -1, -1, -1, text)
 
-    def _look_for_letters(self) -> dict[str, int]:
-        """Every bad row must be in the topic for dead letters, every late one in that for late ones, at least once."""
-        found = {"dlq": 0, "late": 0, "unverified": 0}
-        for which, topic, wanted in (
-            ("dlq", dlq_topic(self._topic), {place: r.name for place, r in self._bad.items()}),
-            ("late", late_topic(self._topic), dict.fromkeys(self._late, Reason.LATE.name)),
-        ):
-            if not wanted:
-                continue
-            missing, whole = self._without_letter(topic, wanted)
-            found[which] = len(wanted) - len(missing)
-            if not whole:
-                found["unverified"] += len(missing)
-                continue
-            for partition, offset in sorted(missing):
-                text = f"{wanted[partition, offset]}, and {topic} has no letter of it"
-                self._add("no letter", partition, offset, -1, text)
-        return found
+    def _look_for_letters(self, partitions: list[PartitionReport]) -> None:
+        """Every bad row must be in the topic for dead letters, every late one in that for late ones, at least once.
 
-    def _without_letter(
-        self, topic: str, wanted: Mapping[tuple[int, int], str]
-    ) -> tuple[set[tuple[int, int]], bool]:
-        """Those of the places that no letter is about, and whether the topic has all letters ever written."""
-        missing = set(wanted)
+        Those that were looked for are forgotten, so that their number does not matter.
+        """
+        by_number = {report.partition: report for report in partitions}
+        for which, topic in (("dlq", dlq_topic(self._topic)), ("late", late_topic(self._topic))):
+            wanted = self._wanted[which]
+            whole = self._find(topic, wanted) if len(wanted) else True
+            for partition, places in sorted(wanted.of.items()):
+                found = places.found()
+                by_number[partition].letters[which] = found
+                self._letters[which] += found
+                if not whole:
+                    self._letters["unverified"] += len(places) - found
+                    continue
+                before = sum(self._found.count.values())
+                for offset, reason in places.missing():
+                    text = f"{reason.name}, and {topic} has no letter of it"
+                    self._add("no letter", partition, offset, -1, text)
+                by_number[partition].differences += sum(self._found.count.values()) - before
+            wanted.of.clear()
+
+    def _find(self, topic: str, wanted: Wanted) -> bool:
+        """Mark those that a letter is about; returns whether the topic has all letters ever written."""
         if not self._log.partitions(topic):
-            return missing, True
+            return True
         bounds = self._log.bounds(topic)
         for partition, bound in bounds.items():
             for batch in read_partition(self._log, topic, partition, bound.low, bound.high):
                 for i in range(len(batch)):
-                    missing.discard(self._subject(batch.value(i)))
-        return missing, all(bound.low == 0 for bound in bounds.values())
-
-    def _subject(self, value: bytes | None) -> tuple[int, int]:
-        """Which record of our topic a letter is about; (-1, -1): none."""
-        try:
-            name, letter = self._codec.decode(value or b"")
-        except SchemaError:
-            return -1, -1
-        if name != DEAD_LETTER or letter["topic"] != self._topic:
-            return -1, -1
-        return letter["partition"], letter["offset"]
+                    wanted.find(*subject(batch.value(i), self._codec, self._topic))
+        return all(bound.low == 0 for bound in bounds.values())
 
     def _look_at_weights(self, report: Report) -> None:
         """The newest version whose events were all audited, and those that labels name."""
@@ -550,28 +527,13 @@ class Audit:
         partition, offset = difference.partition, difference.offset
         try:
             for batch in read_partition(self._log, self._topic, partition, offset, offset + 1):
-                return replace(difference, record=self._ids(batch.value(0) or b""))
+                return replace(difference, record=ids_of(batch.value(0) or b"", self._codec))
         except (OffsetOutOfRange, LogUnavailable):
             pass
         return replace(difference, record="no longer in the log")
 
-    def _ids(self, value: bytes) -> str:
-        try:
-            name, record = self._codec.decode(value)
-        except SchemaError:
-            return "unreadable"
-        if name == DECISION:
-            return f"decision {record['recommendation_id']!r} for user {record['user_id']!r}"
-        if name == EVENT:
-            return f"{record['name']} {record['event_id']!r} of user {record['user_id']!r}"
-        return name
 
-
+_LOST: Final = "the log gives this transition, replay lacks it"
 _NOT_READ: Final = "replay holds a transition of a record that the checkpoint has not read"
 _UNEXPLAINED: Final = "replay holds a transition that the log does not give"
 _STILL_OPEN: Final = "replay holds a transition whose step is still open"
-
-
-def _open_steps(join: PlainPartition) -> Iterator[Any]:
-    for user in join.users.values():
-        yield from (step for step in (user.open_decision, user.open_organic) if step is not None)

@@ -40,6 +40,11 @@ class Differences:
         self.count: Counter[str] = Counter()
         self.first: list[Difference] = []
 
+    def merge(self, others: Differences) -> None:
+        """Note these too."""
+        self.count.update(others.count)
+        self.first += others.first[: MOST_NAMED - len(self.first)]
+
     def add(self, kind: str, partition: int, offset: int, slot: int, message: str) -> None:
         """Note one."""
         self.count[kind] += 1
@@ -70,6 +75,12 @@ class PartitionReport:
     differences: int = 0
     gaps: list[Gap] = field(default_factory=list)  # stepped over on purpose, the newest last
     stepped_over: int = 0  # offsets in all such gaps
+    decided: int = 0  # decisions that became transitions
+    organic: int = 0  # organic steps that did
+    organic_transitions: int = 0  # and how many those became
+    amended: int = 0  # transitions in replay that later rewards changed
+    reasons: dict[str, int] = field(default_factory=dict)  # bad rows, by Reason
+    letters: dict[str, int] = field(default_factory=dict)  # dlq, late: rows of it that have a letter there
 
     @property
     def complete(self) -> bool:
@@ -154,6 +165,7 @@ def as_text(report: Report) -> str:
         f"checkpoint {report.generation} in {report.directory}: topic {report.topic!r}, "
         f"{report.inserted:,} transitions, {report.updates:,} updates",
         *_table(report.partitions),
+        *map(_became, report.partitions),
         *(_stepped_over(p) for p in report.partitions if p.stepped_over),
         *(_unverified(p) for p in report.partitions if not p.complete),
         *_letters_text(report),
@@ -186,6 +198,20 @@ def _stepped_over(p: PartitionReport) -> str:
         f"partition {p.partition}: {p.stepped_over:,} offsets were gone before they were read and were stepped over "
         f"on purpose (--on-gap), last {last.start} to {last.end - 1}; nothing was learnt from them"
     )
+
+
+def _became(p: PartitionReport) -> str:
+    decided = p.transitions - p.organic_transitions
+    parts = [
+        f"partition {p.partition}: {p.decided:,} of {p.decisions:,} decisions became {decided:,} transitions",
+        f"{p.organic:,} organic steps {p.organic_transitions:,}",
+        f"{p.amendments:,} later rewards, in {p.amended:,} transitions of replay",
+    ]
+    for rows, where in ((p.reasons, "dlq"), ({"LATE": p.late} if p.late else {}, "late")):
+        if rows:
+            why = ", ".join(f"{count:,} {reason}" for reason, count in rows.items())
+            parts.append(f"{where}: {why} ({p.letters.get(where, 0):,} letters found)")
+    return "; ".join(parts)
 
 
 def _unverified(p: PartitionReport) -> str:

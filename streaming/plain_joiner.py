@@ -133,6 +133,16 @@ class Transition(NamedTuple):
     policy_version: int
 
 
+class Credit(NamedTuple):
+    """A reward that a slot was given."""
+
+    event: int  # offset of the event that earned it
+    offset: int  # of the record that opened the step
+    slot: int
+    reward: float
+    amended: bool  # the transition was out already
+
+
 @dataclass
 class Output:
     """What records and watermarks gave, in order."""
@@ -141,6 +151,7 @@ class Output:
     # partition, offset, slot, reward
     amendments: list[tuple[int, int, int, float]] = field(default_factory=list)
     late: list[tuple[int, int]] = field(default_factory=list)  # partition, offset
+    credits: list[Credit] | None = None  # which event earned what; None: nobody asks
 
 
 @dataclass(slots=True)
@@ -187,6 +198,7 @@ class Deed(NamedTuple):
     item: int
     name: str
     reward: float
+    event: int  # its offset
 
 
 @dataclass(eq=False, slots=True)
@@ -559,16 +571,18 @@ class PlainPartition:
     def credit(self, step: Step, k: int, deed: Deed) -> None:
         """Give a deed's reward to a slot: in place, and as an amendment where the transition is out already."""
         slot = step.slots[k]
-        self.add_reward(step, k, deed.reward)
+        self.add_reward(step, k, deed.reward, deed.event)
         if deed.name in slot.counts:
             slot.counts[deed.name] += 1
             self.retry_take_backs(step.user, deed)
         if deed.name in TAKES_BACK:
             slot.counts[TAKES_BACK[deed.name]] -= 1
 
-    def add_reward(self, step: Step, k: int, reward: float) -> None:
-        """Whatever comes after the transition is out amends it."""
+    def add_reward(self, step: Step, k: int, reward: float, event: int) -> None:
+        """Whatever comes after the transition is out amends it. event: the offset of what earned it."""
         step.slots[k].reward += reward
+        if self.out.credits is not None and reward != 0:
+            self.out.credits.append(Credit(event, step.offset, k, reward, not step.open))
         if not step.open and reward != 0:
             self.counters["amendments"] += 1
             self.out.amendments.append((self.partition, step.offset, k, reward))
@@ -619,8 +633,8 @@ class PlainPartition:
                     continue
                 self.counters["rewards_moved"] += 1
                 reward = slot.reward
-                self.add_reward(other, k, -reward)
-                self.add_reward(step, mine, reward)
+                self.add_reward(other, k, -reward, other.offset)
+                self.add_reward(step, mine, reward, other.offset)
                 for name, count in slot.counts.items():
                     step.slots[mine].counts[name] += count
                     slot.counts[name] = 0
@@ -643,7 +657,8 @@ class PlainPartition:
 
     def deed(self, row: Row, line: Line) -> Deed:
         """What was done to this item, and what that earns."""
-        return Deed(line.item, row.name, self.settings.rewards.reward(row.name, value_of(row, line)))
+        reward = self.settings.rewards.reward(row.name, value_of(row, line))
+        return Deed(line.item, row.name, reward, row.offset)
 
     def matters(self, deed: Deed) -> bool:
         """Whether there is anything to attribute."""

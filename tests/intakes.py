@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from learner.agent import AgentSettings
@@ -38,13 +39,16 @@ class Way:
         join: JoinSettings = JOIN,
         topic: str = "events",
         most: int = 10_000,
+        settings: LearnerSettings = SETTINGS,
     ) -> None:
         self.codec, self.topic = codec or Codec(), topic
         self.log: Log = open_log(url)
         for name, count in ((topic, partitions), (dlq_topic(topic), 1), (late_topic(topic), 1)):
             self.log.create_topic(name, count)
         self.producer = self.log.producer()
-        self.learner = Learner(SETTINGS, AGENT, join, self.codec, partitions)
+        self.learner = Learner(
+            settings, replace(AGENT, history_length=join.history_length), join, self.codec, partitions
+        )
         starts = {p: bounds.low for p, bounds in self.log.bounds(topic).items()}
         self.learner.assign(starts)
         self.reader = self.log.reader(topic, starts)

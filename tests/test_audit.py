@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,16 +17,18 @@ import numpy as np
 import pytest
 
 from learner.agent import AgentSettings
-from learner.audit import Audit, AuditConfig, NothingToAudit, blind_ms
+from learner.audit import Audit, AuditConfig, NothingToAudit
 from learner.audit_report import as_json, as_text
 from learner.checkpoint import Checkpoints, decode, encode
 from learner.learner import Learner, LearnerSettings
+from learner.retelling import blind_ms
 from streaming.chunks import rows
 from streaming.columns import Kind
 from streaming.join_settings import JoinSettings
 from streaming.log import RecordBatch, open_log
 from streaming.rewards import RewardTable
 from streaming.schemas import Codec
+from tests.intakes import Way
 from tests.shop_log import write_shop
 
 AGENT = AgentSettings(batch_size=32, dim=8, hidden=16, history_length=8)
@@ -118,6 +121,78 @@ def test_all_that_the_log_gives_is_in_replay_once(shop, tmp_path):
     assert sum(p.decisions for p in report.partitions) >= 500
     assert sum(p.amendments for p in report.partitions) > 20
     assert as_text(report).endswith("clean")
+
+
+def test_each_partition_says_what_became_transitions_and_what_was_amended(shop, tmp_path):
+    batch = records(shop)
+    learner = taught(batch)
+    report = audit_of(learner, tmp_path, shop, ends(batch))
+    held = learner.replay.contents()
+    for p in report.partitions:
+        mine = held.partition == p.partition
+        decided = {
+            offset
+            for offset, organic in zip(held.offset[mine], held.organic[mine], strict=True)
+            if not organic
+        }
+        assert p.decided == len(decided) > 100
+        assert p.transitions - p.organic_transitions == 4 * len(decided)
+        assert p.organic_transitions == int(held.organic[mine].sum())
+        assert 0 < p.amended <= p.amendments
+        line = f"partition {p.partition}: {p.decided:,} of {p.decisions:,} decisions became"
+        assert line in as_text(report)
+
+
+def test_letters_that_are_looked_for_a_few_at_a_time_are_all_found(trained, monkeypatch):
+    monkeypatch.setattr("learner.audit.MOST_WANTED", 0)
+    url, folder = trained
+    report = audited(folder, url)
+    assert report.clean, as_text(report)
+    assert report.letters == {"dlq": 1, "late": 1, "unverified": 0}
+    assert sum(p.letters["dlq"] for p in report.partitions) == 1
+    (bad,) = (p for p in report.partitions if p.reasons)
+    assert bad.reasons == {"BAD_FRAME": 1}
+    assert "dlq: 1 BAD_FRAME (1 letters found)" in as_text(report)
+
+
+def view(n):
+    """A deed in a shop of ten users and seven items, twelve seconds after the one before."""
+    event = {
+        "event_id": f"e{n}",
+        "name": "view_item",
+        "user_id": f"user-{n % 10}",
+        "items": [{"item_id": f"{n % 7}"}],
+    }
+    return event["user_id"], Codec().encode_event({**event, "timestamp": 1_700_000_000_000 + n * 12_000})
+
+
+def test_memory_does_not_grow_with_the_log(tmp_path, monkeypatch):
+    """Nor with the number of bad rows; what is remembered is bounded by windows of event time."""
+    monkeypatch.setattr("learner.retelling.POLL_RECORDS", 50)
+
+    def peak(count):
+        folder = tmp_path / str(count)
+        with Way(
+            f"sqlite:///{tmp_path / f'{count}.db'}",
+            join=SHORT,
+            settings=replace(SETTINGS, replay_capacity=200),
+        ) as way:
+            way.send(view(n) if n % 3 else ("user", b"junk") for n in range(count)).take()
+            parts = {name: decode(encode(part)) for name, part in way.learner.snapshot()[1].items()}
+            save(folder, parts, way.intake.position())
+            config = AuditConfig(data_dir=str(folder), weights=str(folder / "weights"))
+            audit = Audit(way.log, Codec(), config)
+            tracemalloc.start()
+            report = audit.run()
+            most = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+        assert report.clean, as_text(report)
+        assert report.records == count
+        assert report.letters["dlq"] == count // 3
+        return most
+
+    peak(300)  # what is made once
+    assert peak(2400) < 1.5 * peak(600)
 
 
 def test_what_made_room_in_a_small_replay_is_counted(shop, tmp_path):
