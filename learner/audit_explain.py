@@ -27,6 +27,7 @@ FATES: Final = {
     "unread": "the checkpoint has not read it yet",
     "gone": "it is no longer in the log",
     "hole": "there is no such record: a hole that an aborted transaction or a marker left",
+    "before": "it lies before what can be told again: not read, stepped over, or joined with what is gone by now",
     "duplicate": "a duplicate: its id was seen before, so it counts for nothing",
     "decision": "a decision, taken in",
     "event": "an event, taken in",
@@ -171,6 +172,7 @@ class Explainer:
         start, told.blind = first_offset(memory.journal, told.partition, low)
         story = Retelling(told.partition, start, memory.journal.told(told.partition), credits=True)
         decoder = Decoder(self._codec, memory.vocabulary)
+        told.fate = "before" if told.offset < start else told.fate
         for batch in read_partition(self._log, self._topic, told.partition, start, end):
             for row in plain_rows(decoder.decode(batch)):
                 if row.offset != told.offset:
