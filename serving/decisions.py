@@ -4,52 +4,113 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from serving import metrics
-from streaming.log import LogError, Producer
+from streaming.log import LogError, LogFull, LogUnavailable, Producer
 from streaming.schemas import Codec
 
 logger = logging.getLogger(__name__)
 
 _COMPLAIN_EVERY_S: Final = 10.0
+_RETRY_S: Final = 0.2  # between two tries to hand a decision to a producer that takes none
+_LOOK_S: Final = 1.0  # between two looks at what the producer has given up
 
 
 class DecisionWriter:
-    """Writes decisions; threads may share one. A log that takes none never costs a caller the answer: it is counted,
-    and said in the server's log."""
+    """Writes decisions; threads may share one. The log never holds up an answer.
 
-    def __init__(self, producer: Producer, codec: Codec, topic: str, clock: Callable[[], float]) -> None:
-        """clock: monotonic seconds."""
+    A thread of its own hands decisions to the producer, which may have to wait for a broker. What cannot be written is
+    counted, and said in the server's log.
+    """
+
+    def __init__(
+        self, producer: Producer, codec: Codec, topic: str, clock: Callable[[], float], spool_bytes: int
+    ) -> None:
+        """clock: monotonic seconds. spool_bytes: of decisions that wait here while the producer takes none."""
         self._producer = producer
         self._codec = codec
         self._topic = topic
         self._clock = clock
-        self._lock = threading.Lock()
-        self._dropped = 0  # since the last complaint
+        self._spool_bytes = spool_bytes
+        self._waiting: deque[tuple[bytes, bytes]] = deque()
+        self._waiting_bytes = 0
+        self._work = threading.Condition()
+        self._closing = False
+        self._complaint = threading.Lock()
+        self._unsaid = 0  # decisions lost since the last complaint
         self._complained_s = float("-inf")
+        self._failed = 0  # of the producer, at the last look
+        self._thread = threading.Thread(target=self._run, name="decisions", daemon=True)
+        self._thread.start()
 
     def write(self, decision: Mapping[str, Any]) -> bool:
         """Queue one record (fields of proto/decision.avsc); False if it had to be dropped."""
         try:
-            value = self._codec.encode_decision(decision)
-            self._producer.send(self._topic, decision["user_id"].encode(), value)
+            key, value = decision["user_id"].encode(), self._codec.encode_decision(decision)
+            with self._work:
+                if self._waiting_bytes + len(value) > self._spool_bytes:
+                    raise LogFull(f"{len(self._waiting):,} decisions wait, and the log takes none")
+                self._waiting.append((key, value))
+                self._waiting_bytes += len(value)
+                self._work.notify()
         except LogError as error:
-            self._complain(error)
-            metrics.DECISIONS.labels("dropped").inc()
+            self._give_up(1, "dropped", error)
             return False
         metrics.DECISIONS.labels("queued").inc()
         return True
 
     def close(self, timeout_s: float) -> None:
         """Wait until all that was queued is durable. Raises LogError, naming the count, if it could not be."""
-        self._producer.close(timeout_s)
+        end_s = self._clock() + timeout_s
+        with self._work:
+            self._closing = True
+            self._work.notify()
+        self._thread.join(timeout_s)
+        left = len(self._waiting)
+        self._producer.close(max(0.1, end_s - self._clock()))
+        if left:
+            raise LogError(f"{left} decisions were not written within {timeout_s:g} s")
 
-    def _complain(self, error: LogError) -> None:
-        with self._lock:
-            self._dropped += 1
+    def _run(self) -> None:
+        while True:
+            with self._work:
+                self._work.wait_for(lambda: self._waiting or self._closing, _LOOK_S)
+                if self._closing and not self._waiting:
+                    return
+                entry = self._waiting[0] if self._waiting else None
+            if entry is None or self._hand_over(*entry):
+                self._look()
+
+    def _hand_over(self, key: bytes, value: bytes) -> bool:
+        """The first that waits, to the producer; False where it must be tried again."""
+        try:
+            self._producer.send(self._topic, key, value)
+        except (LogFull, LogUnavailable):
+            with self._work:
+                self._work.wait_for(lambda: self._closing, _RETRY_S)
+            return False
+        except LogError as error:
+            self._give_up(1, "lost", error)
+        with self._work:
+            self._waiting.popleft()
+            self._waiting_bytes -= len(value)
+        return True
+
+    def _look(self) -> None:
+        """Whether the producer has given up any."""
+        failed = self._producer.failed
+        if failed > self._failed:
+            self._give_up(failed - self._failed, "lost", "the log did not take them in time")
+            self._failed = failed
+
+    def _give_up(self, count: int, fate: str, why: object) -> None:
+        metrics.DECISIONS.labels(fate).inc(count)
+        with self._complaint:
+            self._unsaid += count
             if self._clock() - self._complained_s < _COMPLAIN_EVERY_S:
                 return
-            dropped, self._dropped, self._complained_s = self._dropped, 0, self._clock()
-        logger.error("%d decisions dropped, nothing will be learnt from them: %s", dropped, error)
+            count, self._unsaid, self._complained_s = self._unsaid, 0, self._clock()
+        logger.error("%d decisions %s, nothing will be learnt from them: %s", count, fate, why)

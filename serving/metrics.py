@@ -41,8 +41,9 @@ EMPTY_SLATES = Counter(
 )
 DECISIONS = Counter(
     "serving_decisions",
-    "Decision records by fate: queued (written, unless the log fails later), dropped (queue full or log refused: "
-    "the answer was given, nothing will be learnt from it), unlogged (the caller asked for none).",
+    "Decision records by fate: queued (written, unless it is lost later), dropped (the queue was full), lost (queued, "
+    "but the log refused it or did not take it in time); of answers dropped or lost nothing will be learnt. unlogged: "
+    "the caller asked for none.",
     ["fate"],
     registry=REGISTRY,
 )

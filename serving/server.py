@@ -72,6 +72,12 @@ class ServingConfig:
         default=10.0,
         metadata={"help": "longest wait for open calls, then for decisions to be durable; seconds, 0..600"},
     )
+    spool_mib: float = field(
+        default=64.0,
+        metadata={
+            "help": "decisions that wait while the log takes none, beside the client's own queue; MiB, 0.001..65536"
+        },
+    )
     seed: int | None = field(
         default=None, metadata={"help": "of the exploration; 0 and up, none: a new one at each start"}
     )
@@ -87,6 +93,7 @@ class ServingConfig:
             "weights_poll_s": (0.01, 60),
             "metrics_port": (0, 65535),
             "drain_s": (0, 600),
+            "spool_mib": (0.001, 65536),
             "seed": (0, 2**63),
         }
         for name, (low, high) in bounds.items():
@@ -124,9 +131,7 @@ class PolicyServer:
         self._view = View(view_config, codec)
         self._follower = None if log is None else Follower(log, self._view, view_config, time.monotonic)
         self._weights = WeightsFollower(config.weights, config.label, config.network, config.weights_poll_s)
-        self._decisions = (
-            None if log is None else DecisionWriter(log.producer(), codec, view_config.topic, time.monotonic)
-        )
+        self._decisions = None if log is None else self._writer(log)
         seed = None if config.seed is None else [config.seed, instance.index]
         self._service = Service(
             view=self._view,
@@ -185,6 +190,11 @@ class PolicyServer:
             self._codec.register()
         except LogError as error:
             logger.warning("%s; decisions are dropped until it answers", error)
+
+    def _writer(self, log: Log) -> DecisionWriter:
+        spool_bytes = int(self._config.spool_mib * (1 << 20))
+        topic = self._view_config.topic
+        return DecisionWriter(log.producer(), self._codec, topic, time.monotonic, spool_bytes)
 
     def _build(self) -> grpc.Server:
         server = grpc.server(
