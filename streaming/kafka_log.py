@@ -95,6 +95,12 @@ _UNAVAILABLE: Final = {
     KafkaError.NOT_COORDINATOR,
     KafkaError.NOT_CONTROLLER,
     KafkaError.NOT_ENOUGH_REPLICAS,
+    KafkaError.NOT_ENOUGH_REPLICAS_AFTER_APPEND,
+    KafkaError.OFFSET_NOT_AVAILABLE,
+    KafkaError.FENCED_LEADER_EPOCH,
+    KafkaError.UNKNOWN_LEADER_EPOCH,
+    KafkaError.KAFKA_STORAGE_ERROR,
+    KafkaError.UNKNOWN,  # "unknown server error": it may go well the next time, as the Java client assumes too
 }
 _NO_TOPIC: Final = {
     KafkaError.UNKNOWN_TOPIC_OR_PART,
@@ -160,17 +166,17 @@ class KafkaLog:
         count = self.partitions(topic)
         if not count:
             raise _unknown(topic)
-        return {partition: self._bounds(TopicPartition(topic, partition)) for partition in range(count)}
+        return {partition: self.partition_bounds(topic, partition) for partition in range(count)}
 
-    def _bounds(self, place: TopicPartition) -> Bounds:
+    def partition_bounds(self, topic: str, partition: int, timeout_s: float = _REQUEST_S) -> Bounds:
+        """What one partition holds now. Raises: LogUnavailable when nobody answers in time; LogError."""
         try:
-            found = self._asking.get_watermark_offsets(place, timeout=_REQUEST_S, cached=False)
+            place = TopicPartition(topic, partition)
+            found = self._asking.get_watermark_offsets(place, timeout=timeout_s, cached=False)
         except KafkaException as error:
-            raise _translated(error.args[0], place.topic) from error
+            raise _translated(error.args[0], topic) from error
         if found is None:
-            raise LogUnavailable(
-                f"no broker told within {_REQUEST_S:g} s where {place.topic} begins and ends"
-            )
+            raise LogUnavailable(f"no broker told within {timeout_s:g} s where {topic} begins and ends")
         low, high = found
         return Bounds(low, max(low, high))
 
@@ -376,6 +382,7 @@ class KafkaReader:
         self._broken: dict[int, LogError] = {}  # raised until somebody seeks
         self._heard: dict[int, float] = {}  # when a partition last gave something, or was started
         self._silent: set[int] = set()  # gave nothing since it was started
+        self.stall_s = _STALL_S  # a partition that is silent for longer is looked into
         self._closed = False
         self._start()
 
@@ -442,6 +449,7 @@ class KafkaReader:
         One way for every move: its own `seek` refuses partitions that are not being fetched just now.
         """
         self._consumer.assign(self._topic, self._next)
+        self._consumer.resume(self._topic, self._next.keys() - self._paused)
         self._consumer.pause(self._topic, self._paused)
         self._heard = dict.fromkeys(self._next, time.monotonic())
         self._silent = set(self._next)
@@ -496,20 +504,22 @@ class KafkaReader:
         if self._errors.down is not None or any(silence.get(p, 0) > _STRANGE_S for p in self._silent):
             self._check(timeout_s)
             self._silent.clear()
-        for partition in [p for p, silence_s in silence.items() if silence_s > _STALL_S]:
-            self._heard[partition] = now
-            high = self._consumer.high(self._topic, partition)
-            if high > self._next[partition]:
-                # librdkafka has been seen to stall
-                where = f"{self._topic}/{partition}"
-                logger.warning(
-                    "%s: nothing since %d though high is %d; fetching anew",
-                    where,
-                    self._next[partition],
-                    high,
-                )
-                self._start()
-                return
+        if silence and max(silence.values()) > self.stall_s:
+            self._look_into(max(silence, key=silence.__getitem__), timeout_s)
+
+    def _look_into(self, partition: int, timeout_s: float) -> None:
+        """Ask the broker what a silent partition holds: librdkafka has been seen to stall, and where a partition ends
+        it knows from the last fetch only."""
+        self._heard[partition] = time.monotonic()
+        try:
+            high = self._log.partition_bounds(self._topic, partition, timeout_s).high
+        except LogError as error:
+            logger.info("%s/%d is silent: %s", self._topic, partition, error)
+            return
+        if high > self._next[partition]:
+            where, there = f"{self._topic}/{partition}", self._next[partition]
+            logger.warning("%s: nothing since %d though it ends at %d; fetching anew", where, there, high)
+            self._start()
 
 
 class _Exists(LogError):

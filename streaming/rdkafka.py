@@ -13,7 +13,7 @@ import logging
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from ctypes import POINTER, c_char_p, c_int, c_int32, c_int64, c_size_t, c_ssize_t, c_void_p
+from ctypes import c_char_p, c_int, c_int32, c_int64, c_size_t, c_ssize_t, c_void_p
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -84,7 +84,6 @@ def _library() -> ctypes.CDLL:
         ("assign", c_int, c_void_p, c_void_p),
         ("pause_partitions", c_int, c_void_p, c_void_p),
         ("resume_partitions", c_int, c_void_p, c_void_p),
-        ("get_watermark_offsets", c_int, c_void_p, c_char_p, c_int32, POINTER(c_int64), POINTER(c_int64)),
         ("consume_batch_queue", c_ssize_t, c_void_p, c_int, c_void_p, c_size_t),
         ("message_errstr", c_char_p, c_void_p),
         ("message_destroy", None, c_void_p),
@@ -235,12 +234,6 @@ class ArrayConsumer:
     def resume(self, topic: str, partitions: Iterable[int]) -> None:
         """Undo `pause`."""
         self._ask("resume_partitions", topic, dict.fromkeys(partitions, 0))
-
-    def high(self, topic: str, partition: int) -> int:
-        """Where the partition ended at the last fetch; negative where there was none."""
-        low, high = c_int64(-1), c_int64(-1)
-        _LIBRARY.rd_kafka_get_watermark_offsets(self._handle, topic.encode(), partition, low, high)
-        return high.value
 
     def close(self) -> None:
         """Let go; harmless twice."""

@@ -1,0 +1,160 @@
+"""A broker that answers with errors, moves, or goes: nothing is lost or doubled, and what may pass is tried again."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import closing
+
+import pytest
+from confluent_kafka import KafkaError, Producer
+
+from streaming.kafka_log import KafkaLog, KafkaReader
+from streaming.log import Bounds, Log, LogError, LogUnavailable, open_log
+from tests.kafka_broker import KafkaBroker
+from tests.mock_kafka import FETCH, LIST_OFFSETS, METADATA, PRODUCE, MockKafka
+
+PARTITIONS = 3
+COUNT = 300
+
+PASSING = [  # what a client may be told while leaders move, brokers start, or disks fail
+    *("NOT_LEADER_FOR_PARTITION", "LEADER_NOT_AVAILABLE", "REPLICA_NOT_AVAILABLE", "BROKER_NOT_AVAILABLE"),
+    *("UNKNOWN_LEADER_EPOCH", "FENCED_LEADER_EPOCH", "OFFSET_NOT_AVAILABLE", "KAFKA_STORAGE_ERROR"),
+    *("REQUEST_TIMED_OUT", "NETWORK_EXCEPTION", "UNKNOWN", "_TRANSPORT"),
+]
+
+
+@pytest.fixture
+def cluster() -> Iterator[MockKafka]:
+    with MockKafka() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def mock_log(cluster: MockKafka, topic: str) -> Iterator[Log]:
+    cluster.create_topic(topic, PARTITIONS)
+    with closing(open_log(cluster.url)) as log:
+        yield log
+
+
+def send(log: Log, topic: str, start: int) -> None:
+    """COUNT records from this number on."""
+    with closing(log.producer()) as producer:
+        for number in range(start, start + COUNT):
+            producer.send(topic, b"user%d" % (number % 10), b"%d" % number)
+
+
+def read(log: Log, topic: str, wanted: int, reader: KafkaReader, found: list[int]) -> list[int]:
+    """So many numbers, through whatever passes; and then no more."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and (len(found) < wanted or time.monotonic() < deadline - 19):
+        try:
+            batch = reader.poll(100, 0.1)
+        except LogUnavailable:
+            continue
+        found += [int(batch.value(i) or b"") for i in range(len(batch))]
+        if len(found) >= wanted and not len(batch):
+            break
+    return found
+
+
+def bounds(log: Log, topic: str) -> dict[int, Bounds]:
+    """Asked again while the log says that it may help."""
+    while True:
+        try:
+            return log.bounds(topic)
+        except LogUnavailable:
+            time.sleep(0.1)
+
+
+@pytest.mark.parametrize("error", PASSING)
+def test_a_fetch_that_fails_is_tried_again_and_costs_no_record(cluster, mock_log, topic, error):
+    send(mock_log, topic, 0)
+    with closing(mock_log.reader(topic, dict.fromkeys(range(PARTITIONS), 0))) as reader:
+        found = read(mock_log, topic, 10, reader, [])
+        cluster.fail(FETCH, *[getattr(KafkaError, error)] * 4)
+        send(mock_log, topic, COUNT)
+        assert sorted(read(mock_log, topic, 2 * COUNT, reader, found)) == list(range(2 * COUNT))
+
+
+@pytest.mark.parametrize("error", PASSING)
+def test_asking_where_the_log_ends_may_fail_and_a_reader_that_starts_then_gets_all(
+    cluster, mock_log, topic, error
+):
+    send(mock_log, topic, 0)
+    cluster.fail(LIST_OFFSETS, *[getattr(KafkaError, error)] * 2)
+    cluster.fail(METADATA, *[getattr(KafkaError, error)] * 2)
+    assert sum(bound.high for bound in bounds(mock_log, topic).values()) == COUNT
+    cluster.fail(LIST_OFFSETS, *[getattr(KafkaError, error)] * 2)
+    with closing(mock_log.reader(topic, dict.fromkeys(range(PARTITIONS), 0))) as reader:
+        assert sorted(read(mock_log, topic, COUNT, reader, [])) == list(range(COUNT))
+
+
+@pytest.mark.parametrize("error", [*PASSING[:4], "NOT_ENOUGH_REPLICAS", "REQUEST_TIMED_OUT"])
+def test_a_write_that_fails_is_tried_again_and_neither_lost_nor_doubled(cluster, mock_log, topic, error):
+    send(mock_log, topic, 0)
+    cluster.fail(PRODUCE, *[getattr(KafkaError, error)] * 4)
+    send(mock_log, topic, COUNT)
+    with closing(mock_log.reader(topic, dict.fromkeys(range(PARTITIONS), 0))) as reader:
+        assert sorted(read(mock_log, topic, 2 * COUNT, reader, [])) == list(range(2 * COUNT))
+
+
+def test_an_error_that_will_not_pass_is_raised(cluster, mock_log, topic):
+    send(mock_log, topic, 0)
+    with closing(mock_log.reader(topic, dict.fromkeys(range(PARTITIONS), 0))) as reader:
+        cluster.fail(FETCH, *[KafkaError.TOPIC_AUTHORIZATION_FAILED] * 4)
+        with pytest.raises(LogError, match="authorization failed"):
+            read(mock_log, topic, COUNT, reader, [])
+
+
+def test_leaders_that_move_about_cost_no_record(cluster, mock_log, topic):
+    send(mock_log, topic, 0)
+    found: list[int] = []
+    with closing(mock_log.reader(topic, dict.fromkeys(range(PARTITIONS), 0))) as reader:
+        for turn in range(1, 4):
+            for partition in range(PARTITIONS):
+                cluster.lead(topic, partition, 1 + (partition + turn) % 3)
+            send(mock_log, topic, turn * COUNT)
+            read(mock_log, topic, (turn + 1) * COUNT, reader, found)
+    assert sorted(found) == list(range(4 * COUNT))
+
+
+def stall(reader: KafkaReader, topic: str) -> None:
+    """As if librdkafka fetched no more, and told nobody."""
+    reader._consumer.pause(topic, reader.position())
+
+
+def test_a_consumer_that_stalls_is_found_out_and_fetches_anew(mock_log: KafkaLog, topic, caplog):
+    send(mock_log, topic, 0)
+    with closing(mock_log.reader(topic, dict.fromkeys(range(PARTITIONS), 0))) as reader:
+        reader.stall_s = 0.5
+        found = read(mock_log, topic, COUNT, reader, [])
+        stall(reader, topic)
+        send(mock_log, topic, COUNT)
+        with caplog.at_level(logging.WARNING):
+            assert sorted(read(mock_log, topic, 2 * COUNT, reader, found)) == list(range(2 * COUNT))
+    assert "fetching anew" in caplog.text
+
+
+@pytest.mark.kafka
+def test_aborted_records_are_never_seen_and_the_hole_they_leave_is_no_stall(
+    kafka: KafkaBroker, topic, caplog
+):
+    with closing(open_log(kafka.url)) as log:
+        log.create_topic(topic, 1)
+        shop = Producer({"bootstrap.servers": kafka.bootstrap, "transactional.id": topic, "log_level": 0})
+        shop.init_transactions(30)
+        for number, end in enumerate((shop.commit_transaction, shop.abort_transaction)):
+            shop.begin_transaction()
+            shop.produce(topic, b"%d" % number, b"user")
+            shop.flush(30)
+            end(30)
+        with closing(log.reader(topic, {0: 0})) as reader, caplog.at_level(logging.WARNING):
+            reader.stall_s = 0.3
+            assert read(log, topic, 1, reader, []) == [0]
+            deadline = time.monotonic() + 1.5
+            while time.monotonic() < deadline:
+                assert len(reader.poll(10, 0.1)) == 0
+            assert reader.position() == {0: log.bounds(topic)[0].high} == {0: 4}
+    assert "fetching anew" not in caplog.text
