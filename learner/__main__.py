@@ -153,12 +153,15 @@ def _train(
         closing.callback(log.close)
         if not _await_topic(log, config, stop):
             return
+        # before the name is claimed: a second start by mistake, which finds the port taken, must not stop the first
+        metrics = Metrics()
+        metrics.serve(config.metrics_port)
         _, checkpoints, store = open_store(config, f"{socket.gethostname()}, pid {os.getpid()}")
         group = f"bellwether-{config.name}"
         watch = LogWatch(log, config.topic, config.catalog_topic, group, LOOK_S)
         closing.callback(watch.close)
         learner = Learner(settings, agent, join, codec, lambda: len(watch.bounds), config.device)
-        trainer = _prepared(config, learner, log, codec, watch, checkpoints, store, closing)
+        trainer = _prepared(config, learner, log, codec, watch, checkpoints, store, metrics, closing)
         prequential = Prequential(learner.vocabulary, join.rewards)
         if config.prequential is not None:
             learner.observe = prequential.observe
@@ -196,6 +199,7 @@ def _prepared(
     watch: LogWatch,
     checkpoints: Checkpoints,
     store: WeightStore,
+    metrics: Metrics,
     closing: ExitStack,
 ) -> Trainer:
     """A trainer that goes on where the newest checkpoint ends, or begins."""
@@ -227,8 +231,6 @@ def _prepared(
     )
     closing.callback(writer.close)
     closing.callback(publisher.close)
-    metrics = Metrics()
-    metrics.serve(config.metrics_port)
     return Trainer(
         config,
         learner,

@@ -66,6 +66,10 @@ class Metrics:
         self.log_errors = counter("learner_log_errors", "Polls that failed and were tried again.")
 
     def serve(self, port: int) -> None:
-        """Answer Prometheus on this port, in a thread; 0: don't."""
-        if port:
+        """Answer Prometheus on this port, in a thread; 0: don't. Raises: OSError where it is taken."""
+        if not port:
+            return
+        try:
             start_http_server(port, registry=self.registry)
+        except OSError as error:
+            raise OSError(f"metrics port {port}: {error.strerror}; choose another --metrics-port") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -170,6 +171,15 @@ def test_a_second_learner_with_the_same_name_fences_the_first(shop_url, tmp_path
     finally:
         second.send_signal(signal.SIGTERM)
     assert finish(second)[0] == 0
+
+
+def test_a_second_start_that_finds_its_metrics_port_taken_does_not_stop_the_first(shop_url, tmp_path):
+    with socket.create_server(("0.0.0.0", 0)) as first:
+        port = first.getsockname()[1]
+        status, said = finish(start(tmp_path, shop_url, "--metrics-port", str(port)))
+    assert status == 1
+    assert f"metrics port {port}: Address already in use" in said.splitlines()[-1]
+    assert not (tmp_path / "data" / "fence").exists()
 
 
 def test_it_catches_up_with_either_log_and_dead_letters_what_it_cannot_read(log_url, tmp_path):
