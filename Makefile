@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint compose-test clean
+.PHONY: demo test lint compose-test faults clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Bellwether needs Python 3.11 or newer, not " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
@@ -29,6 +29,9 @@ test: lint
 
 compose-test: $(VENV)/.installed-dev
 	BELLWETHER_COMPOSE_TEST=1 $(BIN)/pytest -v -s --durations=10 -m docker tests/test_compose.py
+
+faults: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.faults --json benchmarks/results/faults.jsonl
 
 clean:
 	rm -rf $(VENV) .bellwether .kafka .pytest_cache .mypy_cache .ruff_cache

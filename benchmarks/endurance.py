@@ -22,74 +22,22 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from benchmarks.load import in_the_log
+from benchmarks.processes import TOPIC, LearnerProcess, catch_up, ends
 from benchmarks.record import append, show
-from learner.checkpoint import Checkpoints
 from serving import policy_pb2 as pb
 from serving.client import CallError
-from streaming.columns import Kind
-from streaming.decoder import Decoder
-from streaming.interning import Vocabulary
-from streaming.log import Log, open_log
-from streaming.schemas import Codec
+from streaming.log import open_log
 from tests.kafka_broker import KafkaBroker
 from tests.serving_process import ServerProcess
 
-TOPIC = "events"
 PARTITIONS = 4
-CATCH_UP_S = 180.0
 BROKER_AWAY_S = (1.0, 6.0)
 PROBE_S = 0.1
-
-
-class LearnerProcess:
-    """`learner` that is killed and started again on the same checkpoints."""
-
-    def __init__(self, folder: Path, url: str) -> None:
-        self.folder = folder
-        stores = ["--data-dir", str(folder / "data"), "--weights", str(folder / "weights")]
-        self._command = [
-            sys.executable,
-            "-m",
-            "learner",
-            "--topic",
-            TOPIC,
-            "--log",
-            url,
-            *stores,
-            "--checkpoint-s",
-            "2",
-        ]
-        self._said = (folder / "learner.log").open("a")
-        self.start()
-
-    def start(self) -> None:
-        """On what the checkpoint holds."""
-        self.process = subprocess.Popen(self._command, stderr=self._said)
-
-    def kill(self) -> None:
-        """At once."""
-        self.process.kill()
-        self.process.wait()
-
-    def stop(self) -> int:
-        """After a last checkpoint; its exit status."""
-        self.process.send_signal(signal.SIGTERM)
-        status = self.process.wait(120)
-        self._said.close()
-        return status
-
-    def positions(self) -> dict[int, int]:
-        """Of the newest checkpoint."""
-        manifests = sorted((self.folder / "data" / "learner").glob("checkpoint-*.json"))
-        if not manifests:
-            return {}
-        return {int(p): o for p, o in json.loads(manifests[-1].read_text())["meta"]["positions"].items()}
 
 
 class Prober(threading.Thread):
@@ -148,32 +96,6 @@ def trouble(
     return kills
 
 
-def catch_up(learner: LearnerProcess, log: Log) -> float:
-    """Wait until a checkpoint holds all of the log; returns how long that took."""
-    start = time.monotonic()
-    goal = {p: bounds.high for p, bounds in log.bounds(TOPIC).items()}
-    while learner.positions() != goal:
-        if time.monotonic() - start > CATCH_UP_S:
-            raise SystemExit(f"the learner stands at {learner.positions()}, the log ends at {goal}")
-        time.sleep(0.5)
-    return time.monotonic() - start
-
-
-def in_the_log(log: Log) -> dict[str, int]:
-    """What the topic holds: distinct ids by kind, and records beyond them."""
-    decoder = Decoder(Codec(), Vocabulary())
-    bounds = log.bounds(TOPIC)
-    ids: dict[Kind, list[np.ndarray[Any, Any]]] = {Kind.EVENT: [], Kind.DECISION: []}
-    with closing(log.reader(TOPIC, {p: b.low for p, b in bounds.items()})) as reader:
-        while any(at < bounds[p].high for p, at in reader.position().items()):
-            columns = decoder.decode(reader.poll(20_000, 1.0))
-            for kind, found in ids.items():
-                found.append(columns.id[columns.kind == kind])
-    together = {kind: np.concatenate(found) for kind, found in ids.items()}
-    events, decisions = (len(np.unique(together[kind])) for kind in (Kind.EVENT, Kind.DECISION))
-    return {"events": events, "decisions": decisions, "records": sum(map(len, together.values()))}
-
-
 @contextmanager
 def shop(minutes: float, folder: Path, url: str, servers: list[ServerProcess], rate: float) -> Iterator[Any]:
     """Shoppers, spread over the servers in turn of their connections."""
@@ -195,7 +117,9 @@ def measure(minutes: float, seed: int, rate: float, folder: Path) -> dict[str, A
         log = open_log(broker.url)
         log.create_topic(TOPIC, PARTITIONS)
         log.create_topic("catalog", 1, compacted=True)
-        learner = LearnerProcess(folder, broker.url)
+        learner = LearnerProcess(folder, broker.url, "--checkpoint-s", "2")
+        learner.start()
+        closing_all.callback(learner.kill)
         flags = ("--log", broker.url, "--weights", str(folder / "weights"))
         servers = [closing_all.enter_context(ServerProcess(*flags)) for _ in range(2)]
         with shop(minutes, folder, broker.url, servers, rate) as shoppers:
@@ -209,17 +133,14 @@ def measure(minutes: float, seed: int, rate: float, folder: Path) -> dict[str, A
         for prober in probers:
             prober.stop()
         drained = [server.terminate() for server in servers]
-        caught_up_s = catch_up(learner, log)
+        caught_up_s = catch_up(learner, ends(log))
         stopped = learner.stop()
-        audit = [sys.executable, "-m", "learner", "audit", "--topic", TOPIC, "--log", broker.url, "--json"]
-        told = subprocess.run([*audit, "--data-dir", str(folder / "data")], capture_output=True, text=True)
-        (folder / "audit.json").write_text(told.stdout)
-        held = in_the_log(log)
+        audit_status, _ = learner.audit()
+        held = in_the_log(log, TOPIC)
         items = sum(bounds.high for bounds in log.bounds("catalog").values())
         log.close()
     said = json.loads((folder / "shoppers.json").read_text())
-    loaded = Checkpoints(folder / "data" / "learner").load()
-    assert loaded is not None
+    meta = learner.meta()
     return {
         "minutes": minutes,
         "kills_learner": kills["learner"],
@@ -227,17 +148,17 @@ def measure(minutes: float, seed: int, rate: float, folder: Path) -> dict[str, A
         "published_events": said["published"] - items,
         "answered": said["decisions"] - said["errors"] - said["empty"],  # with a slate
         "unanswered_shoppers": said["errors"],
-        "log_events": held["events"],
-        "log_decisions": held["decisions"],
-        "log_records_beyond": held["records"] - held["events"] - held["decisions"],
-        "transitions": loaded.meta["transitions"],
-        "updates": loaded.meta["updates"],
+        "log_events": len(held.events),
+        "log_decisions": len(held.decisions),
+        "log_records_beyond": held.events.total() - len(held.events) + held.decisions_twice,
+        "transitions": meta["transitions"],
+        "updates": meta["updates"],
         "probes": sum(prober.calls for prober in probers),
         "probes_failed": sum(sum(prober.failures.values()) for prober in probers),
         "slowest_probe_s": max(prober.slowest_s for prober in probers),
         "versions_served": len(set.union(*(prober.versions for prober in probers))),
         "caught_up_s": caught_up_s,
-        "audit_status": told.returncode,
+        "audit_status": audit_status,
         "exit_statuses": [stopped, *drained],
     }
 

@@ -1,0 +1,127 @@
+"""`python -m benchmarks.faults` is alive, and would see a loss or a double."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.faults import Row, main, tell, verdict
+from benchmarks.load import SLOTS, Held, Sent, account
+from learner.replay import Contents
+from tests.kafka_broker import KafkaBroker
+
+PLACES = {"d1": (0, 10), "d2": (0, 20), "d3": (1, 5)}  # d2 and d3 are their users' last
+
+
+def replay(*steps: tuple[int, int], slots: int = SLOTS) -> Contents:
+    """Transitions of these decisions."""
+    places = np.array([(*step, slot) for step in steps for slot in range(slots)], np.int64).reshape(-1, 3)
+    zeros = np.zeros(len(places))
+    columns: dict[str, Any] = dict.fromkeys(Contents._fields, zeros)
+    columns |= {"partition": places[:, 0], "offset": places[:, 1], "slot": places[:, 2]}
+    return Contents(**{**columns, "organic": zeros.astype(np.bool_)})
+
+
+def held(*events: str, **more: Any) -> Held:
+    """A log with these events, and the decisions at PLACES."""
+    found = replace(Held(decisions=dict(PLACES)), **more)
+    found.events.update(events)
+    found.users[0, "ann"] = [(10, "d1"), (20, "d2")]
+    found.users[1, "bob"] = [(5, "d3")]
+    return found
+
+
+SENT = Sent({"e1", "e2"}, set(PLACES), duplicates=1, bad=1)
+HELD = held("e1", "e1", "e2", bad=1)
+TOLD = {"partitions": [{"events": 2, "decisions": 3, "duplicates": 1, "bad": 1}], "differences": {}}
+
+
+def told(**changed: int) -> dict[str, Any]:
+    return {"partitions": [{**TOLD["partitions"][0], **changed}], "differences": {}}  # type: ignore[index]
+
+
+def differing(kind: str) -> dict[str, Any]:
+    return {**TOLD, "differences": {kind: 7}}
+
+
+def test_where_all_is_well_nothing_is_lost_or_doubled():
+    assert account(SENT, HELD, TOLD, replay((0, 10))) == (0, 0, [])
+    assert account(SENT, HELD, TOLD, replay((0, 10), (1, 5))) == (0, 0, [])  # the clock has ended bob's visit
+
+
+@pytest.mark.parametrize(
+    ("found", "learnt", "there", "lost", "doubled"),
+    [
+        (held("e1", "e1", bad=1), TOLD, replay((0, 10)), 1, 0),
+        (held("e1", "e1", "e2", "e9", bad=1), TOLD, replay((0, 10)), 0, 1),
+        (held("e1", "e1", "e2", "e2", bad=1), TOLD, replay((0, 10)), 0, 1),
+        (held("e1", "e1", "e2", bad=1, decisions_twice=1), TOLD, replay((0, 10)), 0, 1),
+        (HELD, told(events=1), replay((0, 10)), 1, 0),
+        (HELD, told(events=3), replay((0, 10)), 0, 1),
+        (HELD, told(decisions=2), replay((0, 10)), 1, 0),
+        (HELD, told(decisions=4), replay((0, 10)), 0, 1),
+        (HELD, told(duplicates=0), replay((0, 10)), 0, 1),
+        (HELD, told(bad=0), replay((0, 10)), 1, 0),
+        (HELD, TOLD, replay(), SLOTS, 0),
+        (HELD, TOLD, replay((0, 10), slots=SLOTS - 1), 1, 0),
+        (HELD, TOLD, replay((0, 10), (0, 10)), 0, SLOTS),
+        (HELD, TOLD, replay((0, 10), (0, 11)), 0, SLOTS),
+        (HELD, differing("lost"), replay((0, 10)), 7, 0),
+        (HELD, differing("no letter"), replay((0, 10)), 7, 0),
+        (HELD, differing("doubled"), replay((0, 10)), 0, 7),
+        (HELD, differing("reward"), replay((0, 10)), 0, 0),
+    ],
+)
+def test_a_loss_and_a_double_are_counted_wherever_they_are(found, learnt, there, lost, doubled):
+    outcome = account(SENT, found, learnt, there)
+    assert (outcome.lost, outcome.doubled) == (lost, doubled)
+    assert outcome.wrong
+
+
+@pytest.mark.parametrize(
+    ("change", "status"),
+    [
+        ({}, 0),
+        ({"lost": 1}, 1),
+        ({"doubled": 1}, 1),
+        ({"wrong": ["it did not recover"]}, 1),
+        ({"skipped": "no toxiproxy here"}, 1),  # nothing was tried at all
+    ],
+)
+def test_what_is_wrong_is_the_exit_status(change, status):
+    assert verdict([Row("kill", "kafka", 3, recovered_s=[1.0], **change)]) == status
+
+
+def test_a_row_tells_what_was_wrong_and_what_was_skipped():
+    assert "never" in tell(Row("kill", "kafka", 1, wrong=["it did not recover"])).splitlines()[0]
+    assert tell(Row("kill", "kafka", 1, wrong=["it did not recover"])).endswith("!!! it did not recover")
+    assert tell(Row("link-cut", "kafka", skipped="get toxiproxy")).endswith("skipped: get toxiproxy")
+
+
+def test_a_fault_that_is_not_there_is_one_line(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--only", "kill,flood"])
+    assert ended.value.code == 2
+    assert "no fault 'flood'; one of kill, " in capsys.readouterr().err
+
+
+@pytest.mark.kafka
+@pytest.mark.timeout(600)
+def test_the_command_kills_a_learner_in_its_checkpoint_and_a_broker_and_finds_all_there(
+    kafka: KafkaBroker, tmp_path, capsys
+):
+    file = tmp_path / "faults.jsonl"
+    flags = ["--only", "kill-manifest,broker-kill", "--times", "1", "--log", "kafka", "--json", str(file)]
+    status = main(flags)
+    said = capsys.readouterr().out
+    assert status == 0, said
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(row["fault"], row["times"], row["lost"], row["doubled"]) for row in rows] == [
+        ("kill-manifest", 1, 0, 0),
+        ("broker-kill", 1, 0, 0),
+    ]
+    assert "2 faults of 2 kinds: nothing lost, nothing doubled, all recovered" in said
