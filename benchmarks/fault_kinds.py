@@ -316,12 +316,13 @@ def broker_kill(rig: Rig) -> Iterator[None]:
     yield
 
 
-@fault("brokers-away", "no broker for --away-s; the learner trains on", KAFKA)
+@fault("brokers-away", "no broker for --away-s", KAFKA)
 def brokers_away(rig: Rig) -> Iterator[None]:
     assert rig.broker is not None
     rig.broker.kill9()
     time.sleep(rig.settings.away_s)
     require(rig.learner.process.poll() is None, "the learner ended")
+    require(rig.updates() > 0, "it does not answer Prometheus")
     rig.broker.start()
     yield
 

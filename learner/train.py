@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 TURN_S: Final = 0.1  # updates in a row before the log is looked at again
 PATIENCE_S: Final = 0.05  # longest wait for records while there is nothing to train on
 RETRY_S: Final = 0.5  # between two tries to reach what cannot be reached
+LETTERS_S: Final = 1.0  # that a checkpoint waits for dead letters, and training with it
+LETTERS_RETRY_S: Final = 5.0  # until it tries again
 ANY_NUMBER: Final = 1 << 62
 
 
@@ -308,12 +310,13 @@ class Trainer:
             self._due["checkpoint"] = now + self._config.checkpoint_s
             self._start_checkpoint()
 
-    def _start_checkpoint(self) -> None:
+    def _start_checkpoint(self, patience_s: float = LETTERS_S) -> None:
+        """patience_s: how long to wait for dead letters to be durable."""
         try:
-            self._letters.flush()  # what a checkpoint counts as read must be somewhere
+            self._letters.flush(patience_s)  # what a checkpoint counts as read must be somewhere
         except LogError as error:
             logger.warning("no checkpoint now: %s", error)
-            self._due["checkpoint"] = self._clock() + RETRY_S
+            self._due["checkpoint"] = self._clock() + LETTERS_RETRY_S
             return
         position = self._intake.position()
         token, parts = self._learner.snapshot(self._safe)
@@ -411,7 +414,7 @@ class Trainer:
         while self._checkpoints.busy:
             self._collect(60.0)
         if self._intake.whole:
-            self._start_checkpoint()
+            self._start_checkpoint(30.0)
             if self._checkpoints.busy and not self._collect(600.0):
                 raise CheckpointFailed("the last checkpoint was not written; the one before is intact")
         else:
