@@ -34,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         namespace.kafka,
         namespace.registry,
         namespace.registry_headers,
+        namespace.schemas,
         _now_ms,
         _new_name,
     )

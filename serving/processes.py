@@ -39,6 +39,7 @@ class Launch(NamedTuple):
     kafka: Mapping[str, str]
     registry: str | None  # URL
     registry_headers: str | None  # file
+    schemas: str | None  # folder
     now_ms: Callable[[], int]  # wall clock
     name: Callable[[], str]  # gives names that no other server ever had
 
@@ -169,7 +170,12 @@ def _server(launch: Launch, index: int) -> PolicyServer:
     use_threads(1)  # calls run beside each other; a second thread for one of them only gets in their way
     sys.setswitchinterval(_SWITCH_S)
     log = None if launch.log_url is None else open_log(launch.log_url, launch.kafka)
-    codec = codec_from(Namespace(registry=launch.registry, registry_headers=launch.registry_headers))
+    named = {
+        "registry": launch.registry,
+        "registry_headers": launch.registry_headers,
+        "schemas": launch.schemas,
+    }
+    codec = codec_from(Namespace(**named))
     return PolicyServer(launch.config, launch.view, log, codec, Instance(launch.name(), index), launch.now_ms)
 
 

@@ -410,7 +410,7 @@ class Loop:
         log = ["--log", self._url]
         for key, value in self._namespace.kafka.items():
             log += ["--kafka", f"{key}={value}"]
-        for flag in ("registry", "registry_headers"):
+        for flag in ("registry", "registry_headers", "schemas"):
             if getattr(self._namespace, flag):
                 log += ["--" + flag.replace("_", "-"), getattr(self._namespace, flag)]
         data = ["--data-dir", str(self._folder / "learner"), "--metrics-port", str(self._metrics_port)]

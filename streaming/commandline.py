@@ -29,7 +29,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from streaming.log import Log, LogError, open_log
-from streaming.schemas import Codec, Registry, read_headers
+from streaming.schemas import Codec, Registry, read_headers, read_schemas
 
 T = TypeVar("T")
 
@@ -150,6 +150,12 @@ def add_log(parser: argparse.ArgumentParser, default: str | None = DEFAULT_LOG) 
         help="schema registry, http(s)://[user:password@]host:8081; records then carry Confluent's framing [none]",
     )
     group.add_argument(
+        "--schemas",
+        metavar="DIR",
+        help="folder of .avsc files: other versions of Event, Decision or Item that producers write, known by their "
+        "fingerprints; no registry is needed for them [none]",
+    )
+    group.add_argument(
         "--registry-headers",
         metavar="FILE",
         help="`Name: value` lines sent with every request to the registry",
@@ -171,11 +177,12 @@ def log_from(namespace: argparse.Namespace) -> Log:
 
 
 def codec_from(namespace: argparse.Namespace) -> Codec:
-    """The codec that `--registry` and `--registry-headers` ask for."""
+    """The codec that `--registry`, `--registry-headers` and `--schemas` ask for."""
+    schemas = read_schemas(namespace.schemas) if namespace.schemas else []
     if namespace.registry is None:
-        return Codec()
+        return Codec(schemas=schemas)
     headers = read_headers(namespace.registry_headers) if namespace.registry_headers else None
-    return Codec(registry=Registry(namespace.registry, headers=headers))
+    return Codec(registry=Registry(namespace.registry, headers=headers), schemas=schemas)
 
 
 def run(command: Callable[[], int | None]) -> int:

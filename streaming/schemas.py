@@ -21,7 +21,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -60,10 +60,17 @@ class Codec:
     """Encodes and decodes records of the contracts; knows every writer schema met so far. Threads may share one.
 
     registry: where Confluent's framing gets its ids; None: single-object framing is written, and Confluent
-    frames are unknown schemas.
+    frames are unknown schemas. schemas: further versions of our contracts that producers write with, known by their
+    fingerprints.
     """
 
-    def __init__(self, registry_url: str | None = None, *, registry: Registry | None = None) -> None:
+    def __init__(
+        self,
+        registry_url: str | None = None,
+        *,
+        registry: Registry | None = None,
+        schemas: Iterable[Schema] = (),
+    ) -> None:
         self._registry = Registry(registry_url) if registry_url else registry
         self._readers: dict[str, Schema] = {}
         self._parsed: dict[bytes, Schema] = {}  # by prefix, as fastavro wants them
@@ -76,6 +83,8 @@ class Codec:
             if path.parent == _PROTO:
                 self._readers[full_name(schema)] = schema
                 self._prefixes[full_name(schema)] = prefix
+        for schema in schemas:
+            self._learn(single_object_prefix(schema), schema)
         self._parsed_readers = {name: _parse(schema) for name, schema in self._readers.items()}
         self._registered: dict[str, bytes] = {}
         self._lock = threading.Lock()
@@ -310,6 +319,29 @@ def read_headers(path: str | Path) -> dict[str, str]:
         if line.strip():
             headers[name.strip()] = value.strip()
     return headers
+
+
+def read_schemas(folder: str | Path) -> list[Schema]:
+    """The schemas in a folder's .avsc files, each a version of one of our contracts.
+
+    Raises: SchemaError naming the file that is none; OSError.
+    """
+    paths = sorted(Path(folder).glob("*.avsc"))
+    if not paths:
+        raise SchemaError(f"{folder} holds no .avsc file")
+    schemas = []
+    for path in paths:
+        try:
+            schema = json.loads(path.read_text())
+            known = isinstance(schema, dict) and ours(schema) is not None
+            if known:
+                _parse(schema)
+        except (ValueError, fastavro.schema.SchemaParseException, fastavro.schema.UnknownType) as error:
+            raise SchemaError(f"{path} is no Avro schema: {error}") from error
+        if not known:
+            raise SchemaError(f"{path} is no version of Event, Decision or Item")
+        schemas.append(schema)
+    return schemas
 
 
 def single_object_prefix(schema: Schema) -> bytes:
