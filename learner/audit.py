@@ -27,7 +27,7 @@ from learner.checkpoint import CheckpointDamaged, Checkpoints, Disk
 from learner.journal import Journal
 from learner.learner import STATE_FORMAT
 from learner.replay import Contents, Replay
-from learner.retelling import Retelling, first_offset, open_steps, plain_rows, read_partition
+from learner.retelling import Retelling, first_offset, open_steps, read_partition, rows_of
 from learner.weights import WeightsError, WeightStore
 from streaming.columns import Kind, Reason
 from streaming.dead_letters import dlq_topic, late_topic
@@ -352,6 +352,7 @@ class Audit:
         may_evict = memory.inserted > len(memory.contents.offset)
         held = _Held(memory.contents, partition, may_evict)
         decoder = Decoder(self._codec, memory.vocabulary)
+        unknown = journal.unknown(partition)
         bad, late = Places(), Places()
         told = Differences()  # not yet known to be of this reading: retention may cut it short
 
@@ -376,7 +377,7 @@ class Audit:
 
         for batch in read_partition(self._log, self._topic, partition, start, end):
             report.records += len(batch)
-            for row in plain_rows(decoder.decode(batch)):
+            for row in rows_of(batch, decoder, unknown):
                 if row.kind == Kind.BAD:
                     bad.add(row.offset, row.reason)
                 if blind and joined.sees():

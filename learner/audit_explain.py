@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 
 from learner.audit import REWARD_TOLERANCE, AuditConfig, NothingToAudit, checkpoint_of, ids_of, subject
-from learner.retelling import Retelling, first_offset, open_steps, plain_rows, read_partition
+from learner.retelling import Retelling, first_offset, open_steps, read_partition, rows_of
 from streaming.columns import Kind
 from streaming.dead_letters import dlq_topic, late_topic
 from streaming.decoder import Decoder
@@ -171,10 +171,10 @@ class Explainer:
         memory = self._memory
         start, told.blind = first_offset(memory.journal, told.partition, low)
         story = Retelling(told.partition, start, memory.journal.told(told.partition), credits=True)
-        decoder = Decoder(self._codec, memory.vocabulary)
+        decoder, unknown = Decoder(self._codec, memory.vocabulary), memory.journal.unknown(told.partition)
         told.fate = "before" if told.offset < start else told.fate
         for batch in read_partition(self._log, self._topic, told.partition, start, end):
-            for row in plain_rows(decoder.decode(batch)):
+            for row in rows_of(batch, decoder, unknown):
                 if row.offset != told.offset:
                     story.take(row)
                     continue

@@ -1,14 +1,15 @@
 """What, beside the records themselves, decides what becomes of them: kept in checkpoints, so that it can be audited.
 
-Four things: where reading of a partition began, the settings under which it was joined from then on, when it was
-idle and event time was let pass in it, and which offsets were gone when their turn came and were stepped over on
-purpose. With these and the log, `learner audit` can tell the whole story again.
+Five things: where reading of a partition began, the settings under which it was joined from then on, when it was
+idle and event time was let pass in it, which offsets were gone when their turn came and were stepped over on
+purpose, and which records were of a schema that nobody knew then, though it may have been made known since. With
+these and the log, `learner audit` can tell the whole story again.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any, Final, NamedTuple
 
@@ -20,6 +21,7 @@ from streaming.rewards import Reward, RewardTable
 MOST_TIMES: Final = (
     1 << 16
 )  # times kept of a partition: 24 bytes each, and each is a silence of --idle-s or more
+MOST_UNKNOWN: Final = 4096  # frames of no known schema that are remembered, and times when they became known
 MOST_GAPS: Final = 100  # newest gaps of a partition that are kept; all are counted
 
 
@@ -28,6 +30,15 @@ class Gap(NamedTuple):
 
     start: int
     end: int
+
+
+class Unknown(NamedTuple):
+    """Records with this frame at offsets start <= o < end of a partition were of no schema that was known then."""
+
+    frame: bytes
+    partition: int
+    start: int
+    end: int  # -1: to this day
 
 
 class Told(NamedTuple):
@@ -62,6 +73,8 @@ class Journal:
         self.whole_from: dict[int, int] = {}  # partition → offset from which on the times are all there
         self.gaps: dict[int, list[Gap]] = {}  # partition → stepped over, the newest last
         self.stepped_over: dict[int, int] = {}  # partition → offsets in all gaps there ever were
+        self._unknown: deque[Unknown] = deque()  # those that are over, oldest first
+        self._unknown_yet: dict[tuple[bytes, int], int] = {}  # (frame, partition) → first offset
         self._settings: list[JoinSettings] = []
         self._times: dict[int, deque[_Time]] = {}
         self._changes: dict[int, list[_Change]] = {}
@@ -98,6 +111,32 @@ class Journal:
         gaps.append(Gap(start, end))
         del gaps[:-MOST_GAPS]
 
+    @property
+    def lacks_schemas(self) -> bool:
+        """Whether there are frames that were unknown when they were met last."""
+        return bool(self._unknown_yet)
+
+    def unread(self, frame: bytes, partition: int, offset: int) -> None:
+        """A record with this frame was of no known schema; those that follow are not either, until `read`."""
+        if (frame, partition) not in self._unknown_yet:
+            if len(self._unknown_yet) >= MOST_UNKNOWN:  # garbage that looks like frames
+                del self._unknown_yet[next(iter(self._unknown_yet))]
+            self._unknown_yet[frame, partition] = offset
+
+    def read(self, partition: int, offset: int, knows: Callable[[bytes], bool]) -> None:
+        """From this offset on, frames that are known are read."""
+        for frame, where in [key for key in self._unknown_yet if key[1] == partition]:
+            if knows(frame):
+                start = self._unknown_yet.pop((frame, where))
+                self._unknown.append(Unknown(frame, partition, start, offset))
+        while len(self._unknown) > MOST_UNKNOWN:
+            self._unknown.popleft()
+
+    def unknown(self, partition: int) -> list[Unknown]:
+        """What could not be read of a partition, and since or until when, though it may be readable by now."""
+        still = [Unknown(frame, p, start, -1) for (frame, p), start in self._unknown_yet.items()]
+        return [each for each in (*self._unknown, *still) if each.partition == partition]
+
     def told(self, partition: int) -> list[Told]:
         """All that is known to have been told to the partition, in order."""
         entries: list[_Time | _Change] = [*self._times[partition], *self._changes[partition]]
@@ -115,6 +154,7 @@ class Journal:
             "whole_from": {str(p): offset for p, offset in self.whole_from.items()},
             "gaps": {str(p): _table(gaps, 2) for p, gaps in self.gaps.items()},
             "stepped_over": {str(p): count for p, count in self.stepped_over.items()},
+            "unknown": [[each.frame.hex(), *each[1:]] for p in self.began for each in self.unknown(p)],
             "settings": [asdict(settings) for settings in self._settings],
             "times": {str(p): _table(times) for p, times in self._times.items()},
             "changes": {str(p): _table(changes) for p, changes in self._changes.items()},
@@ -128,6 +168,9 @@ class Journal:
         # checkpoints of before have neither
         self.gaps = {int(p): [Gap(*row) for row in t.tolist()] for p, t in state.get("gaps", {}).items()}
         self.stepped_over = {int(p): count for p, count in state.get("stepped_over", {}).items()}
+        unknown = [Unknown(bytes.fromhex(frame), *where) for frame, *where in state.get("unknown", [])]
+        self._unknown = deque(each for each in unknown if each.end >= 0)
+        self._unknown_yet = {(each.frame, each.partition): each.start for each in unknown if each.end < 0}
         self._settings = [_settings_of(fields) for fields in state["settings"]]
         self._times = {
             int(p): deque(_Time(*row) for row in table.tolist()) for p, table in state["times"].items()

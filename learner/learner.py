@@ -24,13 +24,13 @@ from learner.pacing import Band
 from learner.replay import Batch, Replay, empty_batch
 from learner.weights import Meta
 from streaming.catalog import Catalog
-from streaming.columns import Columns, Kind
+from streaming.columns import Columns, Kind, Reason
 from streaming.decoder import Decoder
 from streaming.interning import Vocabulary
 from streaming.join_settings import JoinSettings
 from streaming.joiner import Joiner, JoinerError
 from streaming.log import RecordBatch
-from streaming.schemas import Codec
+from streaming.schemas import Codec, frame_of
 from streaming.transitions import Joined, Rejects
 
 STATE_FORMAT: Final = 2
@@ -134,12 +134,24 @@ class Learner:
         Raises: RegistryUnavailable when a schema cannot be asked for now; nothing was taken, try the same again.
         """
         columns = self.decoder.decode(batch)
+        self._note_unknown(batch, columns)
         joined = self.joiner.push(columns)
         bad = np.flatnonzero(columns.kind == Kind.BAD)
         if len(bad) < len(columns.kind):
             newest = int(columns.timestamp_ms[columns.kind != Kind.BAD].max())
             self.events_through_ms = max(self.events_through_ms, newest)
         return Taken(columns, joined, Rejects(bad, columns.reason[bad]), self._remember(joined))
+
+    def _note_unknown(self, batch: RecordBatch, columns: Columns) -> None:
+        """For the audit: what cannot be read today may be readable tomorrow, and was not learnt from all the same."""
+        if self.journal.lacks_schemas:
+            partitions, first = np.unique(batch.partition, return_index=True)
+            for partition, row in zip(partitions.tolist(), first.tolist(), strict=True):
+                self.journal.read(partition, int(batch.offset[row]), self.decoder.knows)
+        for row in np.flatnonzero(columns.reason == Reason.UNKNOWN_SCHEMA).tolist():
+            frame = frame_of(batch, row)
+            assert frame is not None  # else it would be a BAD_FRAME
+            self.journal.unread(frame, int(batch.partition[row]), int(batch.offset[row]))
 
     def advance(self, due_ms: Mapping[int, int], positions: Mapping[int, int]) -> int:
         """Let event time pass in partitions that are idle; returns how many transitions that gave.

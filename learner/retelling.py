@@ -8,13 +8,15 @@ from typing import Final
 
 import numpy as np
 
-from learner.journal import Journal, Told
+from learner.journal import Journal, Told, Unknown
 from streaming.chunks import rows
 from streaming.columns import Columns, Kind, Reason
+from streaming.decoder import Decoder
 from streaming.join_settings import JoinSettings
 from streaming.log import Log, RecordBatch
 from streaming.plain_joiner import Line, Output, PlainPartition, Row, Step
 from streaming.rewards import EVENT_NAMES
+from streaming.schemas import frame_of
 
 POLL_RECORDS: Final = 5000
 POLL_S: Final = 1.0
@@ -38,6 +40,19 @@ def read_partition(log: Log, topic: str, partition: int, start: int, end: int) -
                 yield rows(batch, 0, inside)
     finally:
         reader.close()
+
+
+def rows_of(batch: RecordBatch, decoder: Decoder, unknown: list[Unknown]) -> list[Row]:
+    """The records row by row, as they were read at the time; see `Journal.unknown`."""
+    rows = plain_rows(decoder.decode(batch))
+    spans: dict[bytes | None, list[Unknown]] = {}
+    for each in unknown:
+        spans.setdefault(each.frame, []).append(each)
+    for i, row in enumerate(rows if spans else ()):
+        mine = spans.get(frame_of(batch, i), ()) if row.kind != Kind.BAD else ()
+        if any(u.start <= row.offset and (u.end < 0 or row.offset < u.end) for u in mine):
+            rows[i] = replace(row, kind=Kind.BAD, reason=Reason.UNKNOWN_SCHEMA)
+    return rows
 
 
 def plain_rows(columns: Columns) -> list[Row]:

@@ -163,6 +163,10 @@ class Decoder:
         self._intern(batch, columns, items, history)
         return columns
 
+    def knows(self, frame: bytes) -> bool:
+        """Whether records with this frame can be read now."""
+        return self._frames.get(frame, MISSING) != MISSING
+
     # --- schemas ---
 
     def _ask_for(self, batch: RecordBatch, rows: npt.NDArray[np.int64]) -> bool:

@@ -28,7 +28,7 @@ from typing import Any, Final
 import fastavro
 import fastavro.schema
 
-from streaming.log import LogError, LogUnavailable
+from streaming.log import LogError, LogUnavailable, RecordBatch
 
 Schema = dict[str, Any]
 
@@ -359,6 +359,12 @@ def prefix_of(data: bytes) -> bytes | None:
     if data.startswith(SINGLE_OBJECT) and len(data) >= 10:
         return data[:10]
     return data[:5] if data.startswith(CONFLUENT) and len(data) >= 5 else None
+
+
+def frame_of(batch: RecordBatch, row: int) -> bytes | None:
+    """The frame of one record of a batch; None when it has none."""
+    start, end = batch.bounds[row], batch.bounds[row + 1]
+    return prefix_of(batch.data[start : min(start + 10, end)].tobytes())
 
 
 def full_name(schema: Schema) -> str:

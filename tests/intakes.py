@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from learner.agent import AgentSettings
+from learner.audit import Audit, AuditConfig
+from learner.audit_report import Report
+from learner.checkpoint import Checkpoints, decode, encode
 from learner.intake import Arrivals, Intake
 from learner.learner import Learner, LearnerSettings, Taken
 from streaming.dead_letters import DeadLetters, dlq_topic, late_topic
@@ -28,6 +32,13 @@ class Letter(NamedTuple):
     value: bytes | None
 
 
+class Memory(NamedTuple):
+    """What a checkpoint holds."""
+
+    parts: dict[str, Any]
+    positions: dict[int, int]
+
+
 class Way:
     """All that `learner` does with records, but training. Closes with its `with` block."""
 
@@ -40,7 +51,9 @@ class Way:
         topic: str = "events",
         most: int = 10_000,
         settings: LearnerSettings = SETTINGS,
+        memory: Memory | None = None,
     ) -> None:
+        """memory: of a learner that is to go on here."""
         self.codec, self.topic = codec or Codec(), topic
         self.log: Log = open_log(url)
         for name, count in ((topic, partitions), (dlq_topic(topic), 1), (late_topic(topic), 1)):
@@ -50,6 +63,9 @@ class Way:
             settings, replace(AGENT, history_length=join.history_length), join, self.codec, partitions
         )
         starts = {p: bounds.low for p, bounds in self.log.bounds(topic).items()}
+        if memory is not None:
+            starts = memory.positions
+            self.learner.restore(memory.parts)
         self.learner.assign(starts)
         self.reader = self.log.reader(topic, starts)
         self.letter_producer = self.log.producer()
@@ -103,6 +119,23 @@ class Way:
     def count(self, name: str) -> int:
         """One of the joiner's counters."""
         return self.learner.joiner.counters()[name]
+
+    def memory(self) -> Memory:
+        """All that it knows, as it would be after a restart."""
+        _, parts = self.learner.snapshot()
+        return Memory(
+            {name: decode(encode(part)) for name, part in parts.items()},  # type: ignore[arg-type]
+            self.intake.position(),
+        )
+
+    def audit(self, folder: Path) -> Report:
+        """What `learner audit` says of it; folder: for its checkpoint."""
+        memory = self.memory()
+        positions = {str(p): offset for p, offset in memory.positions.items()}
+        meta = {"topic": self.topic, "positions": positions, "updates": 0}
+        Checkpoints(folder / "learner").save(memory.parts, meta)
+        config = AuditConfig(data_dir=str(folder), weights=str(folder / "weights"))
+        return Audit(self.log, self.codec, config).run()
 
     def rest(self, hours: float = 2.0) -> Way:
         """Let event time pass, so that visits end."""

@@ -3,7 +3,7 @@
 import pytest
 
 from learner.checkpoint import decode, encode
-from learner.journal import MOST_GAPS, Gap, Journal, Told
+from learner.journal import MOST_GAPS, Gap, Journal, Told, Unknown
 from streaming.join_settings import JoinSettings
 from streaming.rewards import RewardTable
 
@@ -99,3 +99,34 @@ def test_a_restored_journal_goes_on_as_if_nothing_had_happened(journal):
         one.begin({0: 20, 1: 3}, ONE)
         one.let_pass(0, 20, 1500)
     assert encode(other.state()) == encode(journal.state())
+
+
+def test_what_was_of_no_known_schema_is_remembered_until_it_is_known_and_through_a_restart():
+    journal, known = Journal(), set[bytes]()
+    journal.begin({0: 0, 1: 0}, JoinSettings())
+    assert not journal.lacks_schemas
+    journal.unread(b"frame", 0, 5)
+    journal.unread(b"frame", 0, 7)
+    journal.unread(b"frame", 1, 2)
+    journal.read(0, 9, known.__contains__)
+    known.add(b"frame")
+    journal.read(0, 11, known.__contains__)  # a batch of partition 0 only
+    journal.unread(b"frame", 0, 20)  # started without the schema
+    again = restored(journal)
+    for each in (journal, again):
+        assert each.unknown(0) == [Unknown(b"frame", 0, 5, 11), Unknown(b"frame", 0, 20, -1)]
+        assert each.unknown(1) == [Unknown(b"frame", 1, 2, -1)]
+        assert each.lacks_schemas
+
+
+def test_garbage_that_looks_like_frames_does_not_fill_the_memory(monkeypatch):
+    monkeypatch.setattr("learner.journal.MOST_UNKNOWN", 3)
+    journal = Journal()
+    journal.begin({0: 0}, JoinSettings())
+    for number in range(10):
+        journal.unread(b"frame%d" % number, 0, number)
+    assert [each.start for each in journal.unknown(0)] == [7, 8, 9]
+    for number in range(10):
+        journal.unread(b"other", 0, 100 + 2 * number)
+        journal.read(0, 101 + 2 * number, lambda frame: True)
+    assert len(journal.unknown(0)) == 3
