@@ -135,7 +135,7 @@ def records_in(log: Log, topic: str) -> int:
 
 
 def test_it_is_killed_9_in_the_middle_and_run_again(log_url: str, topic: str, tmp_path: Path) -> None:
-    count = 3000
+    count = 1500
     memory = unread(log_url, count, topic)
     command = [sys.executable, "-m", "streaming", "redrive", "--log", log_url, "--topic", topic]
     command += ["--schemas", str(SCHEMAS)]
