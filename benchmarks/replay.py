@@ -1,15 +1,19 @@
-"""How fast does replay take in, amend and give out transitions, beside a plain numpy ring of the same rows?
+"""How fast does replay take in, amend and give out transitions, beside a plain numpy ring and dm-reverb?
 
-    python -m benchmarks.replay [--transitions 1000000] [--json FILE]
+    python -m benchmarks.replay [--transitions 1000000] [--reverb-python PATH] [--json FILE]
 
-The ring stores each transition with both of its states and draws uniformly: no identities, no amendments, no
-priorities, no n-step returns. It is what a buffer could do if it did nothing else. (Ours keeps a state once for all
-slots and for both neighbours, so it moves fewer bytes in.)
+All in one thread. `sample_per_s` is the product's way, in batches of 1,024: by priority, with 3-step returns, both
+histories and the whole slate. The ring stores each transition with both of its states and draws uniformly: no
+identities, no amendments, no priorities, no n-step returns. It is what a buffer could do if it did nothing else.
+Beside it, like for like, ours with 1-step returns and drawing uniformly. Reverb (PyPI's dm-reverb) is measured by
+benchmarks/reverb_peer.py in the Python that is given, over fewer transitions, with as many threads as it likes.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -20,11 +24,14 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks import record
+from benchmarks.memory import bytes_of
 from learner.replay import Replay, empty_batch
 from streaming.transitions import Amendments, Joined, Rejects, States, Transitions
 
 BATCH = 1024
 N_STEP = 3
+REPEATS = 300
+REVERB_TRANSITIONS = 20_000  # it takes in thousands a second
 
 
 def joined(steps: int, slots: int, history: int, offset: int, rng: np.random.Generator) -> Joined:
@@ -127,58 +134,107 @@ def fill(insert: Callable[[Joined], object], batches: list[Joined]) -> float:
     return sum(len(batch.transitions.action) for batch in batches) / (time.perf_counter() - start)
 
 
-def measure(transitions: int, slots: int, history: int) -> dict[str, float]:
-    """All figures, at so many transitions kept."""
-    rng = np.random.default_rng(0)
-    steps = max(transitions // slots, 1)
-    push = 2000
-    warm = Replay(1000, history)
-    warm.insert(
-        joined(200, slots, history, 0, rng)._replace(
-            amendments=amendments(1, 1, slots, history, rng).amendments
-        )
-    )
-    drawn = warm.sample(8, rng, n_step=N_STEP)
-    warm.update_priorities(drawn.index, drawn.reward * 0)
+class Filled:
+    """A full buffer beside a full ring, and how fast they took it in."""
 
-    sizes = [min(push, steps - start) for start in range(0, steps, push)]
-    batches = [joined(n, slots, history, i * push, rng) for i, n in enumerate(sizes)]
-    replay, ring = Replay(transitions, history), Ring(transitions, history)
-    before = fill(replay.insert, batches)
-    ring_before = fill(ring.insert, batches)
-    # what the system provides in new pages is paid for while filling; a full buffer goes on at this rate:
-    again = [joined(n, slots, history, (1 << 32) + i * push, rng) for i, n in enumerate(sizes)]
-    insert, ring_insert = fill(replay.insert, again), fill(ring.insert, again)
-    out = empty_batch(BATCH, history)
-    priority = rng.random(transitions)
-    replay.update_priorities(
-        np.arange(replay.inserted - len(replay), replay.inserted), priority[: len(replay)]
-    )
-    sample = per_second(lambda: replay.sample(BATCH, rng, n_step=N_STEP, out=out), BATCH, 300)
-    update = per_second(lambda: replay.update_priorities(out.index, priority[:BATCH]), BATCH, 300)
-    ring_sample = per_second(lambda: ring.sample(BATCH, rng), BATCH, 300)
-    late = amendments(BATCH, steps, slots, history, rng)
-    late.amendments.offset[:] += 1 << 32
-    amend = per_second(lambda: replay.insert(late), BATCH, 300)
-    assert replay.counters()["amended"] > 0
+    def __init__(self, transitions: int, slots: int, history: int, prioritised: bool = True) -> None:
+        self.rng = rng = np.random.default_rng(0)
+        self.steps, push = max(transitions // slots, 1), 2000
+        self.replay = Replay(transitions, history, prioritised=prioritised)
+        self.ring = Ring(transitions, history)
+        sizes = [min(push, self.steps - start) for start in range(0, self.steps, push)]
+        self.rates = []
+        for turn in range(3):
+            batches = [joined(n, slots, history, (turn << 32) + i * push, rng) for i, n in enumerate(sizes)]
+            self.rates.append([fill(self.replay.insert, batches), fill(self.ring.insert, batches)])
+            if turn == 1:
+                self.nbytes = self.replay.nbytes
+        self.newest = turn << 32  # offset of the first step of the last turn
+        self.out = empty_batch(BATCH, history)
+        self.priority = rng.random(len(self.replay))
+        head = self.replay.inserted
+        self.replay.update_priorities(np.arange(head - len(self.replay), head), self.priority)
+
+    def sample(self, n_step: int) -> float:
+        """Transitions a second."""
+        return per_second(
+            lambda: self.replay.sample(BATCH, self.rng, n_step=n_step, out=self.out), BATCH, REPEATS
+        )
+
+    def sample_ring(self) -> float:
+        """Transitions a second."""
+        return per_second(lambda: self.ring.sample(BATCH, self.rng), BATCH, REPEATS)
+
+    def update_priorities(self) -> float:
+        """Transitions a second, of the batch drawn last."""
+        chosen = self.priority[:BATCH]
+        return per_second(lambda: self.replay.update_priorities(self.out.index, chosen), BATCH, REPEATS)
+
+    def amend(self, slots: int, history: int) -> float:
+        """Rewards a second, all over the buffer."""
+        late = amendments(BATCH, self.steps, slots, history, self.rng)
+        late.amendments.offset[:] += self.newest
+        rate = per_second(lambda: self.replay.insert(late), BATCH, REPEATS)
+        assert self.replay.counters()["amended"] > 0
+        return rate
+
+
+def measure(transitions: int, slots: int, history: int) -> dict[str, float]:
+    """All figures but the peer's, at so many transitions kept."""
+    for prioritised in (True, False):
+        warm = Filled(max(2 * BATCH, slots), slots, history, prioritised)  # compiles
+        warm.sample(N_STEP), warm.update_priorities(), warm.amend(slots, history)
+    full = Filled(transitions, slots, history)
+    sample, update = full.sample(N_STEP), full.update_priorities()
+    one_step, ring_sample = full.sample(1), full.sample_ring()
+    amend = full.amend(slots, history)
     start = time.perf_counter()
-    replay.snapshot()
+    full.replay.snapshot()
     snapshot_s = time.perf_counter() - start
-    return {
+    # what the system provides in new pages is paid for while filling; a full buffer goes on at the last turn's rate
+    (insert, ring_insert), (first, ring_first) = full.rates[-1], full.rates[0]
+    figures = {
         "insert_per_s": insert,
         "sample_per_s": sample,
         "amend_per_s": amend,
         "update_priorities_per_s": update,
-        "first_fill_per_s": before,
-        "bytes_per_transition": replay.nbytes / len(replay),
+        "first_fill_per_s": first,
+        "bytes_per_transition": full.replay.nbytes / len(full.replay),
+        "bytes_grown_once_full": full.replay.nbytes - full.nbytes,
+        "bytes_per_user": bytes_of(history, slots)["join: a user"],
         "snapshot_everything_s": snapshot_s,
         "ring_insert_per_s": ring_insert,
-        "ring_first_fill_per_s": ring_before,
+        "ring_first_fill_per_s": ring_first,
         "ring_sample_per_s": ring_sample,
-        "ring_bytes_per_transition": sum(c.nbytes for c in ring.columns) / transitions,
+        "ring_bytes_per_transition": sum(c.nbytes for c in full.ring.columns) / transitions,
         "insert_over_ring": insert / ring_insert,
         "sample_over_ring": sample / ring_sample,
+        "sample_1_step_per_s": one_step,
+        "sample_1_step_over_ring": one_step / ring_sample,
     }
+    del full
+    uniform = Filled(transitions, slots, history, prioritised=False)
+    figures["sample_1_step_uniform_per_s"] = uniform.sample(1)
+    figures["sample_1_step_uniform_over_ring"] = (
+        figures["sample_1_step_uniform_per_s"] / uniform.sample_ring()
+    )
+    return figures
+
+
+def reverb(python: Path | None, transitions: int, history: int) -> dict[str, float]:
+    """The peer's figures; none, and the reason on stderr, where it cannot be had."""
+    if python is None:
+        print("reverb: skipped; --reverb-python PATH names a Python that has dm-reverb", file=sys.stderr)
+        return {}
+    command = [str(python), str(Path(__file__).with_name("reverb_peer.py"))]
+    size = min(transitions, REVERB_TRANSITIONS)
+    command += ["--transitions", str(size), "--history", str(history), "--batch", str(BATCH)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(f"reverb: skipped; {python} ended with {done.stderr.strip()[-300:]}", file=sys.stderr)
+        return {}
+    told = json.loads(done.stdout.splitlines()[-1])
+    return {"reverb_transitions": size, **{f"reverb_{name}": value for name, value in told.items()}}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -187,9 +243,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--transitions", type=int, default=1_000_000, help="transitions kept")
     parser.add_argument("--slots", type=int, default=10, help="slots of a step")
     parser.add_argument("--history", type=int, default=32, help="entries of a state")
+    parser.add_argument(
+        "--reverb-python",
+        type=Path,
+        metavar="PATH",
+        help="a Python with dm-reverb[tensorflow]; none: skip it",
+    )
     parser.add_argument("--json", type=Path, help="append the figures to this file, one JSON object a line")
     options = parser.parse_args(arguments)
     figures = measure(options.transitions, options.slots, options.history)
+    peer = reverb(options.reverb_python, options.transitions, options.history)
+    for what in ("insert_per_s", "sample_per_s") if peer else ():
+        peer[f"{what.removesuffix('_per_s')}_over_reverb"] = figures[what] / peer[f"reverb_{what}"]
+    figures |= peer
     record.show(figures)
     asked = {
         "transitions": options.transitions,
