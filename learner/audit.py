@@ -25,7 +25,7 @@ import numpy.typing as npt
 from learner.audit_report import MOST_NAMED, Difference, Differences, PartitionReport, Report, Version
 from learner.checkpoint import CheckpointDamaged, Checkpoints, Disk
 from learner.journal import Journal
-from learner.learner import STATE_FORMAT
+from learner.learner import READABLE_FORMATS, join_states
 from learner.replay import Contents, Replay
 from learner.retelling import Retelling, first_offset, open_steps, read_partition, rows_of
 from learner.weights import WeightsError, WeightStore
@@ -128,9 +128,9 @@ def checkpoint_of(config: AuditConfig) -> tuple[Memory, str, dict[int, int]]:
 
 
 def _memory(generation: int, meta: Mapping[str, Any], parts: Mapping[str, Any]) -> Memory:
-    if parts["learner"]["format"] != STATE_FORMAT:
+    if parts["learner"]["format"] not in READABLE_FORMATS:
         raise NothingToAudit(
-            f"the checkpoint is of format {parts['learner']['format']}, this version audits {STATE_FORMAT}"
+            f"the checkpoint is of format {parts['learner']['format']}, this version audits {READABLE_FORMATS}"
         )
     journal, vocabulary = Journal(), Vocabulary()
     journal.restore(parts["journal"])
@@ -138,10 +138,9 @@ def _memory(generation: int, meta: Mapping[str, Any], parts: Mapping[str, Any]) 
     state = parts["replay/state"]
     replay = Replay(int(state["capacity"]), int(state["history_length"]), prioritised=False)
     replay.restore(parts)
-    joiner = {
-        int(name.removeprefix("joiner/")): part for name, part in parts.items() if name.startswith("joiner/")
-    }
-    return Memory(generation, meta, journal, vocabulary, joiner, replay.contents(), replay.inserted)
+    return Memory(
+        generation, meta, journal, vocabulary, dict(join_states(parts)), replay.contents(), replay.inserted
+    )
 
 
 # --- replay against the log ------------------------------------------------------------------------------

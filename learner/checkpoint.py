@@ -18,7 +18,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from enum import Enum
 from pathlib import Path
@@ -43,7 +43,13 @@ class Keep(Enum):
 
 
 KEEP: Final = Keep.KEEP  # in place of a part: as it was in the generation saved or loaded last
-Part: TypeAlias = Any  # JSON values, numpy arrays, and dicts (str keys) and lists of them
+Part: TypeAlias = Any  # JSON values, numpy arrays, and dicts (str keys) and lists of them; or Later
+
+
+class Later(NamedTuple):
+    """A part that the writing thread works out, once, from copies that nobody changes."""
+
+    make: Callable[[], Part]
 
 
 class CheckpointFailed(Exception):
@@ -62,6 +68,8 @@ def encode(part: Part) -> bytes:
 
     Raises: TypeError naming the path of a value that is neither.
     """
+    if isinstance(part, Later):
+        part = part.make()
     arrays: Arrays = {}
     skeleton = json.dumps(_strip(part, "", arrays), allow_nan=True, separators=(",", ":")).encode()
     arrays["json"] = np.frombuffer(skeleton, np.uint8)

@@ -11,14 +11,15 @@ on nothing else: so a learner restored from a snapshot goes on as if it had neve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from learner.agent import Agent, AgentSettings, Update
-from learner.checkpoint import Keep, Part
+from learner.checkpoint import Keep, Later, Part
 from learner.journal import Journal
 from learner.pacing import Band
 from learner.replay import Batch, Replay, empty_batch
@@ -28,12 +29,14 @@ from streaming.columns import Columns, Kind, Reason
 from streaming.decoder import Decoder
 from streaming.interning import Vocabulary
 from streaming.join_settings import JoinSettings
+from streaming.join_tables import whole
 from streaming.joiner import Joiner, JoinerError
 from streaming.log import RecordBatch
 from streaming.schemas import Codec, frame_of
 from streaming.transitions import Joined, Rejects
 
-STATE_FORMAT: Final = 2
+STATE_FORMAT: Final = 3
+READABLE_FORMATS: Final = (2, 3)  # 2: a partition's join in one part
 
 
 class CannotContinue(Exception):
@@ -250,7 +253,8 @@ class Learner:
             **replay,
         }
         for partition in self.joiner.partitions:
-            parts[f"joiner/{partition}"] = self.joiner.state(partition)
+            for name, piece in self.joiner.pieces(partition).items():
+                parts[f"joiner/{partition}{name}"] = Later(piece)
         return token, parts
 
     def restore(self, parts: Mapping[str, Part]) -> int:
@@ -259,18 +263,17 @@ class Learner:
         Raises: CannotContinue, naming the flag that does not fit.
         """
         state = parts["learner"]
-        if state["format"] != STATE_FORMAT:
+        if state["format"] not in READABLE_FORMATS:
             raise CannotContinue(
-                f"the checkpoint is of format {state['format']}, this version reads {STATE_FORMAT}; "
+                f"the checkpoint is of format {state['format']}, this version reads {READABLE_FORMATS}; "
                 "use the version that wrote it, or an empty --data-dir"
             )
         try:
             self.journal.restore(parts["journal"])
             self.vocabulary.restore(parts["vocabulary"])
             self.agent.restore(parts["agent"])
-            for name in parts:
-                if name.startswith("joiner/"):
-                    self.joiner.restore(int(name.removeprefix("joiner/")), parts[name])
+            for partition, known in join_states(parts):
+                self.joiner.restore(partition, known)
             token = self.replay.restore(parts)
         except (ValueError, JoinerError) as error:
             raise CannotContinue(
@@ -286,3 +289,14 @@ class Learner:
         else:
             self.band.adjust(self.band.low, self.band.high, inserted, updates)
         return token
+
+
+def join_states(parts: Mapping[str, Part]) -> Iterator[tuple[int, dict[str, npt.NDArray[Any]]]]:
+    """(partition, state of its join), one at a time, of a snapshot."""
+    names = [name.removeprefix("joiner/") for name in parts if name.startswith("joiner/")]
+    for partition in sorted({name.partition("/")[0] for name in names}, key=int):
+        pieces = [name for name in names if name == partition or name.startswith(f"{partition}/")]
+        yield (
+            int(partition),
+            whole({name.removeprefix(partition): parts[f"joiner/{name}"] for name in pieces}),
+        )

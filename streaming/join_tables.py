@@ -8,7 +8,8 @@ short; Python then calls `grown` and lets it go on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -234,6 +235,7 @@ class Tables(NamedTuple):
 
 
 RINGS: Final = ("steps", "slots", "waits")
+SEGMENTS: Final = {"steps": 1 << 13, "slots": 1 << 16}  # entries of a piece in a checkpoint
 SEEN: Final = ("seen_ms", "seen_value", "seen_item", "seen_name")
 ROW_COLUMNS: Final = ("row_item", "row_name", "row_age_s", "row_value")
 
@@ -360,8 +362,10 @@ def _extended(array: Array, size: int) -> Array:
 
 
 def unrolled(array: Array, head: int, tail: int) -> Array:
-    """A ring's entries head..tail in order."""
-    return array[np.arange(head, tail) & (len(array) - 1)]
+    """A copy of a ring's entries head..tail, in order."""
+    start = head & (len(array) - 1)
+    first = array[start : start + tail - head]
+    return np.concatenate((first, array[: tail - head - len(first)]))
 
 
 def ring(entries: Array, head: int, need: int) -> Array:
@@ -377,41 +381,73 @@ def ring(entries: Array, head: int, need: int) -> Array:
 # --- checkpoints -----------------------------------------------------------------------------------------
 
 
-def dump(t: Tables) -> dict[str, Array]:
-    """Copies of all that is known, as plain arrays; equal for equal knowledge, whatever the capacities."""
+def frozen(t: Tables) -> Tables:
+    """Copies of all that is known, rings from their heads on. Quick, since the stream waits for it: see `pieces`."""
     clock = t.clock.copy()
     clock["push"] = clock["need"] = 0
-    state = {f"clock.{name}": clock[name] for name in CLOCK.names or ()}
-    state["counters"] = t.counters.copy()
-    users, rows, timers = (int(clock[name][0]) for name in ("users_end", "rows_end", "timers"))
-    given_out = {"out_push", "out_row"}
-    _dump_fields(state, "users", t.users[:users])
-    _dump_fields(state, "rows", t.rows[:rows], given_out)
-    _dump_fields(state, "timers", t.timers[:timers])
-    for field in RINGS:
-        _dump_fields(
-            state,
-            field,
-            unrolled(getattr(t, field), int(clock[f"{field}_head"][0]), int(clock[f"{field}_tail"][0])),
-        )
-    for field in SEEN:
-        state[field] = getattr(t, field)[:users].copy()
-    for field in ROW_COLUMNS:
-        state[field] = getattr(t, field)[:rows].copy()
+    ends = {name: int(clock[name][0]) for name in CLOCK.names or ()}
+    copies: Fields = {
+        **{field: getattr(t, field)[: ends["users_end"]].copy() for field in ("users", *SEEN)},
+        **{field: getattr(t, field)[: ends["rows_end"]].copy() for field in ("rows", *ROW_COLUMNS)},
+        **{
+            field: unrolled(getattr(t, field), ends[f"{field}_head"], ends[f"{field}_tail"])
+            for field in RINGS
+        },
+        **{field: HashMap(*(a.copy() for a in getattr(t, field))) for field in ("ids_a", "ids_b")},
+    }
+    timers = t.timers[: ends["timers"]].copy()
+    return t._replace(clock=clock, counters=t.counters.copy(), timers=timers, **copies)
+
+
+def pieces(t: Tables) -> dict[str, Callable[[], dict[str, Array]]]:
+    """All that is known, by name, to be worked out in any thread, of frozen tables; equal for equal knowledge.
+
+    Steps and their slots come in segments by sequence number: those of which nobody does anything any more stay the
+    same from one checkpoint to the next.
+    """
+    named = {"": lambda: _dump(t)}
+    for field, size in SEGMENTS.items():
+        head, tail = (int(t.clock[f"{field}_{end}"][0]) for end in ("head", "tail"))
+        for segment in range(head // size, -(-tail // size)):
+            start = max(segment * size - head, 0)
+            entries = getattr(t, field)[start : (segment + 1) * size - head]
+            named[f"/{field}-{segment:08d}"] = partial(_fields, field, entries)
+    return named
+
+
+def whole(parts: Mapping[str, Mapping[str, Array]]) -> dict[str, Array]:
+    """What `pieces` gave, worked out, as one state for `load`."""
+    state = dict(parts.get("", {}))
+    for field in SEGMENTS:
+        found = [parts[name] for name in sorted(parts) if name.startswith(f"/{field}-")]
+        for name in found[0] if found else ():
+            state[name] = np.concatenate([part[name] for part in found])
+    return state
+
+
+def _dump(t: Tables) -> dict[str, Array]:
+    """What is not in segments (of which there are none where a ring is empty)."""
+    state = {f"clock.{name}": t.clock[name].copy() for name in CLOCK.names or ()}
+    state["counters"] = t.counters
+    state |= _fields("users", t.users) | _fields("timers", t.timers) | _fields("waits", t.waits)
+    state |= _fields("rows", t.rows, leave={"out_push", "out_row"})
+    for field in SEGMENTS:
+        state |= _fields(field, getattr(t, field)[:0])
+    for field in (*SEEN, *ROW_COLUMNS):
+        state[field] = getattr(t, field)
     for field in ("ids_a", "ids_b"):
         ids: HashMap = getattr(t, field)
         state[field] = np.sort(ids.keys[ids.values != NONE])
     return state
 
 
-def _dump_fields(state: dict[str, Array], table: str, entries: Array, leave: set[str] | None = None) -> None:
-    for name in entries.dtype.names or ():
-        if name not in (leave or ()):
-            state[f"{table}.{name}"] = entries[name].copy()
+def _fields(table: str, entries: Array, leave: Collection[str] = ()) -> dict[str, Array]:
+    names = entries.dtype.names or ()
+    return {f"{table}.{name}": entries[name].copy() for name in names if name not in leave}
 
 
 def load(state: Mapping[str, Array], settings: JoinSettings, out: Out) -> Tables:
-    """The tables that `dump` was given. Raises ValueError where settings or arrays contradict it."""
+    """The tables that `pieces` were of. Raises ValueError where settings or arrays contradict it."""
     length = state["seen_item"].shape[1]
     if length != settings.history_length:
         raise ValueError(

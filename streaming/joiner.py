@@ -46,13 +46,15 @@ from streaming.join_tables import (
     WAITS,
     Tables,
     amendments_of,
-    dump,
+    frozen,
     grown,
     load,
     new_out,
     new_tables,
+    pieces,
     states_of,
     transitions_of,
+    whole,
 )
 from streaming.pinned import pin
 from streaming.transitions import Joined, Rejects
@@ -286,8 +288,12 @@ class Joiner:
         return sum(a.nbytes for field in fields for a in (field if isinstance(field, tuple) else (field,)))
 
     def state(self, partition: int) -> dict[str, npt.NDArray[Any]]:
-        """All that is known of a partition, as copies, for a checkpoint."""
-        return dump(self._of(partition))
+        """All that is known of a partition, as copies."""
+        return whole({name: piece() for name, piece in self.pieces(partition).items()})
+
+    def pieces(self, partition: int) -> dict[str, Callable[[], dict[str, npt.NDArray[Any]]]]:
+        """The same for a checkpoint: named pieces, of a copy made now, to be worked out in any thread, at any time."""
+        return pieces(frozen(self._of(partition)))
 
     def restore(self, partition: int, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """Take the partition, knowing just what `state` was taken from; goes on as if nothing had happened.

@@ -23,6 +23,7 @@ from learner.checkpoint import (
     Checkpoints,
     CheckpointWriter,
     Disk,
+    Later,
     decode,
     encode,
 )
@@ -443,6 +444,25 @@ def test_the_writer_works_beside_the_caller_one_at_a_time(tmp_path):
     assert writer.finished() is None
     writer.close()
     assert loaded(tmp_path) == 1
+
+
+def test_a_part_for_later_is_worked_out_by_the_writer_not_by_the_caller(tmp_path):
+    disk, made_by = GatedDisk(), []
+
+    def make():
+        made_by.append(threading.current_thread())
+        return {"number": np.array(7)}
+
+    writer = CheckpointWriter(Checkpoints(tmp_path, disk=disk))
+    disk.gate.set()
+    writer.start({"state": Later(make)}, {})
+    assert writer.finished(timeout_s=30) == 1
+    writer.close()
+    assert len(made_by) == 1
+    assert made_by[0] is not threading.main_thread()
+    found = Checkpoints(tmp_path).load()
+    assert found is not None
+    assert found.parts["state"] == {"number": np.array(7)}
 
 
 def test_the_writer_tells_of_a_failure_once_and_goes_on(tmp_path):

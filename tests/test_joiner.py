@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from streaming import join_tables
 from streaming.columns import Reason
 from streaming.join_settings import JUMP, WAITS_PER_USER
 from streaming.joiner import Joiner, JoinerError, JoinSettings
@@ -677,6 +678,40 @@ def test_a_restored_state_is_what_it_was():
     again = learner.restarted().joiner.state(0)
     assert state.keys() == again.keys()
     assert all(np.array_equal(state[name], again[name]) for name in state)
+
+
+def worked_out(pieces):
+    return {name: piece() for name, piece in pieces.items()}
+
+
+def test_pieces_worked_out_later_are_those_of_the_moment_they_were_asked_for():
+    learner = Learner().push(*[decision(f"r{n}", 7, 8, at=n, user=f"user{n % 5}") for n in range(40)])
+    asked, now = learner.joiner.pieces(0), worked_out(learner.joiner.pieces(0))
+    learner.push(*[decision(f"s{n}", 9, at=50 + n, user=f"user{n % 7}") for n in range(200)])
+    later = worked_out(asked)
+    assert later.keys() == now.keys()
+    for name, piece in now.items():
+        assert all(np.array_equal(array, later[name][field]) for field, array in piece.items()), name
+
+
+def test_steps_that_nobody_touches_stay_the_same_pieces(monkeypatch):
+    monkeypatch.setattr(join_tables, "SEGMENTS", {"steps": 8, "slots": 16})
+    learner = Learner().push(*[decision(f"r{n}", 7, 8, at=n, user=f"user{n}") for n in range(100)])
+    before = worked_out(learner.joiner.pieces(0))
+    learner.push(event("select_item", 8, at=101, user="user50"), decision("s", 9, at=102))
+    after = worked_out(learner.joiner.pieces(0))
+    changed = {
+        name
+        for name, piece in after.items()
+        if name not in before
+        or any(not np.array_equal(array, before[name][field]) for field, array in piece.items())
+    }
+    assert len(after) > 2 * 100 / 8
+    assert changed == {"", "/steps-00000012", "/slots-00000006", "/slots-00000012"}
+    kept = learner.joiner.state(0)
+    again = learner.restarted().joiner.state(0)
+    assert all(np.array_equal(kept[name], again[name]) for name in kept)
+    assert len(kept["steps.offset"]) == 101
 
 
 def test_a_partition_that_is_dropped_is_forgotten():

@@ -98,6 +98,18 @@ def test_a_restored_learner_goes_on_as_if_it_had_never_stopped(records, at):
     assert memory(after) == memory(unbroken)
 
 
+def test_a_checkpoint_with_each_partitions_join_in_one_part_is_read_too(records):
+    before = new_learner()
+    feed(before, records[0], stop=600)
+    _, parts = before.snapshot()
+    old = {name: decode(encode(part)) for name, part in parts.items() if not name.startswith("joiner/")}
+    old["learner"]["format"] = 2
+    old |= {f"joiner/{p}": before.joiner.state(p) for p in before.joiner.partitions}
+    after = new_learner()
+    after.restore(old)
+    assert memory(after) == memory(before)
+
+
 def test_taking_a_snapshot_changes_nothing(records):
     watched, left_alone = new_learner(), new_learner()
     for start in range(0, 900, 90):
