@@ -43,7 +43,6 @@ TOPIC = "events"
 PARTITIONS = 4
 PER_TRANSITION = 0.01  # updates: reading and training wait for one another
 BAND = ["--updates-low", str(PER_TRANSITION), "--updates-high", str(PER_TRANSITION)]
-RESTART_S = 15.0  # of training watched after a restart
 
 
 def write(url: str, users: int, items: int) -> tuple[Log, Any]:
@@ -275,12 +274,12 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, float]:
                 bench.forget()
             else:
                 rates[saved].append(rate)
-        more(records_for(2 * rate * RESTART_S))
+        more(records_for(2 * rate * options.watch_s))
         bench.trainer._end()
         figures = bench.figures()
     watched = Watched(folder, url, [*BAND, "--replay-capacity", str(options.transitions)])
     try:
-        seen = watched.watch(RESTART_S)
+        seen = watched.watch(options.watch_s)
     finally:
         watched.stop()
     costs = [1 - a / b for a, b in zip(rates[True], rates[False], strict=True)]
@@ -309,6 +308,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--items", type=int, default=50_000, help="items in the traffic")
     parser.add_argument("--turns", type=int, default=6, help="half of them with checkpoints; an even number")
     parser.add_argument("--seconds", type=float, default=30.0, help="of a turn")
+    parser.add_argument("--watch-s", type=float, default=15.0, help="of training watched after the restart")
     parser.add_argument("--checkpoint-s", type=float, default=10.0, help="between two checkpoints")
     parser.add_argument("--json", type=Path, help="append the figures to this file, one JSON object a line")
     options = parser.parse_args(arguments)

@@ -77,7 +77,7 @@ def batches(
             mine = np.flatnonzero(partition == p)
             offset[mine] = np.arange(ends[p], ends[p] + len(mine))
             ends[p] += len(mine)
-        found.append(batch(values[start:stop], 0)._replace(partition=partition, offset=offset))
+        found.append(RecordBatch(partition, offset, *tuple(batch(values[start:stop], 0))[2:]))
     return found
 
 
@@ -161,13 +161,13 @@ def row(found: dict[str, float]) -> str:
 
 
 def plot(rows: list[dict[str, float]], file: Path) -> None:
-    """Rates above, bytes below; one column for each of the three."""
+    """Rates above, bytes below; one column for each of the three. The first row is what the others vary."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 
     figure = Figure(figsize=(11, 6.5), layout="constrained")
     axes = figure.subplots(2, 3, sharey="row")
-    base = Shape()
+    base = Shape(*(int(rows[0][field]) for field in Shape._fields))
     parts = {"join": "join_mb", "vocabulary": "vocabulary_mb", "replay": "replay_mb", "network": "network_mb"}
     for column, axis in enumerate(Shape._fields):
         others = [field for field in Shape._fields if field != axis]

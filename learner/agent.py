@@ -164,10 +164,13 @@ class Agent:
             self.online = QNetwork(settings.network, 1024).to(self.device)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         self._optimiser = self._new_optimiser()
-        self._items = _unknown_items(1, settings.vector_dim, self.device)
-        self._on_offer = torch.zeros(1, dtype=torch.bool, device=self.device)
+        self._roomy_items = _unknown_items(1, settings.vector_dim, self.device)
+        self._roomy_offer = torch.zeros(1, dtype=torch.bool, device=self.device)
         self._target_keys: Keys | None = None
         self._vectors: Tensor | None = None
+        self._any_described = False
+        self._catalog_copy: dict[str, Tensor] | None = None
+        self._show(1)
 
     @property
     def rows(self) -> int:
@@ -179,6 +182,7 @@ class Agent:
         """[N] bool: the catalog has a vector of the item, which tells it from others of its category."""
         if self._vectors is None:
             self._vectors = (self._items.vector != 0).any(dim=1)
+            self._any_described = bool(self._vectors.any())
         return self._vectors
 
     @property
@@ -188,19 +192,29 @@ class Agent:
 
     def grow(self, items: int) -> None:
         """Make room for vocabulary ids 1..items; ids are never taken back."""
-        more = items + 1 - self.rows
-        if more <= 0:
+        rows = items + 1
+        if rows <= self.rows:
             return
-        fresh = _unknown_items(more, self.settings.vector_dim, self.device)
-        self._items = ItemTensors(*(torch.cat(pair) for pair in zip(self._items, fresh, strict=True)))
-        self._on_offer = torch.cat((self._on_offer, self._on_offer.new_ones(more)))
-        self._on_offer[0] = False
-        self._target_keys = self._vectors = None
         capacity = self.online.tower.id.num_embeddings
-        if self.rows > capacity:
-            while capacity < self.rows:
+        if rows > capacity:
+            while capacity < rows:
                 capacity *= 2
             self._reserve(capacity)
+        if rows > len(self._roomy_offer):
+            # by doubling: new items come in every batch, and each must not cost a copy of all that are known
+            more = self.online.tower.id.num_embeddings - len(self._roomy_offer)
+            fresh = _unknown_items(more, self.settings.vector_dim, self.device)
+            self._roomy_items = ItemTensors(
+                *(torch.cat(pair) for pair in zip(self._roomy_items, fresh, strict=True))
+            )
+            self._roomy_offer = torch.cat((self._roomy_offer, self._roomy_offer.new_ones(more)))
+        self._show(rows)
+
+    def _show(self, rows: int) -> None:
+        """Let the items be the first so many rows of the room that there is."""
+        self._items = ItemTensors(*(column[:rows] for column in self._roomy_items))
+        self._on_offer = self._roomy_offer[:rows]
+        self._target_keys = self._vectors = self._catalog_copy = None
 
     def set_catalog(self, catalog: CatalogArrays) -> None:
         """Take over the catalog as it stands: features, and what may be recommended. Grows as needed."""
@@ -216,7 +230,7 @@ class Agent:
         offer = ~np.asarray(catalog.gone) & (np.asarray(catalog.in_stock) | ~known)
         self._on_offer[:n] = torch.from_numpy(offer)
         self._on_offer[0] = False
-        self._target_keys = self._vectors = None
+        self._target_keys = self._vectors = self._catalog_copy = None
 
     def update(self, batch: Batch) -> Update:
         """One gradient step; see the losses in learner.dqn and the equation in learner.networks.
@@ -343,15 +357,18 @@ class Agent:
         self._target_keys = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a server needs, for the weight store: "online.*", "target.*" and "catalog.*"; copies, on the CPU."""
+        """What a server needs, for the weight store: "online.*", "target.*" and "catalog.*"; on the CPU, not ours to
+        change any more: what describes the items is the same copy until the catalog changes."""
         out = {}
         for prefix, network in (("online", self.online), ("target", self.target)):
             for name, tensor in network.state_dict().items():
                 out[f"{prefix}.{name}"] = (tensor[: self.rows] if name in BY_ITEM else tensor).cpu().clone()
-        for name, tensor in zip(ItemTensors._fields, self._items, strict=True):
-            out[f"catalog.{name}"] = tensor.cpu().clone()
-        out["catalog.on_offer"] = self._on_offer.cpu().clone()
-        return out
+        if self._catalog_copy is None:
+            self._catalog_copy = {
+                f"catalog.{name}": tensor.cpu().clone() for name, tensor in self._items._asdict().items()
+            }
+            self._catalog_copy["catalog.on_offer"] = self._on_offer.cpu().clone()
+        return out | self._catalog_copy | {"catalog.seen": self._items.seen.cpu().clone()}
 
     def shape(self) -> dict[str, Any]:
         """The network's settings for the manifest, from which `Policy` rebuilds it."""
@@ -379,13 +396,14 @@ class Agent:
         while capacity < len(on_offer):
             capacity *= 2
         self._reserve(capacity)
-        self._items = ItemTensors(
+        self._roomy_items = ItemTensors(
             *(
                 torch.from_numpy(state[f"catalog.{name}"].copy()).to(self.device)
                 for name in ItemTensors._fields
             )
         )
-        self._on_offer = on_offer.to(self.device)
+        self._roomy_offer = on_offer.to(self.device)
+        self._show(len(on_offer))
         for prefix, network in (("online", self.online), ("target", self.target)):
             for name, parameter in network.named_parameters():
                 _fill(parameter, state[f"{prefix}.{name}"], name)
@@ -399,7 +417,6 @@ class Agent:
         self._generator.set_state(torch.from_numpy(state["generator"].copy()))
         self.updates, self.last_target_sync_update = (int(n) for n in state["counters"])
         self.slots = float(state["slots"][0])
-        self._target_keys = self._vectors = None
 
     @torch.no_grad()
     def _q(self, queries: Queries, choice: Tensor, reward: Tensor, continuation: Tensor) -> Tensor:
@@ -483,7 +500,10 @@ class Agent:
 
         The rest of the network is shared by all items, learns from every click, and suffers from decay.
         """
-        keep = 1.0 - self.settings.learning_rate * self.settings.weight_decay * self._described.float()
+        described = self._described
+        if not self._any_described:
+            return  # all would be multiplied by one
+        keep = 1.0 - self.settings.learning_rate * self.settings.weight_decay * described.float()
         self.online.tower.id.weight[: self.rows].mul_(keep.unsqueeze(1))
 
     def _reserve(self, capacity: int) -> None:

@@ -36,6 +36,9 @@ logger = logging.getLogger(__name__)
 
 TURN_S: Final = 0.1  # updates in a row before the log is looked at again
 PATIENCE_S: Final = 0.05  # longest wait for records while there is nothing to train on
+# A version or checkpoint that held up the loop comes again only after so many times as long, within reason.
+BUSY: Final = 20
+SELDOM: Final = 5  # times as seldom as asked for, at most
 RETRY_S: Final = 0.5  # between two tries to reach what cannot be reached
 LETTERS_S: Final = 1.0  # that a checkpoint waits for dead letters, and training with it
 LETTERS_RETRY_S: Final = 5.0  # until it tries again
@@ -289,8 +292,8 @@ class Trainer:
             self._published = ()
         now = self._clock()
         if now >= self._due["publish"] and not self._publisher.busy:
-            self._due["publish"] = now + self._config.publish_s
             self._start_publishing()
+            self._due["publish"] = self._next_due(now, self._config.publish_s)
 
     def _start_publishing(self) -> None:
         learner = self._learner
@@ -307,17 +310,23 @@ class Trainer:
         self._collect()
         now = self._clock()
         if now >= self._due["checkpoint"] and not self._checkpoints.busy and self._intake.whole:
-            self._due["checkpoint"] = now + self._config.checkpoint_s
-            self._start_checkpoint()
+            begun = self._start_checkpoint()
+            self._due["checkpoint"] = (
+                self._next_due(now, self._config.checkpoint_s) if begun else self._clock() + LETTERS_RETRY_S
+            )
 
-    def _start_checkpoint(self, patience_s: float = LETTERS_S) -> None:
-        """patience_s: how long to wait for dead letters to be durable."""
+    def _next_due(self, began: float, every_s: float) -> float:
+        """When to do again what has held up the loop since `began`: copying what a large shop has takes long."""
+        held_s = self._clock() - began
+        return began + min(max(every_s, BUSY * held_s), SELDOM * every_s)
+
+    def _start_checkpoint(self, patience_s: float = LETTERS_S) -> bool:
+        """Whether it has begun. patience_s: how long to wait for dead letters to be durable."""
         try:
             self._letters.flush(patience_s)  # what a checkpoint counts as read must be somewhere
         except LogError as error:
             logger.warning("no checkpoint now: %s", error)
-            self._due["checkpoint"] = self._clock() + LETTERS_RETRY_S
-            return
+            return False
         position = self._intake.position()
         token, parts = self._learner.snapshot(self._safe)
         learner = self._learner
@@ -333,6 +342,7 @@ class Trainer:
         }
         self._saving = (token, position, self._clock())
         self._checkpoints.start(parts, meta)
+        return True
 
     def _collect(self, timeout_s: float = 0.0) -> bool:
         """Take note of a checkpoint that has become safe; True if one has."""

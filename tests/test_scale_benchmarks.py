@@ -1,0 +1,109 @@
+"""The benchmarks of scale run, and find what they look for. Their numbers are for quiet machines."""
+
+import json
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+
+from benchmarks import checkpoint, growth, replay, soak
+
+
+def test_replay_is_measured_beside_the_ring():
+    figures = replay.measure(2100, 10, 8)
+    wanted = {"insert_per_s", "sample_per_s", "amend_per_s", "bytes_per_transition", "bytes_per_user"}
+    assert wanted <= figures.keys()
+    assert figures.pop("bytes_grown_once_full") == 0
+    assert all(value > 0 for value in figures.values())
+
+
+def test_reverb_is_skipped_with_a_reason_where_there_is_none(tmp_path, capsys):
+    assert replay.reverb(None, 1000, 8) == {}
+    assert "--reverb-python PATH" in capsys.readouterr().err
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\necho no module named reverb >&2\nexit 1\n")
+    broken.chmod(0o755)
+    assert replay.reverb(broken, 1000, 8) == {}
+    assert "no module named reverb" in capsys.readouterr().err
+
+
+def test_growth_is_printed_plotted_and_kept(tmp_path, capsys):
+    shapes = [growth.Shape(n, 300, 200) for n in (1, 2)]
+    plot, kept = tmp_path / "growth.png", tmp_path / "growth.jsonl"
+    growth.main(["--records", "6000", "--plot", str(plot), "--json", str(kept)], shapes)
+    lines = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert [(line["partitions"], line["users"], line["items"]) for line in lines] == [
+        (1, 300, 200),
+        (2, 300, 200),
+    ]
+    assert all(line["events_per_s"] > 0 for line in lines)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    heading, *rows = capsys.readouterr().out.splitlines()
+    assert heading.split()[0] == "partitions"
+    assert len(rows) == 2
+
+
+def test_what_checkpoints_cost_is_measured_and_a_restarted_learner_is_watched(tmp_path):
+    kept = tmp_path / "checkpoint.jsonl"
+    sizes = ["--transitions", "5000", "--users", "300", "--items", "200"]
+    times = ["--turns", "2", "--seconds", "1", "--checkpoint-s", "0.3", "--watch-s", "2"]
+    assert checkpoint.main([*sizes, *times, "--json", str(kept)]) == 0
+    (figures,) = (json.loads(line) for line in kept.read_text().splitlines())
+    assert figures["transitions"] == 5000
+    assert figures["checkpoints"] >= 1
+    assert 0 < figures["held_p50_s"] <= figures["held_max_s"]
+    assert 0 < figures["bytes_per_checkpoint"] <= figures["bytes_of_all"]
+    assert figures["restart_first_update_s"] > 0
+
+
+def test_full_speed_is_when_the_rate_is_what_it_will_be():
+    slow = [(t / 10, 0.0) for t in range(50)]
+    fast = [(5 + t / 10, 2.0 * t) for t in range(1, 100)]
+    assert checkpoint.first_update_s(slow + fast) == 5.1
+    assert checkpoint.full_speed_s(slow + fast) == pytest.approx(5.0, abs=0.2)
+
+
+LEAKY = """
+    import time
+    kept = []
+    for n in range(10_000):
+        kept.append(bytearray({bytes}))
+        if n % 10 == 0:
+            kept.append(open("/dev/null"))
+        time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize(("leak", "grows"), [(200_000, True), (0, False)])
+def test_a_process_that_leaks_is_found_out_and_one_that_does_not_is_not(leak, grows, monkeypatch):
+    monkeypatch.setattr(soak, "EVERY_S", 0.05)
+    source = LEAKY.format(bytes=leak) if leak else "import time; time.sleep(100)"
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(source)])
+    try:
+        watcher = soak.Watcher(process.pid)
+        watcher.start()
+        time.sleep(3.0)
+        seen = watcher.after(1.0)
+    finally:
+        process.kill()
+        process.wait()
+    quiet = {"audit_status": 0, "exit_statuses": [0, 0]}
+    figures = soak.summary("learner", seen) | soak.summary("server", seen) | quiet
+    wrong = soak.judge(figures, limit_mb_per_h=5.0)
+    assert any("the learner's memory grows by" in line for line in wrong) == grows
+    assert any("the server's files went from" in line for line in wrong) == grows
+    if not grows:
+        assert wrong == []
+
+
+def test_a_slope_has_an_interval_that_holds_it():
+    rng = np.random.default_rng(0)
+    at_s = np.arange(0.0, 3600.0)
+    held = 0
+    for _ in range(200):
+        found = soak.slope(at_s, 1e8 + 3e6 * at_s / 3600 + rng.normal(0, 2e6, len(at_s)))
+        held += found.low <= 3.0 <= found.high
+    assert 180 <= held <= 200  # 95 % of 200, give or take
