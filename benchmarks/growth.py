@@ -217,10 +217,11 @@ def main(arguments: list[str] | None = None, shapes: list[Shape] | None = None) 
     parser.add_argument("--plot", type=Path, help="draw them into this file (PNG, SVG, PDF)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # as the learner does
-    measure(Shape(), 2 * BATCH)  # compiles
+    shapes = points() if shapes is None else shapes
+    measure(shapes[0], 2 * BATCH)  # compiles
     print(line(list(COLUMNS)), flush=True)
     rows = []
-    for shape in points() if shapes is None else shapes:
+    for shape in shapes:
         rows.append(measure(shape, options.records))
         print(row(rows[-1]), flush=True)
         append(options.json, "growth", arguments or sys.argv[1:], rows[-1])
