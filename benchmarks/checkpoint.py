@@ -150,11 +150,10 @@ class Bench:
         """Read without training until replay holds so many."""
         learner = self.learner
         while len(learner.replay) < transitions:
-            batch = self.trainer._source.next(0.1)
-            if batch is None or not len(batch):
+            before = self.trainer._records
+            self.trainer._intake.read(0.1)
+            if self.trainer._records == before:
                 more(50_000)
-            else:
-                self.trainer._take(batch)
         learner.band.adjust(PER_TRANSITION, PER_TRANSITION, learner.replay.inserted, 0)  # nothing is owed
 
     def turn(self, seconds: float, checkpoints: bool) -> float:

@@ -3,9 +3,10 @@
     python -m benchmarks.growth [--json FILE] [--plot FILE]
 
 Mixed traffic (as in benchmarks.ingest) from memory: decode, join, insert into replay, no broker and no training. One of
-the three is varied, the others stay at their first value. Before what is timed, a view of each user and of each item
-has been taken in, so all of them are known. Rates are by CPU time of the one thread that does it all. Then the rest of
-the learner's loop: an update, and for how long a publication and a checkpoint hold up the loop.
+the three is varied, the others stay at their first value. Before what is timed, each user has put something on a wish
+list, and each item has been put on one, so all of them are known. Times are CPU times of the one thread that does it
+all, for each event. Then the rest of the learner's loop: an update, and for how long a publication and a checkpoint
+hold up the loop.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from streaming.schemas import Codec
 
 BATCH: Final = 5000
 UPDATES: Final = 5
+CAPACITY: Final = 400_000  # of replay, full before the end of what is timed
 PARTITIONS: Final = (1, 2, 4, 8)
 USERS: Final = (10_000, 100_000, 1_000_000)
 ITEMS: Final = (10_000, 100_000, 1_000_000)
@@ -48,12 +50,12 @@ class Shape(NamedTuple):
 
 
 def introduction(shape: Shape) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A view of each user and of each item, in the ten minutes before the traffic."""
+    """A wish of each user and for each item, in the ten minutes before the traffic; no steps come of it."""
     count = max(shape.users, shape.items)
     for i in range(count):
         event = {
             "event_id": f"intro{i}",
-            "name": "view_item",
+            "name": "add_to_wishlist",
             "user_id": f"user-{i % shape.users}",
             "timestamp": START_MS - 600_000 + 600_000 * i // count,
             "items": [{"item_id": f"item-{i % shape.items}", "price": 9.5}],
@@ -88,37 +90,58 @@ def timed(do: Callable[[], object]) -> float:
     return time.thread_time() - start
 
 
+class Stages:
+    """Takes batches as `Learner.take` does, with a clock at each stage."""
+
+    def __init__(self, shape: Shape) -> None:
+        agent = AgentSettings()
+        join = JoinSettings(gamma=agent.gamma, history_length=agent.history_length)
+        self.learner = Learner(LearnerSettings(replay_capacity=CAPACITY), agent, join, Codec(), None)
+        self.learner.assign(dict.fromkeys(range(shape.partitions), 0))
+
+    def take(self, batch: RecordBatch) -> list[float]:
+        """CPU seconds of decoding, joining and inserting."""
+        learner, clock = self.learner, [time.thread_time()]
+        columns = learner.decoder.decode(batch)
+        clock.append(time.thread_time())
+        joined = learner.joiner.push(columns)
+        clock.append(time.thread_time())
+        learner._remember(joined)
+        clock.append(time.thread_time())
+        return [after - before for before, after in pairwise(clock)]
+
+
 def measure(shape: Shape, records: int) -> dict[str, float]:
     """All figures of one point."""
-    agent = AgentSettings()
-    join = JoinSettings(gamma=agent.gamma, history_length=agent.history_length)
-    learner = Learner(LearnerSettings(), agent, join, Codec(), None)
-    learner.assign(dict.fromkeys(range(shape.partitions), 0))
-    ends = [0] * shape.partitions
-    learning = [
-        timed(lambda b=b: learner.take(b)) for b in batches(introduction(shape), shape.partitions, ends)
-    ]
+    stages, ends = Stages(shape), [0] * shape.partitions
+    learner = stages.learner
+    meeting = [sum(stages.take(b)) for b in batches(introduction(shape), shape.partitions, ends)]
     rng = np.random.default_rng(0)
     stream = batches(traffic(records, shape.users, shape.items, rng), shape.partitions, ends)
-    seconds = [timed(lambda b=b: learner.take(b)) for b in stream]
+    seconds = np.array([stages.take(b) for b in stream])
     assert len(learner.vocabulary) == shape.items
     assert learner.joiner.users() == shape.users
     learner.train(1)  # the optimiser's moments are made by the first
     updates = [timed(lambda: learner.train(1)) for _ in range(UPDATES)]
-    warm = seconds[len(seconds) // 10 :]  # what was compiled or read from a cache is behind
-    text, bounds = learner.vocabulary.tables.text, learner.vocabulary.tables.bounds
-    table = learner.vocabulary.tables.table
+    warm = seconds[
+        len(seconds) // 10 : -1
+    ]  # what was read from a cache of compiled loops is behind; full batches
+    decode, join, insert = 1e6 * np.median(warm, axis=0) / BATCH
+    tables = learner.vocabulary.tables
     return {
         "partitions": shape.partitions,
         "users": shape.users,
         "items": shape.items,
-        "events_per_s": BATCH * len(warm) / sum(warm),
-        "slowest_batch_ms": 1000 * max(learning[1:] + warm),
+        "events_per_s": 1e6 / (decode + join + insert),
+        "decode_us": decode,
+        "join_us": join,
+        "insert_us": insert,
+        "slowest_batch_ms": 1000 * max(*meeting[1:], *warm.sum(axis=1)),
         "update_ms": 1000 * median(updates),
         "publish_held_ms": 1000 * timed(learner.agent.tensors),
         "checkpoint_held_ms": 1000 * timed(learner.snapshot),
         "join_mb": learner.joiner.nbytes() / 1e6,
-        "vocabulary_mb": (text.nbytes + bounds.nbytes + table.keys.nbytes + table.values.nbytes) / 1e6,
+        "vocabulary_mb": sum(a.nbytes for a in (*tables.table, tables.text, tables.bounds)) / 1e6,
         "replay_mb": learner.replay.nbytes / 1e6,
         "network_mb": sum(array.nbytes for array in learner.agent.state().values()) / 1e6,
     }
@@ -139,6 +162,9 @@ COLUMNS: Final = {  # heading, of which figure, with how many decimals
     "users": ("users", 0),
     "items": ("items", 0),
     "events/s": ("events_per_s", 0),
+    "decode, us": ("decode_us", 2),
+    "join, us": ("join_us", 2),
+    "insert, us": ("insert_us", 2),
     "slowest batch, ms": ("slowest_batch_ms", 0),
     "update, ms": ("update_ms", 1),
     "publish holds, ms": ("publish_held_ms", 1),
