@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,6 +27,7 @@ import numpy as np
 import torch
 
 from benchmarks.ingest import traffic
+from benchmarks.processes import TOPIC, LearnerProcess
 from benchmarks.record import append, show
 from learner.__main__ import _prepared
 from learner.agent import AgentSettings
@@ -40,9 +39,9 @@ from streaming.join_settings import JoinSettings
 from streaming.log import Log, open_log
 from streaming.schemas import Codec
 
-TOPIC = "events"
 PARTITIONS = 4
 PER_TRANSITION = 0.01  # updates: reading and training wait for one another
+PATIENCE_S = 600.0  # for a first update
 BAND = ["--updates-low", str(PER_TRANSITION), "--updates-high", str(PER_TRANSITION)]
 
 
@@ -195,16 +194,11 @@ class Watched:
     """The `learner` command in a process of its own, seen through its metrics."""
 
     def __init__(self, folder: Path, url: str, flags: list[str]) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self._address = f"http://127.0.0.1:{port}/metrics"
-        stores = ["--data-dir", str(folder / "data"), "--weights", str(folder / "weights")]
-        command = [sys.executable, "-m", "learner", "--topic", TOPIC, "--log", url, *stores, *flags]
-        self.said = (folder / "learner.log").open("w+")
+        self._learner = LearnerProcess(folder, url, *flags)
+        self._start = time.perf_counter()
+        self._learner.start()
+        self._address = f"http://127.0.0.1:{self._learner.metrics_port}/metrics"
         self.first_cpu_s = 0.0  # CPU time that it took to its first update
-        self.start = time.perf_counter()
-        self.process = subprocess.Popen([*command, "--metrics-port", str(port)], stderr=self.said)
 
     def updates(self) -> tuple[float, float]:
         """(seconds since it was started, updates made in it)."""
@@ -212,28 +206,26 @@ class Watched:
             with urllib.request.urlopen(self._address, timeout=5) as answer:
                 lines = answer.read().decode().splitlines()
         except OSError:  # not yet
-            return time.perf_counter() - self.start, 0.0
+            return time.perf_counter() - self._start, 0.0
         values = [float(line.split()[1]) for line in lines if line.startswith("learner_updates_total")]
-        return time.perf_counter() - self.start, sum(values)
+        return time.perf_counter() - self._start, sum(values)
 
     def watch(self, seconds: float) -> list[tuple[float, float]]:
         """`updates` twenty times a second, for so long from the first update on."""
         seen: list[tuple[float, float]] = []
         while not seen or not seen[-1][1] or seen[-1][0] < first_update_s(seen) + seconds:
-            if self.process.poll() is not None or time.perf_counter() - self.start > 600:
-                self.said.seek(0)
-                raise SystemExit(f"the learner made no update: {self.said.read()}")
+            process = self._learner.process
+            if process.poll() is not None or time.perf_counter() - self._start > PATIENCE_S:
+                raise SystemExit(f"the learner made no update: {self._learner.said()}")
             seen.append(self.updates())
             if seen[-1][1] and not self.first_cpu_s:
-                self.first_cpu_s = cpu_s(self.process.pid)
+                self.first_cpu_s = cpu_s(process.pid)
             time.sleep(0.05)
         return seen
 
     def stop(self) -> None:
         """End it, after a last checkpoint."""
-        self.process.terminate()
-        self.process.wait(120)
-        self.said.close()
+        self._learner.stop()
 
 
 def cpu_s(pid: int) -> float:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -25,9 +24,10 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.endurance import PARTITIONS, TOPIC, LearnerProcess, catch_up, shop
+from benchmarks.endurance import PARTITIONS, shop
+from benchmarks.processes import TOPIC, LearnerProcess, catch_up, ends
 from benchmarks.record import append, show
-from streaming.log import Log, open_log
+from streaming.log import open_log
 from tests.kafka_broker import KafkaBroker
 from tests.serving_process import ServerProcess
 
@@ -36,7 +36,7 @@ STRETCHES: Final = 12
 T_95: Final = 2.228  # Student's t, two-sided 95 %, STRETCHES - 2 degrees of freedom
 SMALL: Final = (
     *("--replay-capacity", "20000", "--attribution-window-s", "3600", "--dedup-window-s", "3600"),
-    *("--user-ttl-s", "3600", "--late-after-s", "600"),
+    *("--user-ttl-s", "3600", "--late-after-s", "600", "--checkpoint-s", "2"),
 )
 PAGE: Final = os.sysconf("SC_PAGE_SIZE")
 
@@ -132,11 +132,6 @@ def size_of(folder: Path) -> float:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
 
 
-def records_in(log: Log) -> int:
-    """Records in the topic."""
-    return sum(bounds.high for bounds in log.bounds(TOPIC).values())
-
-
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All figures; whoever calls judges them."""
     warm_up_s, whole_s = 60 * options.warm_up, 60 * options.minutes
@@ -145,6 +140,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         log.create_topic(TOPIC, PARTITIONS)
         log.create_topic("catalog", 1, compacted=True)
         learner = LearnerProcess(folder, broker.url, *SMALL)
+        learner.start()
         flags = ("--log", broker.url, "--weights", str(folder / "weights"))
         try:
             with ServerProcess(*flags) as server:
@@ -163,14 +159,12 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
                     shoppers.send_signal(signal.SIGTERM)
                     shoppers.wait(120)
                 drained = server.terminate()
-            caught_up_s = catch_up(learner, log)
+            caught_up_s = catch_up(learner, ends(log))
             stopped = learner.stop()
         finally:
-            learner.process.kill()
-        audit = [sys.executable, "-m", "learner", "audit", "--topic", TOPIC, "--log", broker.url, "--json"]
-        told = subprocess.run([*audit, "--data-dir", str(folder / "data")], capture_output=True, text=True)
-        (folder / "audit.json").write_text(told.stdout)
-        records = records_in(log)
+            learner.kill()
+        audit_status, _ = learner.audit()
+        records = sum(ends(log).values())
         log.close()
     return {
         "minutes": options.minutes,
@@ -180,7 +174,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "disk_mb_warm": disk_mb,
         "disk_mb_end": later_mb,
         "caught_up_s": caught_up_s,
-        "audit_status": told.returncode,
+        "audit_status": audit_status,
         "exit_statuses": [stopped, drained],
     }
 
