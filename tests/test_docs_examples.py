@@ -105,4 +105,4 @@ def test_a_learner_whose_offsets_retention_took_ends_and_says_where(tmp_path):
     log.close()
     done = learn()
     assert done.returncode == 1
-    assert "events/0 holds offsets 10 to 15, not 5" in done.stderr.splitlines()[-1]
+    assert "events/0 begins at offset 10, but 5 is next to be read" in done.stderr.splitlines()[-1]
