@@ -13,7 +13,16 @@ from collections.abc import Sequence
 from serving.processes import Launch, run_many, run_one
 from serving.server import ServingConfig
 from serving.view import ViewConfig
-from streaming.commandline import Parser, add_config, add_log, build, log_from, run
+from streaming.commandline import (
+    Parser,
+    add_config,
+    add_log,
+    build,
+    kafka_options,
+    log_from,
+    registry_from,
+    run,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,8 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         build(ServingConfig, namespace),
         build(ViewConfig, namespace),
         namespace.log,
-        namespace.kafka,
-        namespace.registry,
+        kafka_options(namespace),
+        registry_from(namespace),
         namespace.registry_headers,
         namespace.schemas,
         _now_ms,

@@ -9,7 +9,6 @@ import socket
 import sys
 import threading
 import time
-from argparse import Namespace
 from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
 from multiprocessing.connection import Connection, wait
@@ -19,7 +18,7 @@ from typing import Final, NamedTuple
 from learner.policy import use_threads
 from serving.server import Instance, PolicyServer, ServingConfig
 from serving.view import ViewConfig
-from streaming.commandline import codec_from, run
+from streaming.commandline import codec_of, run
 from streaming.log import open_log
 
 logger = logging.getLogger(__name__)
@@ -170,12 +169,7 @@ def _server(launch: Launch, index: int) -> PolicyServer:
     use_threads(1)  # calls run beside each other; a second thread for one of them only gets in their way
     sys.setswitchinterval(_SWITCH_S)
     log = None if launch.log_url is None else open_log(launch.log_url, launch.kafka)
-    named = {
-        "registry": launch.registry,
-        "registry_headers": launch.registry_headers,
-        "schemas": launch.schemas,
-    }
-    codec = codec_from(Namespace(**named))
+    codec = codec_of(launch.registry, launch.registry_headers, launch.schemas)
     return PolicyServer(launch.config, launch.view, log, codec, Instance(launch.name(), index), launch.now_ms)
 
 

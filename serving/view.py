@@ -22,7 +22,7 @@ from streaming.catalog import Catalog
 from streaming.columns import Kind
 from streaming.decoder import Decoder
 from streaming.interning import Vocabulary, hash_string
-from streaming.log import Log, LogError, OffsetOutOfRange, Reader, RecordBatch, UnknownTopic
+from streaming.log import Log, LogError, OffsetOutOfRange, Reader, RecordBatch, TopicReplaced, UnknownTopic
 from streaming.rewards import EVENT_NAMES, RewardTable
 from streaming.schemas import Codec
 
@@ -33,6 +33,7 @@ _REST_S: Final = 0.05  # between two looks at a log that was read to its end
 _LOOK_S: Final = 5.0  # for partitions added since
 _LOOK_FOR_TOPIC_S: Final = 0.5
 _RETRY_S: Final = 1.0
+_COMPLAIN_S: Final = 30.0
 # a Kafka partition that ends in a transaction marker never lets a reader's position reach its end
 _QUIET_S: Final = 2.0
 
@@ -209,6 +210,7 @@ class Follower:
         self._stop = threading.Event()
         self._caught_up = threading.Event()
         self._busy_s = clock()
+        self._said = "", float("-inf")  # the trouble last complained of, and when
         self._thread = threading.Thread(target=self._run, name="view", daemon=True)
 
     def start(self, warm_up_s: float) -> bool:
@@ -234,8 +236,15 @@ class Follower:
                 self._skip_gaps()
             except LogError as error:
                 metrics.VIEW_FAILURES.labels("unavailable").inc()
-                logger.warning("own view: %s; retrying", error)
+                self._complain(str(error))
                 self._stop.wait(_RETRY_S)
+
+    def _complain(self, trouble: str) -> None:
+        """Once, and now and then while it lasts: it is tried every second."""
+        now, (said, said_s) = self._clock(), self._said
+        if trouble != said or now - said_s >= _COMPLAIN_S:
+            logger.warning("own view: %s; retrying", trouble)
+            self._said = trouble, now
 
     def _turn(self) -> None:
         now = self._clock()
@@ -302,7 +311,11 @@ class _Tail:
         """Absorb what is there; returns the number of records."""
         if self._reader is None:
             return 0
-        batch = self._parked or self._reader.poll(_POLL_RECORDS, 0.0)
+        try:
+            batch = self._parked or self._reader.poll(_POLL_RECORDS, 0.0)
+        except (TopicReplaced, UnknownTopic):
+            self.close()  # read like one not met before, once it is there again
+            raise
         if len(batch):
             self._parked = batch  # a registry that cannot be asked now loses nothing
             metrics.VIEW_BAD_RECORDS.labels(self._topic).inc(self._absorb(batch))

@@ -38,7 +38,17 @@ from simulator.goods import DAY_MS, available
 from simulator.parts import Broken, Parts, own_cpu_s
 from simulator.shop import HOUR_MS, Shop, ShopSettings, Visits
 from simulator.traffic import Publisher, Status, Traffic, TrafficConfig, TrafficError
-from streaming.commandline import Parser, add_config, add_log, build, codec_from, run
+from streaming.commandline import (
+    Parser,
+    add_config,
+    add_log,
+    build,
+    codec_from,
+    kafka_options,
+    registry_from,
+    run,
+)
+from streaming.kafka_settings import REGISTRY_URL, write_settings
 from streaming.log import Log, LogError, open_log
 
 FOLDER: Final = Path(".bellwether/demo")
@@ -400,19 +410,14 @@ class Loop:
         return self._finish(shoppers, rivals, observer)
 
     def _open(self) -> Log:
-        log = open_log(self._url, self._namespace.kafka)
+        log = open_log(self._url, kafka_options(self._namespace))
         self._closing.callback(log.close)
         return log
 
     def _start_parts(self) -> None:
         weights = ["--weights", str(self._folder / "weights")]
         topics = ["--topic", self._topics.events, "--catalog-topic", self._topics.catalog]
-        log = ["--log", self._url]
-        for key, value in self._namespace.kafka.items():
-            log += ["--kafka", f"{key}={value}"]
-        for flag in ("registry", "registry_headers", "schemas"):
-            if getattr(self._namespace, flag):
-                log += ["--" + flag.replace("_", "-"), getattr(self._namespace, flag)]
+        log = ["--log", self._url, *self._log_settings()]
         data = ["--data-dir", str(self._folder / "learner"), "--metrics-port", str(self._metrics_port)]
         pids = [
             self._parts.start("serving", "--port", "0", *weights, *topics, *log),
@@ -421,6 +426,23 @@ class Loop:
         with open(self._lock, "w", closefd=False) as lock:
             lock.truncate(0)
             lock.write(" ".join(map(str, pids)))
+
+    def _log_settings(self) -> list[str]:
+        """Flags for the parts' access to the log; what may be secret is in a file, and in no list of processes."""
+        settings, registry = kafka_options(self._namespace), registry_from(self._namespace)
+        if registry is not None:
+            settings[REGISTRY_URL] = registry
+        flags = []
+        if settings:
+            file = self._folder / "log.properties"
+            file.unlink(missing_ok=True)
+            write_settings(file, settings)
+            self._closing.callback(file.unlink, missing_ok=True)
+            flags += ["--kafka-config", str(file)]
+        for flag in ("registry_headers", "schemas"):
+            if getattr(self._namespace, flag):
+                flags += ["--" + flag.replace("_", "-"), getattr(self._namespace, flag)]
+        return flags
 
     def _await_server(self) -> str:
         """host:port of the policy server, once it answers."""

@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import logging
 import os
 import shutil
 import sys
@@ -28,10 +29,13 @@ import types
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from streaming.kafka_settings import REGISTRY_URL, SHOWN, is_secret, read_settings
 from streaming.log import Log, LogError, open_log
 from streaming.schemas import Codec, Registry, read_headers, read_schemas
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_LOG = "sqlite:///.bellwether/log.db"
 
@@ -142,7 +146,16 @@ def add_log(parser: argparse.ArgumentParser, default: str | None = DEFAULT_LOG) 
         metavar="KEY=VALUE",
         action=_Pairs,
         default={},
-        help="any librdkafka setting, passed untouched; repeatable",
+        help="any librdkafka setting, passed untouched; repeatable. Secrets belong into --kafka-config: "
+        "whoever may list processes sees this line",
+    )
+    group.add_argument(
+        "--kafka-config",
+        metavar="FILE",
+        action=_Settings,
+        default={},
+        help="librdkafka settings as `key=value` lines, # begins a comment; --kafka wins over it. Also "
+        f"{REGISTRY_URL}, for --registry [none]",
     )
     group.add_argument(
         "--registry",
@@ -165,8 +178,12 @@ def add_log(parser: argparse.ArgumentParser, default: str | None = DEFAULT_LOG) 
 
 def log_from(namespace: argparse.Namespace) -> Log:
     """The log that `--log` and `--kafka` name. A URL that is none ends the program as a wrong command line."""
+    for key in filter(is_secret, namespace.kafka):
+        logger.warning(
+            "--kafka %s=%s can be seen by whoever lists processes; use --kafka-config FILE", key, SHOWN
+        )
     try:
-        return open_log(namespace.log, namespace.kafka)
+        return open_log(namespace.log, kafka_options(namespace))
     except LogError as error:
         parser = namespace._parser
         if isinstance(parser, argparse.ArgumentParser) and not namespace.log.startswith(
@@ -176,13 +193,31 @@ def log_from(namespace: argparse.Namespace) -> Log:
         raise
 
 
+def kafka_options(namespace: argparse.Namespace) -> dict[str, str]:
+    """librdkafka's settings, from the file and from the command line."""
+    options = {**namespace.kafka_config, **namespace.kafka}
+    options.pop(REGISTRY_URL, None)
+    return options
+
+
+def registry_from(namespace: argparse.Namespace) -> str | None:
+    """The schema registry's URL; None: there is none."""
+    url: str | None = namespace.registry or namespace.kafka_config.get(REGISTRY_URL)
+    return url
+
+
 def codec_from(namespace: argparse.Namespace) -> Codec:
-    """The codec that `--registry`, `--registry-headers` and `--schemas` ask for."""
-    schemas = read_schemas(namespace.schemas) if namespace.schemas else []
-    if namespace.registry is None:
+    """The codec that `--registry` (or the file of `--kafka-config`), `--registry-headers` and `--schemas` ask for."""
+    return codec_of(registry_from(namespace), namespace.registry_headers, namespace.schemas)
+
+
+def codec_of(registry: str | None, headers_file: str | None, schemas_folder: str | None) -> Codec:
+    """A codec with this registry (URL), which is sent the headers in this file, and with the schemas in this folder."""
+    schemas = read_schemas(schemas_folder) if schemas_folder else []
+    if registry is None:
         return Codec(schemas=schemas)
-    headers = read_headers(namespace.registry_headers) if namespace.registry_headers else None
-    return Codec(registry=Registry(namespace.registry, headers=headers), schemas=schemas)
+    headers = read_headers(headers_file) if headers_file else None
+    return Codec(registry=Registry(registry, headers=headers), schemas=schemas)
 
 
 def run(command: Callable[[], int | None]) -> int:
@@ -220,9 +255,25 @@ class _Pairs(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         key, eq, value = str(values).partition("=")
-        if not (key and eq):
-            parser.error(f"{option_string}: {values!r} is not KEY=VALUE")
+        if not (key and eq):  # the text is not shown: it may be a secret with a slip in it
+            parser.error(f"{option_string} needs KEY=VALUE; what was given has {'no key' if eq else 'no ='}")
         setattr(namespace, self.dest, {**getattr(namespace, self.dest, {}), key: value})
+
+
+class _Settings(argparse.Action):
+    """Reads a properties file into a dict."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        try:
+            setattr(namespace, self.dest, read_settings(str(values)))
+        except (OSError, ValueError) as error:
+            parser.error(f"{option_string}: {error}")
 
 
 def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], hint: Any) -> None:

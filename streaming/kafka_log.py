@@ -3,7 +3,9 @@
 Readers assign partitions by hand and start where they are told: no group, no rebalance, no stored positions.
 Positions are computed from the messages handed out, never taken from librdkafka. Producers are idempotent and
 place keys by murmur2, as Java's do, so that a shop's own producer and ours put one user into one partition.
-`read_committed`: records of aborted transactions are never seen, and leave holes among the offsets.
+librdkafka goes on at the old offset where a topic was deleted and made anew; it says so only in its debug log,
+which every reader of ours therefore listens to. `read_committed`: records of aborted transactions are never
+seen, and leave holes among the offsets.
 
 Every librdkafka setting may be overridden by the caller.
 """
@@ -12,6 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,20 +29,25 @@ from confluent_kafka import (
     KafkaException,
     Message,
     Producer,
+    TopicCollection,
     TopicPartition,
 )
 from confluent_kafka.admin import AdminClient, NewPartitions, NewTopic  # type: ignore[attr-defined]
 
+from streaming.kafka_settings import Mask
 from streaming.log import (
     Bounds,
     LogError,
     LogFull,
+    LogRefused,
     LogUnavailable,
+    NotAllowed,
     OffsetOutOfRange,
     RecordBatch,
     UnknownTopic,
+    replaced,
 )
-from streaming.rdkafka import ArrayConsumer, Trouble
+from streaming.rdkafka import ArrayConsumer, ClientLog, Trouble
 
 T = TypeVar("T")
 
@@ -46,6 +55,7 @@ _ANY: Final = {
     "bootstrap.servers": "",
     "client.id": "bellwether",
     "topic.metadata.refresh.interval.ms": "30000",
+    "reconnect.backoff.ms": "250",  # 100 by default: whoever is turned away would come ten times a second at first
 }
 _PRODUCER: Final = {
     "enable.idempotence": "true",
@@ -73,7 +83,9 @@ _CONSUMER: Final = {
     "reconnect.backoff.max.ms": "2000",
 }
 _REQUEST_S: Final = 10.0
+_FIRST_S: Final = 1.0  # of it: then we look whether we were turned away
 _STALL_S: Final = 30.0
+_QUIET_S: Final = 30.0  # between two lines of librdkafka's that say the same
 _STRANGE_S: Final = 2.0  # even an empty partition is heard of sooner, if there is one
 
 _UNAVAILABLE: Final = {
@@ -107,6 +119,14 @@ _NO_TOPIC: Final = {
     KafkaError._UNKNOWN_TOPIC,
     KafkaError._UNKNOWN_PARTITION,
 }
+_NOT_ALLOWED: Final = {
+    KafkaError.TOPIC_AUTHORIZATION_FAILED: "topic {topic!r} (READ to read it, WRITE to write, CREATE to make it)",
+    KafkaError.GROUP_AUTHORIZATION_FAILED: "the consumer group that shows how far {topic!r} was read (READ)",
+    KafkaError.CLUSTER_AUTHORIZATION_FAILED: "the cluster (CREATE, where topics are missing)",
+    KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED: "its transactions",
+}
+_NO_ID: Final = "A" * 22
+_CHANGED_ID: Final = re.compile(r"Topic (\S+) changed id from (\S+) to (\S+)")
 _OUT_OF_RANGE: Final = {KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE}
 
 logger = logging.getLogger(__name__)
@@ -122,12 +142,18 @@ class KafkaLog:
         if not servers:
             raise LogError(f"{url!r} names no server; use kafka://host:9092")
         self.url = url
+        if "@" in servers:
+            raise LogError(
+                "a kafka:// URL names servers only; user and password belong into --kafka-config FILE"
+            )
         self._options = dict(options)
         self._settings = {**_ANY, "bootstrap.servers": servers}
+        self._lines = _Lines(Mask(self._options))
+        self._refusals = _Refusals(servers, self._options)
         self._admin = self._client(AdminClient, {})
         # For what is asked again and again: an admin request that waits for a broker may abort the process
         # (librdkafka 2.16, "rd_kafka_enq_once_del_source_return"), a consumer's may not.
-        self._asking = self._client(Consumer, _CONSUMER)
+        self._asking = self._client(Consumer, {**_CONSUMER, "error_cb": self._refusals})
         self._groups: dict[str, _Group] = {}
         self._lock = threading.Lock()
 
@@ -152,10 +178,9 @@ class KafkaLog:
         return True
 
     def partitions(self, topic: str, timeout_s: float = _REQUEST_S) -> int:
-        try:
-            found = self._asking.list_topics(topic, timeout=timeout_s).topics[topic]
-        except KafkaException as error:
-            raise _translated(error.args[0], topic) from error
+        found = self._ask(lambda s: self._asking.list_topics(topic, timeout=s), topic, timeout_s).topics[
+            topic
+        ]
         if found.error is not None and found.error.code() in _NO_TOPIC:
             return 0
         if found.error is not None and not found.partitions:
@@ -170,24 +195,63 @@ class KafkaLog:
 
     def partition_bounds(self, topic: str, partition: int, timeout_s: float = _REQUEST_S) -> Bounds:
         """What one partition holds now. Raises: LogUnavailable when nobody answers in time; LogError."""
-        try:
-            place = TopicPartition(topic, partition)
-            found = self._asking.get_watermark_offsets(place, timeout=timeout_s, cached=False)
-        except KafkaException as error:
-            raise _translated(error.args[0], topic) from error
+        place = TopicPartition(topic, partition)
+        found = self._ask(
+            lambda s: self._asking.get_watermark_offsets(place, timeout=s, cached=False), topic, timeout_s
+        )
         if found is None:
             raise LogUnavailable(f"no broker told within {timeout_s:g} s where {topic} begins and ends")
         low, high = found
         return Bounds(low, max(low, high))
 
-    def reader(self, topic: str, offsets: Mapping[int, int], *, keys: bool = False) -> KafkaReader:
-        errors = _ClientErrors()
-        consumer = self._client(ArrayConsumer, {**_CONSUMER, "error_cb": errors})
-        return KafkaReader(consumer, errors, self, topic, offsets, keys)
+    def identity(self, topic: str) -> str:
+        if not self.partitions(topic):  # and a broker has just answered: no admin request has to wait
+            raise _unknown(topic)
+        try:
+            found = self._wait(self._admin.describe_topics(TopicCollection([topic])))
+        except LogUnavailable:
+            raise
+        except LogError as error:
+            logger.info("the id of topic %s cannot be told: %s", topic, error)
+            return ""
+        return "" if str(found.topic_id) == _NO_ID else str(found.topic_id)
+
+    def _ask(self, request: Callable[[float], T], topic: str, timeout_s: float = _REQUEST_S) -> T:
+        """What a broker answers to a request that may take so many seconds. A refusal is heard after the first."""
+        for is_last in (False, True):
+            try:
+                answer = request(max(timeout_s - _FIRST_S, 0.1) if is_last else min(timeout_s, _FIRST_S))
+                self._refusals.clear()
+                return answer
+            except KafkaException as error:
+                self._asking.poll(0)  # only so do errors reach their callback
+                if self._refusals.why is not None:
+                    raise self._refusals.error() from error
+                found = _translated(error.args[0], topic)
+                if not isinstance(found, LogUnavailable):
+                    raise found from error
+                if is_last or timeout_s <= _FIRST_S:
+                    where = f"Kafka at {self._settings['bootstrap.servers']} cannot be reached"
+                    hint = "check the address, and security.protocol"
+                    raise LogUnavailable(f"{where} ({error.args[0].str()}): {hint}") from error
+        raise AssertionError("unreachable")
+
+    def reader(
+        self, topic: str, offsets: Mapping[int, int], *, keys: bool = False, identity: str = ""
+    ) -> KafkaReader:
+        errors = _Refusals(self._settings["bootstrap.servers"], self._options)
+        ids = _TopicIds(self._lines, topic, identity)
+        debug = ",".join(filter(None, (self._options.get("debug"), "metadata")))
+        consumer = self._client(ArrayConsumer, {**_CONSUMER, "error_cb": errors}, {"debug": debug}, ids)
+        return KafkaReader(consumer, errors, ids, self, topic, offsets, keys)
 
     def producer(self) -> KafkaProducer:
+        errors = _Refusals(self._settings["bootstrap.servers"], self._options)
+        callbacks = {
+            "error_cb": errors
+        }  # without one, a fatal error is raised within whatever is being called
         return KafkaProducer(
-            lambda failed: self._client(Producer, {**_PRODUCER, "on_delivery": failed}), self
+            lambda failed: self._client(Producer, {**_PRODUCER, **callbacks, "on_delivery": failed}), self
         )
 
     def commit(self, group: str, topic: str, offsets: Mapping[int, int]) -> None:
@@ -212,12 +276,22 @@ class KafkaLog:
                 )
             return self._groups[name]
 
-    def _client(self, make: Callable[..., T], settings: Mapping[str, Any]) -> T:
+    def _client(
+        self,
+        make: Callable[..., T],
+        settings: Mapping[str, Any],
+        always: Mapping[str, Any] | None = None,
+        lines: ClientLog | None = None,
+    ) -> T:
+        """A client of librdkafka. always: wins even over what the caller chose. lines: hears its log."""
         try:
-            return make({**self._settings, **settings, **self._options}, logger=logger)
+            return make(
+                {**self._settings, **settings, **self._options, **(always or {})}, logger=lines or self._lines
+            )
         except (KafkaException, TypeError, ValueError) as error:
-            reason = error.args[0].str() if isinstance(error, KafkaException) else error
-            raise LogError(f"Kafka client refuses its settings: {reason}") from error
+            reason = error.args[0].str() if isinstance(error, KafkaException) else str(error)
+            # from None: the original may tell a secret
+            raise LogError(f"Kafka client refuses its settings: {self._lines.mask(reason)}") from None
 
     def _await_leaders(self, topic: str, partitions: int, timeout_s: float = 30.0) -> None:
         """A topic that was just made cannot be used at once."""
@@ -241,6 +315,7 @@ class _Group:
 
     def __init__(self, make: Callable[[Callable[..., None]], Consumer]) -> None:
         self._told: list[KafkaError | None] = []
+        self._refused = False
         self._lock = threading.Lock()  # one commit at a time, so that an answer is that to ours
         self._consumer = make(self._hear)
 
@@ -261,7 +336,11 @@ class _Group:
             while not self._told:
                 if time.monotonic() > deadline:
                     raise LogUnavailable(f"offsets of {topic!r} were not committed within {_REQUEST_S:g} s")
-                self._consumer.poll(0.05)
+                message = self._consumer.poll(0.05)
+                said = None if message is None else message.error()
+                if said is not None and said.code() == KafkaError.GROUP_AUTHORIZATION_FAILED:
+                    self._refused = True
+                    raise _translated(said, topic)  # this commit will never be answered
             if (refused := self._told[0]) is not None:
                 raise _translated(refused, topic)
 
@@ -275,7 +354,10 @@ class _Group:
 
     def close(self) -> None:
         """Let go."""
-        self._consumer.close()
+        if self._refused:  # librdkafka waits for a minute for the answer to a commit
+            threading.Thread(target=self._consumer.close, daemon=True).start()
+        else:
+            self._consumer.close()
 
 
 class KafkaProducer:
@@ -350,17 +432,93 @@ class KafkaProducer:
             logger.error("a record for %s was lost: %s", message.topic(), error.str())
 
 
-class _ClientErrors:
-    """librdkafka's errors that belong to no message; what matters to a reader is that nobody can be reached."""
+class _Lines:
+    """librdkafka's log: its lines go to ours, without secrets, and not again and again.
 
-    def __init__(self) -> None:
-        self.down: str | None = None
+    It has one for each attempt to connect, several in a second. What `_Refusals` tells is left out.
+    """
+
+    def __init__(self, mask: Mask) -> None:
+        self.mask = mask
+        self._said: dict[str, float] = {}  # when, by the line without its numbers
+
+    def log(self, level: int, text: str, *arguments: Any) -> None:
+        """Called by confluent_kafka, within `poll` and `consume`."""
+        said, now = self.mask(text % arguments), time.monotonic()
+        kind = re.sub(r"\d+", "", said)
+        told = any(word in said for word in ("SASL authentication error", "SSL handshake failed"))
+        if told or now - self._said.get(kind, -math.inf) < _QUIET_S:
+            level = logging.DEBUG
+        else:
+            self._said = {known: at for known, at in self._said.items() if now - at < _QUIET_S} | {kind: now}
+        logger.log(level, "%s", said)
+
+
+class _Refusals:
+    """A client's errors that belong to no message: nobody can be reached, or we are turned away.
+
+    One answer to a request, or to a fetch, takes both back: see `clear`.
+    """
+
+    def __init__(self, servers: str, options: Mapping[str, str]) -> None:
+        self._servers, self._options, self._mask = servers, options, Mask(options)
+        self.down: str | None = None  # why nobody can be reached
+        self.why: str | None = None  # we are turned away
 
     def __call__(self, error: KafkaError) -> None:
-        if error.code() == KafkaError._ALL_BROKERS_DOWN or error.fatal():
-            self.down = error.str()
+        code = error.code()
+        if code in (KafkaError._AUTHENTICATION, KafkaError._SSL):
+            self.down = self.why = self._reason(code, error.str())
+        elif code == KafkaError._ALL_BROKERS_DOWN or error.fatal():
+            self.down = self.down or error.str()
         else:
-            logger.debug("%s", error.str())
+            logger.debug("%s", self._mask(error.str()))
+
+    def clear(self) -> None:
+        """A broker has answered."""
+        self.down = self.why = None
+
+    def error(self, why: str = "no broker answers") -> LogUnavailable:
+        """What to raise where nobody could be asked."""
+        return LogUnavailable(why) if self.why is None else LogRefused(self.why)
+
+    def _reason(self, code: int, said: str) -> str:
+        said = self._mask(
+            re.sub(r" \(after \d+ms.*", "", said.rpartition("://")[2].partition(": ")[2] or said)
+        )
+        if code == KafkaError._AUTHENTICATION:
+            user, mechanism = self._options.get("sasl.username"), self._options.get("sasl.mechanism", "SASL")
+            return (
+                f"Kafka at {self._servers} does not let user {user!r} in: check sasl.username, sasl.password and "
+                f"sasl.mechanism ({mechanism}) and that the user is there ({said})"
+            )
+        return (
+            f"there is no TLS with Kafka at {self._servers}: check ssl.ca.location and whether certificates, the "
+            f"broker's and ours, have expired ({said})"
+        )
+
+
+class _TopicIds:
+    """A reader's log: what librdkafka says goes on to ours, but for its news on the ids that topics have.
+
+    These lines come before any record of the topic with the new id does, in the same queue.
+    """
+
+    def __init__(self, lines: _Lines, topic: str, known: str) -> None:
+        self._lines, self._topic, self.known = lines, topic, known  # empty: not heard yet
+        self.error: LogError | None = None
+        self._chatty = logger.isEnabledFor(logging.DEBUG)
+
+    def log(self, level: int, text: str, *arguments: Any) -> None:
+        """Called by confluent_kafka, within `poll` and `consume`."""
+        if level > logging.DEBUG or self._chatty:
+            self._lines.log(level, text, *arguments)
+        if found := _CHANGED_ID.search(str(arguments[-1])):
+            topic, _, now = found.groups()
+            if topic == self._topic and now != _NO_ID:
+                self.known = self.known or now
+                if now != self.known and self.error is None:
+                    self.error = replaced(topic, self.known, now)
 
 
 class KafkaReader:
@@ -369,14 +527,16 @@ class KafkaReader:
     def __init__(
         self,
         consumer: ArrayConsumer,
-        errors: _ClientErrors,
+        errors: _Refusals,
+        ids: _TopicIds,
         log: KafkaLog,
         topic: str,
         offsets: Mapping[int, int],
         keys: bool,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._consumer, self._errors, self._log = consumer, errors, log
-        self._topic, self._keys = topic, keys
+        self._consumer, self._errors, self._ids, self._log = consumer, errors, ids, log
+        self._topic, self._keys, self._clock = topic, keys, clock
         self._next = dict(offsets)
         self._paused: set[int] = set()
         self._broken: dict[int, LogError] = {}  # raised until somebody seeks
@@ -389,21 +549,23 @@ class KafkaReader:
     def poll(self, max_records: int, timeout_s: float) -> RecordBatch:
         if self._closed:
             raise LogError("this reader is closed")
-        deadline = time.monotonic() + timeout_s
+        deadline = self._clock() + timeout_s
         while True:
-            left_s = deadline - time.monotonic()
+            left_s = deadline - self._clock()
             records, troubles = self._consumer.take(max_records, max(left_s, 0.0), keys=self._keys)
+            if self._ids.error is not None:
+                raise self._ids.error
             self._advance(records)
             for trouble in troubles:
                 self._note(trouble)
             if len(records.offset):
-                self._errors.down = None
+                self._errors.clear()
                 return records
             if self._broken:
                 raise next(iter(self._broken.values()))
             if not troubles:
-                self._look_after(max(0.1, min(1.0, deadline - time.monotonic())))
-            if time.monotonic() >= deadline:
+                self._look_after(max(0.1, min(1.0, deadline - self._clock())))
+            if self._clock() >= deadline:
                 return records
 
     def position(self) -> dict[int, int]:
@@ -436,7 +598,7 @@ class KafkaReader:
         again = set(partitions) & self._paused
         self._paused -= again
         self._consumer.resume(self._topic, again)
-        self._heard |= dict.fromkeys(again, time.monotonic())
+        self._heard |= dict.fromkeys(again, self._clock())
 
     def close(self) -> None:
         if not self._closed:
@@ -451,7 +613,7 @@ class KafkaReader:
         self._consumer.assign(self._topic, self._next)
         self._consumer.resume(self._topic, self._next.keys() - self._paused)
         self._consumer.pause(self._topic, self._paused)
-        self._heard = dict.fromkeys(self._next, time.monotonic())
+        self._heard = dict.fromkeys(self._next, self._clock())
         self._silent = set(self._next)
 
     def _advance(self, records: RecordBatch) -> None:
@@ -479,19 +641,24 @@ class KafkaReader:
             self._broken[partition] = UnknownTopic(
                 f"there is no {self._topic!r} partition {partition}; create it with `streaming topics`"
             )
+        elif code == KafkaError.GROUP_AUTHORIZATION_FAILED:
+            logger.debug("%s: %s", self._topic, error.str())  # of a group that readers have by name only
         elif code in _UNAVAILABLE or error.retriable():
             logger.info("%s: %s", self._topic, error.str())
         else:
             self._broken[partition] = _translated(error, self._topic)
 
     def _hear(self, partition: int) -> None:
-        self._heard[partition] = time.monotonic()
+        self._heard[partition] = self._clock()
         self._silent.discard(partition)
 
     def _check(self, timeout_s: float) -> None:
         """A reader must not seem idle where there is no broker, no topic or no partition."""
-        there = range(self._log.partitions(self._topic, timeout_s))
-        self._errors.down = None
+        try:
+            there = range(self._log.partitions(self._topic, timeout_s))
+        except LogUnavailable as error:
+            raise self._errors.error(str(error)) from error
+        self._errors.clear()
         for partition in self._next.keys() - there:
             self._broken[partition] = UnknownTopic(
                 f"there is no {self._topic!r} partition {partition}; create it with `streaming topics`"
@@ -499,7 +666,7 @@ class KafkaReader:
 
     def _look_after(self, timeout_s: float) -> None:
         """Find out why partitions are silent; nothing came just now."""
-        now = time.monotonic()
+        now = self._clock()
         silence = {p: now - self._heard[p] for p in self._next if p not in self._paused}
         if self._errors.down is not None or any(silence.get(p, 0) > _STRANGE_S for p in self._silent):
             self._check(timeout_s)
@@ -510,7 +677,7 @@ class KafkaReader:
     def _look_into(self, partition: int, timeout_s: float) -> None:
         """Ask the broker what a silent partition holds: librdkafka has been seen to stall, and where a partition ends
         it knows from the last fetch only."""
-        self._heard[partition] = time.monotonic()
+        self._heard[partition] = self._clock()
         try:
             high = self._log.partition_bounds(self._topic, partition, timeout_s).high
         except LogError as error:
@@ -542,6 +709,9 @@ def _translated(error: KafkaError, topic: str | None = None) -> LogError:
         return _unknown(topic) if topic else UnknownTopic(f"{error.str()}; create it with `streaming topics`")
     if code == KafkaError.TOPIC_ALREADY_EXISTS:
         return _Exists(error.str())
+    if code in _NOT_ALLOWED:
+        what = _NOT_ALLOWED[code].format(topic=topic or "?")
+        return NotAllowed(f"Kafka keeps our user from {what}: check its rights (ACLs)")
     return (LogUnavailable if code in _UNAVAILABLE or error.retriable() else LogError)(
         f"Kafka: {error.str()}"
     )

@@ -22,6 +22,14 @@ class LogUnavailable(LogError):
     """The log cannot be reached now; a retry may help."""
 
 
+class LogRefused(LogUnavailable):
+    """The log turns us away (password, certificate): somebody must look at it, here or there; a retry may help then."""
+
+
+class NotAllowed(LogError):
+    """The log knows us, and does not let us do this: a right is missing."""
+
+
 class LogFull(LogError):
     """The producer's queue is full: nothing was queued; flush or wait, then send again."""
 
@@ -32,6 +40,10 @@ class UnknownTopic(LogError):
 
 class OffsetOutOfRange(LogError):
     """A reader's position is no longer (or not yet) in the log: retention took it, or the topic was recreated."""
+
+
+class TopicReplaced(LogError):
+    """The topic was deleted and made anew: its offsets mean other records than those that we know them by."""
 
 
 class Position(NamedTuple):
@@ -102,7 +114,7 @@ class Reader(Protocol):
         """Up to max_records, waiting at most timeout_s for the first; an empty batch when none came.
 
         Aborted transactions are never seen.
-        Raises: OffsetOutOfRange, LogUnavailable (retry), UnknownTopic.
+        Raises: OffsetOutOfRange, LogUnavailable (retry), UnknownTopic; TopicReplaced, for ever: open a new reader.
         """
 
     def position(self) -> dict[int, int]:
@@ -144,8 +156,19 @@ class Log(Protocol):
     def bounds(self, topic: str) -> dict[int, Bounds]:
         """What each partition holds now. Raises UnknownTopic."""
 
-    def reader(self, topic: str, offsets: Mapping[int, int], *, keys: bool = False) -> Reader:
-        """A reader of exactly these partitions from these offsets. keys: also return each record's key."""
+    def identity(self, topic: str) -> str:
+        """An id that the topic got when it was made, and that no other topic has; empty where none can be told.
+
+        Raises: UnknownTopic, LogUnavailable.
+        """
+
+    def reader(
+        self, topic: str, offsets: Mapping[int, int], *, keys: bool = False, identity: str = ""
+    ) -> Reader:
+        """A reader of exactly these partitions from these offsets. keys: also return each record's key.
+
+        identity: the topic's; nothing is read of another one by its name. Empty: of that which it meets first.
+        """
 
     def producer(self) -> Producer:
         """A new producer."""
@@ -158,6 +181,14 @@ class Log(Protocol):
 
     def close(self) -> None:
         """Let go; harmless twice."""
+
+
+def replaced(topic: str, known: str, found: str) -> TopicReplaced:
+    """The error of a topic that is not the one that it was."""
+    return TopicReplaced(
+        f"topic {topic!r} was deleted and made anew: its id was {known}, now it is {found}, and the offsets of the one "
+        "mean nothing in the other"
+    )
 
 
 def murmur2(key: bytes) -> int:

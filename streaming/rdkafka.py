@@ -9,12 +9,11 @@ records of a batch in one compiled loop without the GIL.
 from __future__ import annotations
 
 import ctypes
-import logging
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from ctypes import c_char_p, c_int, c_int32, c_int64, c_size_t, c_ssize_t, c_void_p
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -204,10 +203,17 @@ class Trouble(NamedTuple):
     offset: int
 
 
+class ClientLog(Protocol):
+    """Hears librdkafka's log: a `logging.Logger`, or alike."""
+
+    def log(self, level: int, text: str, *arguments: Any) -> None:
+        """One line; level: as `logging` has them."""
+
+
 class ArrayConsumer:
     """Reads partitions that are assigned by hand; owned by one thread. Joins no group, stores no offset."""
 
-    def __init__(self, settings: Mapping[str, Any], *, logger: logging.Logger) -> None:
+    def __init__(self, settings: Mapping[str, Any], *, logger: ClientLog) -> None:
         """settings: librdkafka's, and `error_cb`, which is told of errors that belong to no partition, within `take`.
 
         Raises: KafkaException for a setting that librdkafka refuses.
@@ -333,7 +339,7 @@ def _error_callback(heard: Callable[[KafkaError], None]) -> Any:
     return _HEAR_ERROR(hear)
 
 
-def _log_callback(logger: logging.Logger) -> Any:
+def _log_callback(logger: ClientLog) -> Any:
     def hear(handle: int, level: int, facility: bytes, text: bytes) -> None:
         logger.log(_LEVELS[level], "%s %s", _text(facility), _text(text))
 

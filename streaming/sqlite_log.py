@@ -1,9 +1,9 @@
 """The log in one SQLite file: durable, several processes, nothing to install.
 
-Tables: `topics`; `parts`, one row per partition with its first and next offset (an offset is never given twice,
-whatever retention deletes); `records`, keyed by (part, offset); `commits`. The file is in WAL mode, so readers
-and the writer of the moment do not wait for each other; writers of several processes take turns. It must lie on a
-local disk: WAL needs shared memory.
+Tables: `topics`, each with an id of its own; `parts`, one row per partition with its first and next offset (an
+offset is never given twice, whatever retention deletes); `records`, keyed by (part, offset); `commits`. The
+file is in WAL mode, so readers and the writer of the moment do not wait for each other; writers of several
+processes take turns. It must lie on a local disk: WAL needs shared memory.
 
 A committed record survives the death of any process. `sqlite:///log.db?synchronous=full` makes it survive power
 loss as well, for an fsync per commit.
@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sqlite3
 import threading
 import time
 import urllib.parse
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +34,10 @@ from streaming.log import (
     LogUnavailable,
     OffsetOutOfRange,
     RecordBatch,
+    TopicReplaced,
     UnknownTopic,
     partition_of,
+    replaced,
 )
 
 Clock = Callable[[], float]  # seconds since 1970
@@ -58,7 +62,7 @@ _GIVE_UP_S: Final = 60.0  # a record that cannot be written for so long has fail
 
 _TABLES = """
 CREATE TABLE topics (
-    topic TEXT PRIMARY KEY, compacted INTEGER NOT NULL, retention_ms INTEGER
+    topic TEXT PRIMARY KEY, compacted INTEGER NOT NULL, retention_ms INTEGER, id TEXT
 ) WITHOUT ROWID;
 CREATE TABLE parts (
     part INTEGER PRIMARY KEY, topic TEXT NOT NULL, partition INTEGER NOT NULL,
@@ -97,7 +101,8 @@ class SqliteLog:
         if partitions < 1:
             raise LogError(f"topic {topic!r} needs at least 1 partition, not {partitions}")
         with self._using() as db, _transaction(db):
-            db.execute("INSERT OR IGNORE INTO topics VALUES (?, ?, ?)", (topic, compacted, retention_ms))
+            new_topic = (topic, compacted, retention_ms, uuid.uuid4().hex)
+            db.execute("INSERT OR IGNORE INTO topics VALUES (?, ?, ?, ?)", new_topic)
             have = _partitions(db, topic)
             new = [(topic, partition) for partition in range(have, partitions)]
             db.executemany("INSERT INTO parts (topic, partition) VALUES (?, ?)", new)
@@ -114,8 +119,14 @@ class SqliteLog:
             raise _unknown(topic)
         return {partition: Bounds(low, high) for partition, low, high in rows}
 
-    def reader(self, topic: str, offsets: Mapping[int, int], *, keys: bool = False) -> SqliteReader:
-        return SqliteReader(self._file, topic, offsets, keys)
+    def identity(self, topic: str) -> str:
+        with self._using() as db:
+            return _id_of(db, topic)
+
+    def reader(
+        self, topic: str, offsets: Mapping[int, int], *, keys: bool = False, identity: str = ""
+    ) -> SqliteReader:
+        return SqliteReader(self._file, topic, offsets, keys, identity)
 
     def producer(self) -> SqliteProducer:
         return SqliteProducer(self._file, self._clock)
@@ -317,18 +328,23 @@ class SqliteProducer:
 class SqliteReader:
     """Reads partitions of one topic; looks for news every few milliseconds."""
 
-    def __init__(self, file: _File, topic: str, offsets: Mapping[int, int], keys: bool) -> None:
-        self._file, self._topic, self._keys = file, topic, keys
+    def __init__(
+        self, file: _File, topic: str, offsets: Mapping[int, int], keys: bool, identity: str
+    ) -> None:
+        self._file, self._topic, self._keys, self._identity = file, topic, keys, identity
         self._next = dict(offsets)
         self._paused: set[int] = set()
         self._turn = 0  # which partition is asked first
         self._db: sqlite3.Connection | None = file.open()
+        self._inode = file.inode()
         self._part: dict[int, int] = {}  # partition → part
         self._seen: int | None = None  # data_version when nothing was there to read
 
     def poll(self, max_records: int, timeout_s: float) -> RecordBatch:
         if self._db is None:
             raise LogError("this reader is closed")
+        if self._file.inode() != self._inode:
+            raise TopicReplaced(f"{self._file.path} was moved, deleted or replaced while it was being read")
         deadline = time.monotonic() + timeout_s
         with _translated(self._file.path):
             while True:
@@ -406,6 +422,10 @@ class SqliteReader:
         rows = {partition: rest for partition, *rest in db.execute(query, (self._topic,))}
         if not rows:
             raise _unknown(self._topic)
+        found = _id_of(db, self._topic)
+        self._identity = self._identity or found
+        if found != self._identity:
+            raise replaced(self._topic, self._identity, found)
         high = {}
         for partition in active:
             if partition not in rows:
@@ -531,6 +551,13 @@ class _File:
                 raise
         return db
 
+    def inode(self) -> int:
+        """Which file bears the name; 0: none."""
+        try:
+            return os.stat(self.path).st_ino
+        except FileNotFoundError:
+            return 0
+
     def _prepare(self, db: sqlite3.Connection) -> None:
         db.execute("BEGIN")  # one snapshot: another process may be creating the tables
         identity = _identity(db)
@@ -543,6 +570,8 @@ class _File:
             raise LogError(
                 f"{self.path} has format {identity.format}, this version knows {_FORMAT}; use the version that wrote it"
             )
+        elif "id" not in [column[1] for column in db.execute("PRAGMA table_info(topics)")]:
+            _give_ids(db)
         db.execute(f"PRAGMA synchronous = {self.synchronous}")
         db.execute(f"PRAGMA journal_size_limit = {_WAL_BYTES}")
         db.execute("PRAGMA cache_size = -16000")
@@ -590,6 +619,21 @@ def _identity(db: sqlite3.Connection) -> _Identity:
 def _partitions(db: sqlite3.Connection, topic: str) -> int:
     (count,) = db.execute("SELECT count(*) FROM parts WHERE topic = ?", (topic,)).fetchone()
     return int(count)
+
+
+def _id_of(db: sqlite3.Connection, topic: str) -> str:
+    row = db.execute("SELECT id FROM topics WHERE topic = ?", (topic,)).fetchone()
+    if row is None:
+        raise _unknown(topic)
+    return str(row[0])
+
+
+def _give_ids(db: sqlite3.Connection) -> None:
+    """To the topics of a file that was made before topics had any."""
+    with _transaction(db):
+        if "id" not in [column[1] for column in db.execute("PRAGMA table_info(topics)")]:
+            db.execute("ALTER TABLE topics ADD COLUMN id TEXT")
+            db.execute("UPDATE topics SET id = lower(hex(randomblob(16)))")
 
 
 def _parts(db: sqlite3.Connection, topic: str) -> dict[int, int]:

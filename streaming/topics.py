@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from streaming.dead_letters import dlq_topic, late_topic
-from streaming.log import Log, LogUnavailable
+from streaming.log import Log, LogRefused, LogUnavailable, NotAllowed
 
 _RETRY_S: Final = 1.0
 _DAY_MS: Final = 86_400_000
@@ -91,6 +91,10 @@ def wait_for(
         try:
             log.partitions("events")
             return
+        except NotAllowed:  # which is an answer, and "events" may be none of ours
+            return
+        except LogRefused:
+            raise
         except LogUnavailable as error:
             if clock() >= deadline:
                 raise LogUnavailable(f"{log.url} did not answer within {timeout_s:g} s: {error}") from error

@@ -83,7 +83,7 @@ def test_what_the_caller_gives_wins_over_the_command_line() -> None:
         (["--depth-m", "-1"], "depth_m must be > 0, not -1.0"),
         (["--depth-m", "deep"], "could not convert string to float: 'deep'"),
         (["--patience-s", "1.5"], "invalid literal for int()"),
-        (["--tags", "alone"], "'alone' is not KEY=VALUE"),
+        (["--tags", "alone"], "--tags needs KEY=VALUE; what was given has no ="),
         (["--depth", "2"], "--depth-m"),  # abbreviations are refused
         (["pond"], "no such argument pond"),
         (["--hidden", "8"], "no such flag --hidden"),

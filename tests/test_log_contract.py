@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -17,11 +17,13 @@ from streaming.log import (
     OffsetOutOfRange,
     Reader,
     RecordBatch,
+    TopicReplaced,
     UnknownTopic,
     open_log,
     partition_of,
 )
 from streaming.sqlite_log import SqliteLog
+from tests.small_shop import delete_topic
 
 Row = tuple[int, int, bytes | None]  # partition, offset, value
 
@@ -266,6 +268,48 @@ def test_an_offset_that_is_not_there_yet_is_never_silent(log: Log, topic: str) -
         assert drain(reader, 1) == [(0, 0, b"1")]
 
 
+def test_every_topic_has_an_identity_of_its_own(log: Log, topic: str, open_here: Callable[[], Log]) -> None:
+    log.create_topic(topic, 1)
+    log.create_topic(f"{topic}-other", 1)
+    known = log.identity(topic)
+    assert known == open_here().identity(topic) != log.identity(f"{topic}-other")
+    log.create_topic(topic, 3)
+    assert log.identity(topic) == known != ""
+    delete_topic(log, topic)
+    with pytest.raises(UnknownTopic, match=topic):
+        log.identity(topic)
+    log.create_topic(topic, 3)
+    assert log.identity(topic) not in ("", known)
+
+
+def test_a_reader_gives_nothing_of_a_topic_made_anew_however_long_it_is(log: Log, topic: str) -> None:
+    log.create_topic(topic, 1)
+    send(log, topic, *numbered(20))
+    with reading(log, topic, {0: 0}) as reader:
+        drain(reader, 20)
+        delete_topic(log, topic)
+        log.create_topic(topic, 1)
+        send(log, topic, *numbered(60))
+        for _ in range(2):  # and it stays an error
+            with suppress(UnknownTopic), pytest.raises(TopicReplaced, match="made anew"):
+                _poll_until_something_happens(reader)  # it may first be found gone
+        with pytest.raises(TopicReplaced, match="made anew"):
+            _poll_until_something_happens(reader)
+
+
+def test_a_reader_that_knows_the_identity_gives_nothing_of_another_topic(log: Log, topic: str) -> None:
+    log.create_topic(topic, 1)
+    known = log.identity(topic)
+    send(log, topic, *numbered(20))
+    with reading(log, topic, {0: 10}, identity=known) as reader:
+        drain(reader, 10)
+    delete_topic(log, topic)
+    log.create_topic(topic, 1)
+    send(log, topic, *numbered(60))
+    with reading(log, topic, {0: 20}, identity=known) as reader, pytest.raises(TopicReplaced, match=known):
+        _poll_until_something_happens(reader)
+
+
 def test_retention_takes_old_records_and_offsets_go_on(log: Log, topic: str) -> None:
     log.create_topic(topic, 1, retention_ms=1000)
     send(log, topic, *numbered(3), timestamp_ms=1_500_000_000_000)
@@ -392,7 +436,7 @@ def test_urls_that_name_no_log_are_refused() -> None:
 def _poll_until_something_happens(reader: Reader) -> None:
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
-        reader.poll(10, 0.5)
+        assert len(reader.poll(10, 0.5)) == 0
 
 
 def test_large_records_come_in_batches_that_fit_into_memory(log: Log, topic: str) -> None:
