@@ -39,7 +39,7 @@ from streaming.chunks import Chunker
 from streaming.commandline import Parser, add_config, add_log, build, codec_from, log_from, run
 from streaming.dead_letters import DeadLetters, dlq_topic, late_topic
 from streaming.join_settings import JoinSettings
-from streaming.log import Log, Reader, UnknownTopic
+from streaming.log import Log, LogUnavailable, Reader, UnknownTopic
 from streaming.rewards import RewardTable
 from streaming.schemas import Codec
 
@@ -157,11 +157,13 @@ def _train(
         metrics = Metrics()
         metrics.serve(config.metrics_port)
         _, checkpoints, store = open_store(config, f"{socket.gethostname()}, pid {os.getpid()}")
-        group = f"bellwether-{config.name}"
-        watch = LogWatch(log, config.topic, config.catalog_topic, group, LOOK_S)
+        topic_id = log.identity(config.topic)  # before anything else is asked of it
+        watch = LogWatch(log, config.topic, config.catalog_topic, group_of(config), LOOK_S)
         closing.callback(watch.close)
         learner = Learner(settings, agent, join, codec, lambda: len(watch.bounds), config.device)
-        trainer = _prepared(config, learner, log, codec, watch, checkpoints, store, metrics, closing)
+        trainer = _prepared(
+            config, learner, log, codec, watch, checkpoints, store, metrics, topic_id, closing
+        )
         prequential = Prequential(learner.vocabulary, join.rewards)
         if config.prequential is not None:
             learner.observe = prequential.observe
@@ -200,13 +202,15 @@ def _prepared(
     checkpoints: Checkpoints,
     store: WeightStore,
     metrics: Metrics,
+    topic_id: str,
     closing: ExitStack,
 ) -> Trainer:
     """A trainer that goes on where the newest checkpoint ends, or begins."""
     loaded = checkpoints.load()
     saved = None if loaded is None else loaded.meta
     since = 0 if loaded is None else learner.restore(loaded.parts)
-    offsets = offsets_to_start(config, saved, watch.bounds)
+    offsets = offsets_to_start(config, saved, watch.bounds, topic_id)
+    _show_progress(log, config, offsets)
     learner.assign(offsets)
     logger.info("%s", _beginning(config, loaded))
     if learner.joiner.settings.late_after_s > learner.joiner.settings.dedup_window_s:
@@ -222,7 +226,7 @@ def _prepared(
     closing.callback(catalog.close)
     catalog.catch_up()
     until = {p: bound.high for p, bound in watch.bounds.items()} if config.until_caught_up else None
-    reader = log.reader(config.topic, offsets)
+    reader = log.reader(config.topic, offsets, identity=topic_id)
     closing.callback(reader.close)
     source = _source(config, reader, until, 0 if saved is None else int(saved["turn"]))
     writer, publisher = (
@@ -246,7 +250,21 @@ def _prepared(
         clock=time.monotonic,
         now_ms=lambda: int(time.time() * 1000),
         since=since,
+        topic_id=topic_id,
     )
+
+
+def _show_progress(log: Log, config: TrainConfig, offsets: Mapping[int, int]) -> None:
+    """Commit where we begin, so that a right that is missing is said now, and not at the first checkpoint."""
+    with contextlib.suppress(
+        LogUnavailable
+    ):  # the group's coordinator is made only when it is first asked for
+        log.commit(group_of(config), config.topic, offsets)
+
+
+def group_of(config: TrainConfig) -> str:
+    """The consumer group that shows how far this learner is."""
+    return f"bellwether-{config.name}"
 
 
 def _source(config: TrainConfig, reader: Reader, until: Mapping[int, int] | None, turn: int) -> Source:

@@ -34,7 +34,7 @@ from streaming.dead_letters import dlq_topic, late_topic
 from streaming.decoder import Decoder
 from streaming.interning import Vocabulary
 from streaming.join_settings import COUNTERS
-from streaming.log import Bounds, Log, LogUnavailable, OffsetOutOfRange
+from streaming.log import Bounds, Log, LogUnavailable, OffsetOutOfRange, replaced
 from streaming.plain_joiner import PlainPartition, Transition
 from streaming.schemas import DEAD_LETTER, DECISION, EVENT, Codec, SchemaError
 
@@ -296,8 +296,11 @@ class Audit:
         self._letters = {"dlq": 0, "late": 0, "unverified": 0}
 
     def run(self) -> Report:
-        """Read the log and compare. Raises: LogError."""
+        """Read the log and compare. Raises: LogError; NothingToAudit where the topic is not the checkpoint's."""
         began = self._clock()
+        known, found = self._memory.meta.get("topic_id", ""), self._log.identity(self._topic)
+        if known and found and known != found:
+            raise NothingToAudit(f"{replaced(self._topic, known, found)}; the checkpoint is of the old one")
         memory = self._memory
         report = Report(
             str(self._directory), self._topic, memory.generation, memory.inserted, memory.meta["updates"]

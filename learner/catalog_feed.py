@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from streaming.columns import Reason
-from streaming.log import Bounds, Log, Reader, RecordBatch, UnknownTopic
+from streaming.log import Bounds, Log, Reader, RecordBatch, TopicReplaced, UnknownTopic
 from streaming.transitions import Rejects
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,17 @@ class CatalogFeed:
             self._take(self._reader.poll(MOST, 1.0))
 
     def follow(self, bounds: Mapping[int, Bounds]) -> None:
-        """Take in what came since, without waiting. bounds: of the topic; empty where it is not there."""
+        """Take in what came since, without waiting. bounds: of the topic; empty where it is not there.
+
+        A catalog that was deleted and made anew is read from its beginning; what the old one said stays until then.
+        """
+        try:
+            self._follow(bounds)
+        except (TopicReplaced, UnknownTopic):
+            self.close()
+            raise
+
+    def _follow(self, bounds: Mapping[int, Bounds]) -> None:
         if self._reader is None:
             if not bounds:
                 return

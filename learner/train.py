@@ -30,7 +30,14 @@ from learner.weights import WeightStore
 from streaming.columns import Reason
 from streaming.dead_letters import DeadLetters
 from streaming.idle import IdleClock
-from streaming.log import LogError, LogUnavailable, OffsetOutOfRange, RecordBatch
+from streaming.log import (
+    LogError,
+    LogUnavailable,
+    OffsetOutOfRange,
+    RecordBatch,
+    TopicReplaced,
+    replaced,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +50,7 @@ RETRY_S: Final = 0.5  # between two tries to reach what cannot be reached
 LETTERS_S: Final = 1.0  # that a checkpoint waits for dead letters, and training with it
 LETTERS_RETRY_S: Final = 5.0  # until it tries again
 ANY_NUMBER: Final = 1 << 62
+_BEGIN_ANEW: Final = "Point --log at the old one, or start with an empty --data-dir"
 
 
 def _setting(default: Any, help: str, **more: Any) -> Any:
@@ -85,6 +93,9 @@ class TrainConfig:
     keep_versions: int = _setting(10, "newest versions kept in the weight store; 1..1000")
     checkpoint_s: float = _setting(10.0, "seconds between two checkpoints; 0.1..86400")
     keep_checkpoints: int = _setting(3, "newest checkpoints kept; 1..1000")
+    give_up_after_s: float = _setting(
+        3600.0, "end once every checkpoint has failed for so long; s, 1..604800, 0: never"
+    )
     idle_s: float = _setting(
         60.0, "silence after which a partition no longer holds up event time; s, 1..86400"
     )
@@ -110,6 +121,8 @@ class TrainConfig:
         ):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} must be within {low}..{high}, not {getattr(self, name)}")
+        if self.give_up_after_s != 0 and not 1 <= self.give_up_after_s <= 604_800:
+            raise ValueError(f"give_up_after_s must be 0 or within 1..604800, not {self.give_up_after_s}")
         if self.deterministic and self.device != "cpu":
             raise ValueError(f"deterministic needs device cpu, not {self.device!r}")
         if self.deterministic and self.on_gap != "stop":
@@ -138,13 +151,14 @@ class Trainer:
         clock: Callable[[], float],
         now_ms: Callable[[], int],
         since: int = 0,
+        topic_id: str = "",
     ) -> None:
         """until: ends before these offsets; None: never. clock: monotonic seconds. now_ms: wall clock. since: the
-        token of the snapshot that the learner was restored from."""
+        token of the snapshot that the learner was restored from. topic_id: identity of the topic that source reads."""
         self._config, self._learner, self._source, self._until = config, learner, source, until
         self._watch, self._catalog, self._letters, self._misplaced = watch, catalog, letters, misplaced
         self._checkpoints, self._publisher, self._metrics = checkpoints, publisher, metrics
-        self._clock, self._now_ms = clock, now_ms
+        self._clock, self._now_ms, self._topic_id = clock, now_ms, topic_id
         self._idle = IdleClock(config.idle_s)
         self._intake = Intake(learner, source, letters, self._note)
         self._records = 0
@@ -153,6 +167,7 @@ class Trainer:
         self._safe = since  # token of the newest snapshot on disk
         # of the one being written: token, offsets, when it was begun
         self._saving: tuple[int, dict[int, int], float] | None = None
+        self._failing_s: float | None = None  # when the first of the checkpoints failed that all failed since
         now = clock()
         self._due = dict.fromkeys(("publish", "checkpoint", "look", "retry", "unpark"), now)
         self._due["checkpoint"] += config.checkpoint_s
@@ -164,8 +179,9 @@ class Trainer:
     def run(self, stop: threading.Event, tell: Callable[[float], None]) -> None:
         """Until `stop`, or the end of what is to be read; then a last version and a last checkpoint.
 
-        tell: called each turn with the time. Raises: LogError where the log is at fault for good (missing
-        topics); CannotContinue at a gap; Fenced; WeightsError when training has diverged.
+        tell: called each turn with the time. Raises: LogError where the log is at fault for good (missing topics,
+        refused letters); CannotContinue at a gap; CheckpointFailed where that lasted too long; Fenced; WeightsError
+        when training has diverged.
         """
         while not stop.is_set() and not self._finished():
             self._read()
@@ -237,6 +253,8 @@ class Trainer:
             self._intake.read(patience_s)
         except OffsetOutOfRange as error:
             self._step_over(error)
+        except TopicReplaced as error:
+            raise CannotContinue(f"{error}. {_BEGIN_ANEW}") from error
 
     def _step_over(self, error: OffsetOutOfRange) -> None:
         """Go on behind what is gone, if that is allowed. Raises: CannotContinue, LogUnavailable."""
@@ -324,7 +342,7 @@ class Trainer:
         """Whether it has begun. patience_s: how long to wait for dead letters to be durable."""
         try:
             self._letters.flush(patience_s)  # what a checkpoint counts as read must be somewhere
-        except LogError as error:
+        except LogUnavailable as error:
             logger.warning("no checkpoint now: %s", error)
             return False
         position = self._intake.position()
@@ -332,6 +350,7 @@ class Trainer:
         learner = self._learner
         meta = {
             "topic": self._config.topic,
+            "topic_id": self._topic_id,
             "positions": {str(p): offset for p, offset in sorted(position.items())},
             "turn": self._source.turn,
             "transitions": learner.replay.inserted,
@@ -351,14 +370,27 @@ class Trainer:
                 return False
         except CheckpointFailed as error:
             self._metrics.checkpoint_failures.inc()
-            logger.error("%s; training goes on", error)
+            self._bear(error)
             return False
+        self._failing_s = None
         assert self._saving is not None  # a checkpoint that has finished was started
         self._safe, position, began_s = self._saving
         self._watch.safe(position)
         self._metrics.checkpoint_age.set(self._now_ms() / 1000)
         self._metrics.checkpoint_seconds.set(self._clock() - began_s)
         return True
+
+    def _bear(self, error: CheckpointFailed) -> None:
+        """Train on without a checkpoint, but not for ever: a crash would cost all of that work."""
+        now, patience_s = self._clock(), self._config.give_up_after_s
+        self._failing_s = now if self._failing_s is None else self._failing_s
+        failing_s = now - self._failing_s
+        if patience_s and failing_s >= patience_s:
+            raise CheckpointFailed(
+                f"every checkpoint of the last {failing_s:.0f} s has failed (--give-up-after-s {patience_s:g}): "
+                f"{error}. Make room, or mend the disk, and start again: it goes on from there"
+            ) from error
+        logger.error("%s; training goes on", error)
 
     # --- housekeeping
 
@@ -391,7 +423,7 @@ class Trainer:
         watermarks = {p: joiner.watermark_ms(p) for p in joiner.partitions}
         # what is parked is there and not read, whatever the last look at the log said
         lag = self._watch.lag(position) | dict.fromkeys(self._intake.parked, 1)
-        due = self._idle.due(watermarks, lag, now_s, self._now_ms())
+        due = self._idle.due(watermarks, lag, now_s)
         if due:
             self._metrics.transitions.inc(self._learner.advance(due, position))
 
@@ -448,10 +480,11 @@ def open_store(config: TrainConfig, owner: str) -> tuple[Fence, Checkpoints, Wei
 
 
 def offsets_to_start(
-    config: TrainConfig, saved: Mapping[str, Any] | None, bounds: Mapping[int, Any]
+    config: TrainConfig, saved: Mapping[str, Any] | None, bounds: Mapping[int, Any], topic_id: str = ""
 ) -> dict[int, int]:
     """Where to read each partition from: the checkpoint's offsets, else the beginning (or, as told, the end).
 
+    topic_id: the topic's identity; empty: not known, as in checkpoints of before it was kept.
     Raises: CannotContinue when the checkpoint is of another topic, or ahead of what the log ever held.
     """
     known = {} if saved is None else {int(p): int(o) for p, o in saved["positions"].items()}
@@ -460,12 +493,15 @@ def offsets_to_start(
             f"the checkpoint in {config.data_dir} is of topic {saved['topic']!r}, not {config.topic!r}; "
             "give each topic a --name or --data-dir of its own"
         )
+    known_id = "" if saved is None else saved.get("topic_id", "")
+    if known_id and topic_id and known_id != topic_id:
+        raise CannotContinue(f"{replaced(config.topic, known_id, topic_id)}. {_BEGIN_ANEW}")
     for p, offset in known.items():
         if p not in bounds or offset > bounds[p].high:
             holds = f"ends at {bounds[p].high}" if p in bounds else "is not there"
             raise CannotContinue(
                 f"the checkpoint was read to offset {offset} of {config.topic}/{p}, which {holds}: another log, "
-                "or the topic was recreated. Point --log at the old one, or start with an empty --data-dir"
+                f"or the topic was recreated. {_BEGIN_ANEW}"
             )
     first = saved is None and config.start == "latest"
     return {p: known.get(p, b.high if first else b.low) for p, b in sorted(bounds.items())}

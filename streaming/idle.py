@@ -1,8 +1,9 @@
 """Quiet partitions: up to which event time they count as complete, so that visits end where nothing more comes.
 
 A partition is idle when nothing came for a while though all of it was read. It then follows the slowest of those
-that are not. Where all are idle, one whose newest record was about as old as its event, a live shop's, follows
-the wall clock; simulated or replayed time has nothing to do with it, and stands still.
+that are not. Where all are idle, in one whose newest record was about as old as its event, a live shop's, event time
+passes as fast as ours; simulated or replayed time has nothing to do with it, and stands still. Only a monotonic clock
+is asked how long: a wall clock that is set wrong, and right again, must end nobody's visit.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ LIVE_MS: Final = 3_600_000  # between an event and its arrival, in a live shop
 class _Partition:
     heard_s: float
     live: bool = False
+    from_ms: int | None = None  # the watermark at the first look after that
 
 
 class IdleClock:
@@ -37,13 +39,13 @@ class IdleClock:
         for partition in np.unique(batch.partition).tolist():
             rows = np.flatnonzero((batch.partition == partition) & (columns.kind != Kind.BAD))
             state = self._partitions.setdefault(partition, _Partition(now_s))
-            state.heard_s = now_s
+            state.heard_s, state.from_ms = now_s, None
             if len(rows):
                 behind_ms = int(batch.timestamp_ms[rows[-1]]) - int(columns.timestamp_ms[rows[-1]])
                 state.live = abs(behind_ms) <= LIVE_MS
 
     def due(
-        self, watermark_ms: Mapping[int, int | None], lag: Mapping[int, int], now_s: float, wall_ms: int
+        self, watermark_ms: Mapping[int, int | None], lag: Mapping[int, int], now_s: float
     ) -> dict[int, int]:
         """Event times that idle partitions may be advanced to.
 
@@ -59,10 +61,11 @@ class IdleClock:
             at, state = watermark_ms[partition], self._partitions.get(partition)
             if at is None or state is None:
                 continue  # nothing is open there
+            state.from_ms = at if state.from_ms is None else state.from_ms
             if target is not None:
                 to = target
             elif state.live:
-                to = wall_ms - round(self._timeout_s * 1000)
+                to = state.from_ms + round((now_s - state.heard_s - self._timeout_s) * 1000)
             else:
                 continue
             if to > at:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import signal
 import time
 from pathlib import Path
 
 import pytest
-from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource
 
 from learner.audit import Audit, AuditConfig
 from learner.audit_report import as_json, as_text
@@ -17,14 +15,10 @@ from learner.gaps import gaps_at
 from learner.journal import Gap
 from learner.learner import CannotContinue
 from learner.train import TrainConfig
-from streaming.log import Bounds, Log, open_log
+from streaming.log import Bounds, Log
 from streaming.schemas import Codec
-from streaming.sqlite_log import SqliteLog
+from tests.small_shop import Shop, await_offset, learn
 from tests.test_learner_process import await_line, finish, newest, start
-
-DAY_S = 86_400
-QUICK = ("--min-replay", "40", "--checkpoint-s", "0.3", "--publish-s", "0.3")
-
 
 # --- what is a gap ---------------------------------------------------------------------------------------
 
@@ -59,56 +53,6 @@ def test_a_deterministic_learner_cannot_be_told_to_step_over_gaps():
 # --- real learners, real logs ----------------------------------------------------------------------------
 
 
-class Shop:
-    """A topic with one partition, users who view items once a second, and a retention that can be made to strike."""
-
-    def __init__(self, url: str, topic: str) -> None:
-        self.url, self.topic, self.log = url, topic, open_log(url)
-        self.written = 0
-        self.log.create_topic(topic, 1)
-
-    def write(self, count: int) -> None:
-        producer, codec = self.log.producer(), Codec()
-        for n in range(self.written, self.written + count):
-            event = {
-                "event_id": f"e{n}",
-                "name": "view_item",
-                "user_id": f"user-{n % 20}",
-                "timestamp": 1_700_000_000_000 + n * 1000,
-                "items": [{"item_id": f"item-{n % 7}"}],
-            }
-            producer.send(self.topic, event["user_id"].encode(), codec.encode_event(event))
-        producer.close()
-        self.written += count
-
-    def expire(self) -> None:
-        """All that is there grows older than the retention, and goes."""
-        if isinstance(self.log, SqliteLog):
-            path = self.url.removeprefix("sqlite:///")
-            later = SqliteLog(self.url, path, clock=lambda: time.time() + 10 * DAY_S)
-            with later._using() as db:
-                db.execute("UPDATE topics SET retention_ms = ?", (DAY_S * 1000,))
-            later.expire(self.topic)
-            later.close()
-        else:
-            self._keep_for("1")
-            give_up = time.monotonic() + 30
-            while self.log.bounds(self.topic)[0].low < self.written and time.monotonic() < give_up:
-                time.sleep(0.1)
-            self._keep_for("604800000")
-        assert self.log.bounds(self.topic)[0] == (self.written, self.written)
-
-    def _keep_for(self, retention_ms: str) -> None:
-        admin = AdminClient({"bootstrap.servers": self.url.removeprefix("kafka://")})
-        entry = ConfigEntry("retention.ms", retention_ms, incremental_operation=AlterConfigOpType.SET)
-        resource = ConfigResource(ConfigResource.Type.TOPIC, self.topic, incremental_configs=[entry])
-        (future,) = admin.incremental_alter_configs([resource]).values()
-        future.result(10)
-
-    def flags(self, *more: str) -> tuple[str, ...]:
-        return ("--topic", self.topic, *QUICK, *more)
-
-
 @pytest.fixture
 def shop(log_url, tmp_path):
     shop = Shop(log_url, f"events-{tmp_path.name}")
@@ -125,14 +69,14 @@ def audited(folder: Path, log: Log):
 
 def test_a_gap_found_at_the_start_stops_it_by_default_and_is_stepped_over_on_purpose(shop, tmp_path):
     shop.write(100)
-    status, said = finish(start(tmp_path, shop.url, *shop.flags("--until-caught-up")))
+    status, said = learn(tmp_path, shop.url, *shop.flags("--until-caught-up"))
     assert status == 0, said
     shop.write(60)
     shop.expire()
     shop.write(80)
 
     for flags in ((), ("--deterministic",)):
-        status, said = finish(start(tmp_path, shop.url, *shop.flags("--until-caught-up", *flags)))
+        status, said = learn(tmp_path, shop.url, *shop.flags("--until-caught-up", *flags))
         assert status == 1
         assert "retention took 60 offsets" in said.splitlines()[-1]
         assert "--on-gap earliest" in said.splitlines()[-1]
@@ -140,7 +84,7 @@ def test_a_gap_found_at_the_start_stops_it_by_default_and_is_stepped_over_on_pur
     assert newest(tmp_path).meta["positions"] == {"0": 100}
 
     flags = shop.flags("--until-caught-up", "--on-gap", "earliest")
-    status, said = finish(start(tmp_path, shop.url, *flags))
+    status, said = learn(tmp_path, shop.url, *flags)
     assert status == 0, said
     assert f"{shop.topic}/0: offsets 100 to 159 (60 of them) were gone before they were read" in said
     assert "60 offsets were gone" in said.splitlines()[-1]
@@ -157,7 +101,7 @@ def test_a_gap_that_opens_under_a_running_learner_is_stepped_over(shop, tmp_path
     shop.write(100)
     learner = start(tmp_path, shop.url, *shop.flags("--on-gap", "earliest"))
     try:
-        await_events(tmp_path, 100)
+        await_offset(tmp_path, 100)
         learner.send_signal(signal.SIGSTOP)
         for _ in range(2):  # the first may already be on its way to it
             shop.write(50)
@@ -166,7 +110,8 @@ def test_a_gap_that_opens_under_a_running_learner_is_stepped_over(shop, tmp_path
         shop.write(80)
         learner.send_signal(signal.SIGCONT)
         line = await_line(learner, "were gone before they were read")
-        learner.send_signal(signal.SIGTERM) if await_position(tmp_path, shop.written) else None
+        await_offset(tmp_path, shop.written)
+        learner.send_signal(signal.SIGTERM)
         assert finish(learner)[0] == 0
     finally:
         learner.kill()
@@ -185,7 +130,7 @@ def test_a_gap_that_opens_under_a_running_learner_stops_it_by_default(shop, tmp_
     shop.write(100)
     learner = start(tmp_path, shop.url, *shop.flags())
     try:
-        await_events(tmp_path, 100)
+        await_offset(tmp_path, 100)
         learner.send_signal(signal.SIGSTOP)
         for _ in range(2):
             shop.write(50)
@@ -203,7 +148,7 @@ def test_a_gap_that_opens_under_a_running_learner_stops_it_by_default(shop, tmp_
 def test_what_on_gap_latest_leaves_out_is_no_difference_though_the_log_has_it(tmp_path):
     shop = Shop(f"sqlite:///{tmp_path / 'log.db'}", "events")
     shop.write(100)
-    assert finish(start(tmp_path, shop.url, *shop.flags("--until-caught-up")))[0] == 0
+    assert learn(tmp_path, shop.url, *shop.flags("--until-caught-up"))[0] == 0
     shop.write(60)
     shop.expire()
     shop.write(80)
@@ -211,7 +156,7 @@ def test_what_on_gap_latest_leaves_out_is_no_difference_though_the_log_has_it(tm
     try:
         await_line(learner, "offsets 100 to 239 (140 of them)")
         shop.write(70)
-        assert await_position(tmp_path, shop.written)
+        await_offset(tmp_path, shop.written)
         learner.send_signal(signal.SIGTERM)
         assert finish(learner)[0] == 0
     finally:
@@ -220,22 +165,3 @@ def test_what_on_gap_latest_leaves_out_is_no_difference_though_the_log_has_it(tm
     assert (partition.start, partition.records) == (240, 70)
     assert newest(tmp_path).meta["joined"]["events"] == 170
     shop.log.close()
-
-
-def await_events(folder: Path, count: int) -> None:
-    assert await_meta(folder, lambda meta: meta["joined"]["events"] >= count)
-
-
-def await_position(folder: Path, offset: int) -> bool:
-    return await_meta(folder, lambda meta: meta["positions"] == {"0": offset})
-
-
-def await_meta(folder: Path, wanted, timeout_s: float = 60.0) -> bool:
-    """Whether a checkpoint that says so comes in time."""
-    give_up = time.monotonic() + timeout_s
-    while time.monotonic() < give_up:
-        with contextlib.suppress(AssertionError, OSError):
-            if wanted(newest(folder).meta):
-                return True
-        time.sleep(0.1)
-    return False

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import logging
-from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from streaming.kafka_log import KafkaReader, _Lines, _Refusals, _TopicIds
 from streaming.kafka_settings import Mask
+from streaming.log import RecordBatch
 
 HIGH = 100
-
-
-class Message:
-    def __init__(self, offset):
-        self.offset, self.partition = lambda: offset, lambda: 0
-        self.value, self.key, self.error = lambda: b"%d" % offset, lambda: b"k", lambda: None
-        self.timestamp = lambda: (1, 0)
 
 
 class StallingConsumer:
@@ -26,30 +20,34 @@ class StallingConsumer:
     def __init__(self, clock):
         self._clock, self.assigned, self._next = clock, 0, 0
 
-    def assign(self, places):
+    def assign(self, topic, offsets):
         self.assigned += 1
-        self._next = places[0].offset
+        self._next = offsets[0]
 
-    def pause(self, places):
+    def pause(self, topic, partitions):
         pass
 
     resume = pause
 
-    def consume(self, count, timeout_s):
-        end = min(self._next + count, 40 if self.assigned == 1 else HIGH)
-        found = [Message(offset) for offset in range(self._next, end)]
-        self._next = end
-        return found
+    def take(self, most, timeout_s, *, keys):
+        end = min(self._next + most, 40 if self.assigned == 1 else HIGH)
+        offset = np.arange(self._next, max(self._next, end))
+        self._next = max(self._next, end)
+        if not len(offset):
+            self._clock.now_s += timeout_s
+        n = len(offset)
+        nothing = np.zeros(n + 1, np.int64)
+        return RecordBatch(
+            np.zeros(n, np.int32), offset, offset, np.zeros(0, np.uint8), nothing, np.ones(n, np.bool_), None
+        ), []
 
-    def poll(self, timeout_s):
-        self._clock.now_s += timeout_s
+    def high(self, topic, partition):
+        return HIGH
 
-    def get_watermark_offsets(self, place, cached):
-        assert cached  # no broker is asked for it
-        return 0, HIGH
 
-    def list_topics(self, topic, timeout):
-        return SimpleNamespace(topics={topic: SimpleNamespace(error=None, partitions={0: None})})
+class OneBroker:
+    def partitions(self, topic, timeout_s):
+        return 1
 
 
 class Clock:
@@ -66,7 +64,7 @@ def clock():
 
 def reader_of(consumer, clock):
     ids = _TopicIds(_Lines(Mask({})), "events", "")
-    return KafkaReader(consumer, _Refusals("here", {}), ids, "events", {0: 0}, False, clock)
+    return KafkaReader(consumer, _Refusals("here", {}), ids, OneBroker(), "events", {0: 0}, False, clock)
 
 
 def test_records_that_are_there_and_do_not_come_are_fetched_anew_and_that_is_said(clock, caplog):

@@ -1,0 +1,73 @@
+"""The wall clock is set hours ahead, or back, under a running learner: nothing is lost, doubled, or held up."""
+
+from __future__ import annotations
+
+import pytest
+
+from learner.audit import Audit, AuditConfig
+from learner.audit_report import as_text
+from streaming.schemas import Codec
+from tests.small_shop import newest_meta
+from tests.trainer_rig import Rig
+
+HOUR_MS = 3_600_000
+
+
+@pytest.fixture
+def rig(tmp_path):
+    made = Rig(tmp_path, turn_s=10.0, checkpoint_s=20.0, publish_s=10.0)
+    made.write(100)
+    made.turns(5)
+    assert made.store.latest() is not None
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("hours", [3, -3, 24 * 365, -24 * 365])
+def test_checkpoints_and_versions_go_on_whatever_the_wall_clock_says(rig, tmp_path, hours):
+    for _ in range(2):  # there, and back
+        version, checkpoint = rig.store.latest(), newest_meta(tmp_path)["positions"]
+        rig.wall_ms += hours * HOUR_MS
+        rig.write(50, timestamp_ms=rig.now_ms_of_shop)
+        rig.turns(6)
+        assert rig.store.latest() > version
+        assert newest_meta(tmp_path)["positions"] != checkpoint
+        hours = -hours
+
+
+@pytest.mark.parametrize("hours", [3, -3, 24 * 365])
+def test_event_time_does_not_run_away_in_idle_partitions_and_nothing_is_late(rig, tmp_path, hours):
+    rig.turns(12)  # idle by now
+    before_ms = rig.learner.joiner.watermark_ms(0)
+    rig.wall_ms += hours * HOUR_MS
+    rig.turns(30)
+    passed_ms = rig.learner.joiner.watermark_ms(0) - before_ms
+    assert 250_000 <= passed_ms <= 350_000  # 30 turns of 10 s
+    rig.wall_ms -= hours * HOUR_MS
+    rig.write(100)
+    rig.turns(5)
+    counters = rig.learner.joiner.counters()
+    assert (counters["events"], counters["late"], counters["duplicates"]) == (200, 0, 0)
+    report = Audit(
+        rig.log, Codec(), AuditConfig(data_dir=str(tmp_path / "data"), weights=str(tmp_path / "weights"))
+    ).run()
+    assert report.clean, as_text(report)
+    assert sum(p.events for p in report.partitions) == 200
+
+
+@pytest.mark.parametrize("hours", [3, -3])
+def test_a_server_whose_clock_was_wrong_for_a_while_loses_no_decision_and_no_reward(rig, hours):
+    """Its decisions are stamped hours off; the storefront's clicks on them are not."""
+    now_ms = rig.wall_ms
+    for n in range(60):
+        off_ms = hours * HOUR_MS if 20 <= n < 40 else 0
+        rig.decide(f"r{n}", f"user-{n % 20}", now_ms + off_ms, ["item-1", "item-2"])
+        rig.click(f"r{n}", f"user-{n % 20}", now_ms + 1000, "item-2")
+        now_ms += 2000
+    rig.producer.flush()
+    rig.watch.ask()
+    rig.turns(5)
+    counters = rig.learner.joiner.counters()
+    assert (counters["decisions"], counters["late"], counters["duplicates"]) == (60, 0, 0)
+    assert counters["attributed_by_id"] == 60
+    assert counters["unattributed"] == 0
