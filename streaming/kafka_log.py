@@ -533,10 +533,9 @@ class KafkaReader:
         topic: str,
         offsets: Mapping[int, int],
         keys: bool,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._consumer, self._errors, self._ids, self._log = consumer, errors, ids, log
-        self._topic, self._keys, self._clock = topic, keys, clock
+        self._topic, self._keys = topic, keys
         self._next = dict(offsets)
         self._paused: set[int] = set()
         self._broken: dict[int, LogError] = {}  # raised until somebody seeks
@@ -549,9 +548,9 @@ class KafkaReader:
     def poll(self, max_records: int, timeout_s: float) -> RecordBatch:
         if self._closed:
             raise LogError("this reader is closed")
-        deadline = self._clock() + timeout_s
+        deadline = time.monotonic() + timeout_s
         while True:
-            left_s = deadline - self._clock()
+            left_s = deadline - time.monotonic()
             records, troubles = self._consumer.take(max_records, max(left_s, 0.0), keys=self._keys)
             if self._ids.error is not None:
                 raise self._ids.error
@@ -564,8 +563,8 @@ class KafkaReader:
             if self._broken:
                 raise next(iter(self._broken.values()))
             if not troubles:
-                self._look_after(max(0.1, min(1.0, deadline - self._clock())))
-            if self._clock() >= deadline:
+                self._look_after(max(0.1, min(1.0, deadline - time.monotonic())))
+            if time.monotonic() >= deadline:
                 return records
 
     def position(self) -> dict[int, int]:
@@ -598,7 +597,7 @@ class KafkaReader:
         again = set(partitions) & self._paused
         self._paused -= again
         self._consumer.resume(self._topic, again)
-        self._heard |= dict.fromkeys(again, self._clock())
+        self._heard |= dict.fromkeys(again, time.monotonic())
 
     def close(self) -> None:
         if not self._closed:
@@ -613,7 +612,7 @@ class KafkaReader:
         self._consumer.assign(self._topic, self._next)
         self._consumer.resume(self._topic, self._next.keys() - self._paused)
         self._consumer.pause(self._topic, self._paused)
-        self._heard = dict.fromkeys(self._next, self._clock())
+        self._heard = dict.fromkeys(self._next, time.monotonic())
         self._silent = set(self._next)
 
     def _advance(self, records: RecordBatch) -> None:
@@ -649,7 +648,7 @@ class KafkaReader:
             self._broken[partition] = _translated(error, self._topic)
 
     def _hear(self, partition: int) -> None:
-        self._heard[partition] = self._clock()
+        self._heard[partition] = time.monotonic()
         self._silent.discard(partition)
 
     def _check(self, timeout_s: float) -> None:
@@ -666,7 +665,7 @@ class KafkaReader:
 
     def _look_after(self, timeout_s: float) -> None:
         """Find out why partitions are silent; nothing came just now."""
-        now = self._clock()
+        now = time.monotonic()
         silence = {p: now - self._heard[p] for p in self._next if p not in self._paused}
         if self._errors.down is not None or any(silence.get(p, 0) > _STRANGE_S for p in self._silent):
             self._check(timeout_s)
@@ -677,7 +676,7 @@ class KafkaReader:
     def _look_into(self, partition: int, timeout_s: float) -> None:
         """Ask the broker what a silent partition holds: librdkafka has been seen to stall, and where a partition ends
         it knows from the last fetch only."""
-        self._heard[partition] = self._clock()
+        self._heard[partition] = time.monotonic()
         try:
             high = self._log.partition_bounds(self._topic, partition, timeout_s).high
         except LogError as error:

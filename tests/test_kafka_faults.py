@@ -11,7 +11,7 @@ import pytest
 from confluent_kafka import KafkaError, Producer
 
 from streaming.kafka_log import KafkaLog, KafkaReader
-from streaming.log import Bounds, Log, LogError, LogUnavailable, open_log
+from streaming.log import Bounds, Log, LogUnavailable, NotAllowed, open_log
 from tests.kafka_broker import KafkaBroker
 from tests.mock_kafka import FETCH, LIST_OFFSETS, METADATA, PRODUCE, MockKafka
 
@@ -113,7 +113,7 @@ def test_an_error_that_will_not_pass_is_raised(cluster, mock_log, topic):
     send(mock_log, topic, 0)
     with closing(mock_log.reader(topic, dict.fromkeys(range(PARTITIONS), 0))) as reader:
         cluster.fail(FETCH, *[KafkaError.TOPIC_AUTHORIZATION_FAILED] * 4)
-        with pytest.raises(LogError, match="authorization failed"):
+        with pytest.raises(NotAllowed, match="check its rights"):
             read(mock_log, topic, COUNT, reader, [])
 
 
