@@ -80,7 +80,7 @@ def trouble(
         if time.monotonic() >= end - 30:
             continue
         if shoppers.poll() is not None or learner.process.poll() is not None:
-            raise SystemExit(f"a process ended by itself; see {learner.folder}")
+            raise SystemExit(f"a process ended by itself; see {learner.data.parent}")
         if luck.random() < 0.6:
             learner.kill()
             learner.start()

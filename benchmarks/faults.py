@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import statistics
 import subprocess
 import sys
@@ -24,18 +25,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from benchmarks.fault_kinds import FAULTS, Fault, Rig, Settings, Wrong, staged
+from benchmarks.fault_kinds import FAULTS
 from benchmarks.load import account, in_the_log
 from benchmarks.processes import catch_up, ends
 from benchmarks.record import append
+from benchmarks.stage import CLUSTER, MISSING, Fault, Rig, Settings, Wrong, staged
 from learner.audit import load_memory
 from streaming.log import LogError
-from tests.kafka_broker import BrokerMissing
-from tests.toxiproxy import ToxiproxyMissing
 
 RECOVERY_S = 180.0
 PAUSE_S = (0.5, 3.0)  # between two strikes
-MISSING = (BrokerMissing, ToxiproxyMissing, PermissionError)
 
 
 @dataclass
@@ -136,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name in options.only or FAULTS:
         fault = FAULTS[name]
         for where in fault.logs:
-            if options.log in (None, where):
+            if options.log in (None, "kafka" if where == CLUSTER else where):
                 settings = Settings(options.seed, options.rate, options.away_s, options.toxiproxy)
                 rows.append(attempt(fault, where, options.times, settings, folder / f"{name}-{where}"))
                 print(tell(rows[-1]), flush=True)
@@ -197,4 +196,5 @@ def named(text: str) -> list[str]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C does, it leaves no process behind
     sys.exit(main())

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from streaming.log import Log
+from streaming.log import Log, LogUnavailable
 from tests.kafka_broker import free_ports
 
 TOPIC = "events"
@@ -101,9 +101,16 @@ class LearnerProcess:
         }
 
 
-def ends(log: Log, topic: str = TOPIC) -> dict[int, int]:
-    """Where each partition ends now."""
-    return {p: bounds.high for p, bounds in log.bounds(topic).items()}
+def ends(log: Log, topic: str = TOPIC, timeout_s: float = CATCH_UP_S) -> dict[int, int]:
+    """Where each partition ends now. Raises: LogUnavailable when the log does not answer for so long."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return {p: bounds.high for p, bounds in log.bounds(topic).items()}
+        except LogUnavailable:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
 
 
 def catch_up(learner: LearnerProcess, goal: dict[int, int], timeout_s: float = CATCH_UP_S) -> float:

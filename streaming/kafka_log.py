@@ -91,6 +91,7 @@ _STRANGE_S: Final = 2.0  # even an empty partition is heard of sooner, if there 
 _UNAVAILABLE: Final = {
     KafkaError._TRANSPORT,
     KafkaError._ALL_BROKERS_DOWN,
+    KafkaError._DESTROY_BROKER,  # one that the others no longer name
     KafkaError._TIMED_OUT,
     KafkaError._TIMED_OUT_QUEUE,
     KafkaError._MSG_TIMED_OUT,
