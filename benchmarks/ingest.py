@@ -1,16 +1,21 @@
 """How fast does a real Kafka become transitions in replay, beside a bare drain of the same topic?
 
-    python -m benchmarks.ingest [--records 400000] [--json FILE]
+    python -m benchmarks.ingest [--records 400000] [--quixstreams PYTHON] [--json FILE]
 
 Mixed traffic: decisions with slates of 10 and the events that came of them, 1 % duplicates, 1 % disorder, 0.1 % bad,
-written to a broker of its own. Then, in turns, the same partitions are read to their end by `consume` + `value()`
-alone (the ceiling) and by the learner's own intake: poll, decode, join, insert into replay. Training is not part of
-it. Medians of the turns; the stages' shares are of the intake's own time.
+written to a broker of its own. Then, in turns, the same partitions are read to their end by confluent-kafka's
+`consume` + `value()` alone (the ceiling of whoever uses that), and by the learner's own intake: poll, decode, join,
+insert into replay. Training is not part of it. Medians of the turns; the stages' shares are of the intake's own time.
+
+--quixstreams: a Python with quixstreams (`python -m venv V; V/bin/pip install quixstreams fastavro`). It reads the same
+good records, as plain Avro, through its AvroDeserializer into a function that does nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -18,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import numpy as np
@@ -31,13 +37,17 @@ from streaming.interning import Vocabulary
 from streaming.join_settings import JoinSettings
 from streaming.joiner import Joiner
 from streaming.log import Log, open_log
-from streaming.schemas import Codec
+from streaming.schemas import DECISION, EVENT, Codec
 from tests.kafka_broker import KafkaBroker
 
 TOPIC = "events"
+PLAIN = "plain"  # the same records, for peers that know no frames: Avro of a union of both schemas
+PEER = Path(__file__).parent / "peers" / "quixstreams_drain.py"
 SLOTS = 10
 HISTORY = 12
 BATCH = 20_000
+PEER_RECORDS = 100_000  # enough for its pace to settle
+FRAME_BYTES = 10
 START_MS = 1_750_000_000_000
 
 
@@ -89,15 +99,18 @@ def traffic(
 
 
 def write(log: Log, records: int, users: int, items: int) -> int:
-    """Fill the topic; returns how many records are in it."""
+    """Fill the topics; returns how many records are in TOPIC."""
     log.create_topic(TOPIC, 4)
+    log.create_topic(PLAIN, 4)
     codec, producer, rng = Codec(), log.producer(), np.random.default_rng(0)
     for n, (kind, record) in enumerate(traffic(records, users, items, rng)):
         value = codec.encode_decision(record) if kind == "decision" else codec.encode_event(record)
+        key, branch = record["user_id"].encode(), b"\x00" if kind == "decision" else b"\x02"
+        producer.send(PLAIN, key, branch + value[FRAME_BYTES:])
         if rng.random() < 0.001:
             value = value[: len(value) // 2]
-        producer.send(TOPIC, record["user_id"].encode(), value)
-        if n % 50_000 == 0:
+        producer.send(TOPIC, key, value)
+        if n % 20_000 == 0:
             producer.flush()
             print(f"\rwriting: {n:,} records", end="", file=sys.stderr, flush=True)
     producer.close()
@@ -132,6 +145,17 @@ def drain(bootstrap: str, partitions: int, records: int) -> float:
     seconds = time.perf_counter() - start
     consumer.close()
     return records / seconds
+
+
+def peer(python: Path, bootstrap: str, records: int) -> float:
+    """Records a second of quixstreams, in a process of its own. Raises: CalledProcessError, with what it said."""
+    with NamedTemporaryFile("w", suffix=".json") as schema:
+        contracts = Codec().reader_schemas()
+        json.dump([contracts[DECISION], contracts[EVENT]], schema)
+        schema.flush()
+        command = [str(python), str(PEER), bootstrap, PLAIN, schema.name, str(records)]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return float(said.split()[-1])
 
 
 class Intake:
@@ -173,19 +197,23 @@ class Intake:
         self.seconds[stage] += time.perf_counter() - start
 
 
-def measure(records: int, users: int, items: int, turns: int) -> dict[str, float]:
+def measure(
+    records: int, users: int, items: int, turns: int, quixstreams: Path | None = None
+) -> dict[str, float]:
     """All figures."""
     with KafkaBroker() as broker:
         log = open_log(broker.url)
         there = write(log, records, users, items)
         partitions = log.partitions(TOPIC)
         Intake(log, partitions).run(min(there, 20_000))  # compiles
-        drains, intakes, shares = [], [], []
+        drains, intakes, shares, peers = [], [], [], []
         for _ in range(turns):
             drains.append(drain(broker.bootstrap, partitions, there))
             intake = Intake(log, partitions)
             intakes.append(intake.run(there))
             shares.append({k: v / sum(intake.seconds.values()) for k, v in intake.seconds.items()})
+            if quixstreams is not None:
+                peers.append(peer(quixstreams, broker.bootstrap, min(there, PEER_RECORDS)))
         log.close()
     counters = intake.joiner.counters()
     assert counters["duplicates"] > 0
@@ -196,11 +224,20 @@ def measure(records: int, users: int, items: int, turns: int) -> dict[str, float
         "transitions_per_s": median(intakes) * intake.replay.inserted / there,
         "drain_per_s": median(drains),
         "ratio_to_drain": median(a / b for a, b in zip(intakes, drains, strict=True)),
+        **beside(intakes, peers),
         **{f"share_{stage}": median(s[stage] for s in shares) for stage in shares[0]},
         "duplicates": counters["duplicates"],
         "bad": counters["bad"],
         "bytes_per_transition": intake.replay.nbytes / len(intake.replay),
     }
+
+
+def beside(intakes: list[float], peers: list[float]) -> dict[str, float]:
+    """The peer's figures, if it was run."""
+    if not peers:
+        return {}
+    ratio = median(a / b for a, b in zip(intakes, peers, strict=True))
+    return {"quixstreams_per_s": median(peers), "ratio_to_quixstreams": ratio}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -210,9 +247,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--users", type=int, default=100_000, help="users")
     parser.add_argument("--items", type=int, default=50_000, help="items")
     parser.add_argument("--turns", type=int, default=5, help="turns of drain and intake")
+    parser.add_argument("--quixstreams", type=Path, help="a Python that has quixstreams and fastavro")
     parser.add_argument("--json", type=Path, help="append the figures to this file, one JSON object a line")
     options = parser.parse_args(arguments)
-    figures = measure(options.records, options.users, options.items, options.turns)
+    figures = measure(options.records, options.users, options.items, options.turns, options.quixstreams)
     show(figures)
     append(options.json, "ingest", arguments or sys.argv[1:], figures)
 

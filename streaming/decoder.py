@@ -21,6 +21,7 @@ from streaming.interning import (
     HashMap,
     Tables,
     Vocabulary,
+    foresee,
     frozen,
     has_room,
     hash_bytes,
@@ -749,8 +750,10 @@ def _intern(
         if spans > 0 and not has_room(tables, spans, bounds[row + 1] - bounds[row]):
             return row
         for i in range(m, m_end):
+            foresee(tables, items.key, i)
             out.item[i] = intern(tables, items.key[i], data, items.start[i], items.length[i])
         for i in range(n, n_end):
+            foresee(tables, history.key, i)
             out.history_item[i] = intern(tables, history.key[i], data, history.start[i], history.length[i])
     return len(out.kind)
 

@@ -45,6 +45,25 @@ def _load64(typingctx: Any, data: Any, at: Any) -> Any:
 load64: Callable[[npt.NDArray[np.uint8], int], np.uint64] = cast(Any, _load64)
 
 
+@intrinsic
+def _prefetch(typingctx: Any, array: Any, at: Any) -> Any:
+    """Start to load array[at] into the cache and go on; harmless whatever `at` is."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        pointer = builder.bitcast(builder.gep(data, [args[1]]), cgutils.voidptr_t)
+        flag = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, flag, flag, flag])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [pointer, *(ir.Constant(flag, value) for value in (0, 3, 1))])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), codegen
+
+
+prefetch: Callable[[npt.NDArray[Any], int], None] = cast(Any, _prefetch)
+
+
 @jit
 def hash_bytes(data: npt.NDArray[np.uint8], start: int, end: int) -> np.uint64:
     """64-bit hash of data[start:end]: MurmurHash64A with a fixed seed, never 0 (which stands for "none").
@@ -130,6 +149,14 @@ def _find(table: HashMap, key: np.uint64) -> int:
 def map_get(table: HashMap, key: np.uint64) -> int:
     """The key's value, or MISSING (-1)."""
     return table.values[_find(table, key)]
+
+
+@jit
+def map_foresee(table: HashMap, key: np.uint64) -> None:
+    """Start to load what the search for this key begins with."""
+    slot = _home(key, len(table.keys) - 1)
+    prefetch(table.keys, slot)
+    prefetch(table.values, slot)
 
 
 @jit
@@ -287,6 +314,15 @@ def intern(tables: Tables, key: np.uint64, data: npt.NDArray[np.uint8], start: i
         tables.counts[2] += 1
         return 0
     return found
+
+
+@jit
+def foresee(tables: Tables, keys: npt.NDArray[np.uint64], at: int) -> None:
+    """Start to load what interning the strings after keys[at] will look at; each further on, the less of it."""
+    if at + 12 < len(keys):
+        map_foresee(tables.table, keys[at + 12])
+        prefetch(tables.bounds, map_get(tables.table, keys[at + 8]))
+        prefetch(tables.text, tables.bounds[max(0, map_get(tables.table, keys[at + 4]))])
 
 
 @jit

@@ -374,7 +374,10 @@ def ring(entries: Array, head: int, need: int) -> Array:
     while capacity < len(entries) + need:
         capacity *= 2
     array = np.zeros(capacity, entries.dtype)
-    array[np.arange(head, head + len(entries)) & (capacity - 1)] = entries
+    start = head & (capacity - 1)
+    before_the_end = min(len(entries), capacity - start)
+    array[start : start + before_the_end] = entries[:before_the_end]
+    array[: len(entries) - before_the_end] = entries[before_the_end:]
     return array
 
 
