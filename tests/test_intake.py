@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,6 +91,27 @@ def test_a_registry_that_is_down_parks_the_partition_and_the_others_go_on(
         assert way.count("duplicates") == 0
 
 
+def test_a_registry_that_goes_down_later_is_missed_by_new_schemas_only(
+    url: str, registry: FakeRegistry
+) -> None:
+    newer = json.loads(json.dumps(Codec().reader_schemas()["bellwether.Event"]))
+    newer["fields"].append({"name": "shop", "type": "string", "default": ""})
+    frame = b"\0" + registry.add(newer).to_bytes(4, "big")
+    here, there = user_of(0), user_of(1)
+    with Way(url, impatient(registry), partitions=2) as way:
+        way.send([*views(here, "a", frame=FRAMED), *views(there, "x", frame=FRAMED)]).take()
+        registry.failures = [503] * 1000
+        changed = [(user, value + b"\0") for user, value in views(there, "y", 1, frame)]
+        way.send([*views(here, "b", 1, FRAMED), *changed, *views(there, "z", 2, FRAMED)]).take()
+        assert way.intake.parked == [1]
+        assert way.intake.position() == {0: 2, 1: 1}
+        registry.failures = []
+        way.intake.retry()
+        way.take().rest()
+        assert [item for item, *_ in way.learnt()] == list("abxyz")
+        assert way.dead() == []
+
+
 def test_a_learner_that_stops_while_a_partition_is_parked_takes_it_up_from_there(
     url: str, registry: FakeRegistry
 ) -> None:
@@ -97,11 +119,9 @@ def test_a_learner_that_stops_while_a_partition_is_parked_takes_it_up_from_there
     registry.failures = [503] * 1000
     with Way(url, impatient(registry), partitions=2) as way:
         way.send([*views(here, "a", frame=FRAMED), *views(here, "b", 1), *views(there, "xy")]).take()
-        positions, (_, parts) = way.intake.position(), way.learner.snapshot()
+        memory = way.memory()
     registry.failures = []
-    with Way(url, impatient(registry), partitions=2) as way:
-        way.learner.restore(parts)  # type: ignore[arg-type]
-        way.reader.seek(positions)
+    with Way(url, impatient(registry), partitions=2, memory=memory) as way:
         way.take().rest()
         assert [item for item, *_ in way.learnt()] == list("abxy")
         assert (way.count("events"), way.count("duplicates")) == (4, 0)
