@@ -54,7 +54,7 @@ def _prefetch(typingctx: Any, array: Any, at: Any) -> Any:
         pointer = builder.bitcast(builder.gep(data, [args[1]]), cgutils.voidptr_t)
         flag = ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, flag, flag, flag])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        function = builder.module.declare_intrinsic("llvm.prefetch", [cgutils.voidptr_t], kind)
         builder.call(function, [pointer, *(ir.Constant(flag, value) for value in (0, 3, 1))])
         return context.get_dummy_value()
 
