@@ -33,6 +33,7 @@ from learner.__main__ import _prepared
 from learner.agent import AgentSettings
 from learner.checkpoint import Checkpoints, Disk
 from learner.learner import Learner, LearnerSettings
+from learner.metrics import Metrics
 from learner.train import TrainConfig, Trainer, open_store
 from learner.watch import LogWatch
 from streaming.join_settings import JoinSettings
@@ -121,7 +122,7 @@ class Bench:
         watch = LogWatch(log, TOPIC, "catalog", "benchmark", 2.0)
         closing.callback(watch.close)
         self.learner = Learner(settings, agent, join, Codec(), PARTITIONS)
-        self.trainer: Trainer = _prepared(
+        parts: Any = (
             self.config,
             self.learner,
             log,
@@ -129,8 +130,10 @@ class Bench:
             watch,
             self.checkpoints,
             store,
-            closing,  # type: ignore[arg-type]
+            Metrics(),
+            closing,
         )
+        self.trainer: Trainer = _prepared(*parts)
         self.held_s: list[float] = []
         self._time_snapshots()
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks.ingest import BATCH, traffic
 from benchmarks.record import append, show
-from learner.audit import plain_rows
+from learner.retelling import plain_rows
 from streaming.columns import Columns
 from streaming.commandline import Parser
 from streaming.decoder import Decoder
