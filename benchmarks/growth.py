@@ -123,9 +123,8 @@ def measure(shape: Shape, records: int) -> dict[str, float]:
     assert learner.joiner.users() == shape.users
     learner.train(1)  # the optimiser's moments are made by the first
     updates = [timed(lambda: learner.train(1)) for _ in range(UPDATES)]
-    warm = seconds[
-        len(seconds) // 10 : -1
-    ]  # what was read from a cache of compiled loops is behind; full batches
+    # what was read from a cache of compiled loops is behind, and all of these batches are full
+    warm = seconds[len(seconds) // 10 : -1]
     decode, join, insert = 1e6 * np.median(warm, axis=0) / BATCH
     tables = learner.vocabulary.tables
     return {
@@ -136,7 +135,7 @@ def measure(shape: Shape, records: int) -> dict[str, float]:
         "decode_us": decode,
         "join_us": join,
         "insert_us": insert,
-        "slowest_batch_ms": 1000 * max(*meeting[1:], *warm.sum(axis=1)),
+        "slowest_batch_ms": 1000 * max([*meeting[1:], *warm.sum(axis=1)]),
         "update_ms": 1000 * median(updates),
         "publish_held_ms": 1000 * timed(learner.agent.tensors),
         "checkpoint_held_ms": 1000 * timed(learner.snapshot),
