@@ -122,6 +122,7 @@ class Bench:
         watch = LogWatch(log, TOPIC, "catalog", "benchmark", 2.0)
         closing.callback(watch.close)
         self.learner = Learner(settings, agent, join, Codec(), PARTITIONS)
+        about = (log.identity(TOPIC), closing)
         parts: Any = (
             self.config,
             self.learner,
@@ -131,7 +132,7 @@ class Bench:
             self.checkpoints,
             store,
             Metrics(),
-            closing,
+            *about,
         )
         self.trainer: Trainer = _prepared(*parts)
         self.held_s: list[float] = []

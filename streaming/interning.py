@@ -15,10 +15,12 @@ import numpy as np
 import numpy.typing as npt
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils as _cgutils
 from numba.extending import intrinsic
 
 from streaming.jit import jit
+
+cgutils: Any = _cgutils
 
 MISSING: Final = -1  # what a lookup gives for a key that is not there
 _M: Final = np.uint64(0xC6A4A7935BD1E995)  # murmur2's 64-bit multiplier
