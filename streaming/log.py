@@ -186,8 +186,8 @@ class Log(Protocol):
 def replaced(topic: str, known: str, found: str) -> TopicReplaced:
     """The error of a topic that is not the one that it was."""
     return TopicReplaced(
-        f"topic {topic!r} was deleted and made anew: its id was {known}, now it is {found}, and the offsets of the one "
-        "mean nothing in the other"
+        f"topic {topic!r} was deleted and made anew, or this is another log: its id was {known}, now it is {found}, "
+        "and offsets of the one mean nothing in the other"
     )
 
 
