@@ -29,9 +29,10 @@ from benchmarks.processes import TOPIC, LearnerProcess, catch_up, ends
 from benchmarks.record import append, show
 from streaming.log import open_log
 from tests.kafka_broker import KafkaBroker
-from tests.serving_process import ServerProcess
+from tests.serving_process import ServerProcess, eventually
 
 EVERY_S: Final = 1.0
+FIRST_VERSION_S: Final = 600.0  # to wait for it; then time begins to count
 STRETCHES: Final = 12
 T_95: Final = 2.228  # Student's t, two-sided 95 %, STRETCHES - 2 degrees of freedom
 SMALL: Final = (
@@ -75,13 +76,14 @@ class Watcher(threading.Thread):
 
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
-        self._pid, self._start_s, self._stop_it = pid, time.monotonic(), threading.Event()
+        self._pid, self._stop_it = pid, threading.Event()
         self.seen: list[Seen] = []
 
     def run(self) -> None:
+        start_s = time.monotonic()
         while not self._stop_it.wait(EVERY_S):
             try:
-                self.seen.append(look(self._pid, self._start_s))
+                self.seen.append(look(self._pid, start_s))
             except OSError:
                 return
 
@@ -111,7 +113,7 @@ def slope(at_s: npt.NDArray[np.float64], rss: npt.NDArray[np.float64]) -> Slope:
 
 
 def summary(name: str, seen: npt.NDArray[np.float64]) -> dict[str, float]:
-    """What became of a process: memory's slope, and the most open files and threads early and late."""
+    """What became of a process: memory's slope, and open files and threads early and late, but for moments."""
     third = max(len(seen) // 3, 1)
     early, late = seen[:third], seen[-third:]
     fitted = slope(seen[:, 0], seen[:, 1])
@@ -120,10 +122,10 @@ def summary(name: str, seen: npt.NDArray[np.float64]) -> dict[str, float]:
         f"{name}_mb_per_h": fitted.mb_per_h,
         f"{name}_mb_per_h_low": fitted.low,
         f"{name}_mb_per_h_high": fitted.high,
-        f"{name}_files_early": float(early[:, 2].max()),
-        f"{name}_files_late": float(late[:, 2].max()),
-        f"{name}_threads_early": float(early[:, 3].max()),
-        f"{name}_threads_late": float(late[:, 3].max()),
+        f"{name}_files_early": float(np.median(early[:, 2])),
+        f"{name}_files_late": float(np.median(late[:, 2])),
+        f"{name}_threads_early": float(np.median(early[:, 3])),
+        f"{name}_threads_late": float(np.median(late[:, 3])),
     }
 
 
@@ -149,6 +151,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
                     "server": Watcher(server.process.pid),
                 }
                 with shop(options.minutes, folder, broker.url, [server], options.rate) as shoppers:
+                    eventually(lambda: any(learner.weights.glob("v*.json")), FIRST_VERSION_S)
                     for watcher in watchers.values():
                         watcher.start()
                     time.sleep(warm_up_s)
@@ -200,8 +203,15 @@ def judge(figures: dict[str, Any], limit_mb_per_h: float) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print, judge, and append to a JSON-lines file."""
     parser = argparse.ArgumentParser(prog="benchmarks.soak", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=30.0, help="how long shoppers shop")
-    parser.add_argument("--warm-up", type=float, default=5.0, help="minutes of them that are not judged")
+    parser.add_argument(
+        "--minutes", type=float, default=30.0, help="how long shoppers shop, from the first weights on"
+    )
+    parser.add_argument(
+        "--warm-up",
+        type=float,
+        default=5.0,
+        help="minutes of them, from the first weights on, that are not judged",
+    )
     parser.add_argument("--rate", type=float, default=50.0, help="recommendations a second")
     parser.add_argument("--limit", type=float, default=5.0, help="slope of memory that is allowed, MB/h")
     parser.add_argument("--json", type=Path, help="append the figures to this file, one JSON object a line")
