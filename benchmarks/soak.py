@@ -209,7 +209,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--warm-up",
         type=float,
-        default=5.0,
+        default=10.0,
         help="minutes of them, from the first weights on, that are not judged",
     )
     parser.add_argument("--rate", type=float, default=50.0, help="recommendations a second")
