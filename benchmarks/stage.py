@@ -20,7 +20,7 @@ from tests.serving_process import ServerProcess
 from tests.toxiproxy import Toxiproxy, ToxiproxyMissing, program
 
 PARTITIONS: Final = 3
-START_S: Final = 300.0  # a first start may compile
+START_S: Final = 600.0  # a first start may compile, on a busy machine
 NOTICE_S: Final = 60.0  # in which a fault must be noticed
 LEARNER: Final = (
     *("--batch-size", "32", "--dim", "8", "--hidden", "16", "--history-length", "8", "--min-replay", "200"),
