@@ -136,15 +136,17 @@ class Bench:
         )
         self.trainer: Trainer = _prepared(*parts)
         self.held_s: list[float] = []
+        self.held_cpu_s: list[float] = []
         self._time_snapshots()
 
     def _time_snapshots(self) -> None:
         snapshot = self.learner.snapshot
 
         def timed(since: int = 0) -> Any:
-            start = time.perf_counter()
+            start, cpu_s = time.perf_counter(), time.thread_time()
             taken = snapshot(since)
             self.held_s.append(time.perf_counter() - start)
+            self.held_cpu_s.append(time.thread_time() - cpu_s)
             return taken
 
         self.learner.snapshot = timed  # type: ignore[method-assign]
@@ -177,7 +179,13 @@ class Bench:
 
     def forget(self) -> None:
         """What was measured until now."""
-        for seen in (self.held_s, self.checkpoints.cpu_s, self.checkpoints.wall_s, self.checkpoints.bytes):
+        for seen in (
+            self.held_s,
+            self.held_cpu_s,
+            self.checkpoints.cpu_s,
+            self.checkpoints.wall_s,
+            self.checkpoints.bytes,
+        ):
             seen.clear()
 
     def figures(self) -> dict[str, float]:
@@ -187,6 +195,7 @@ class Bench:
             "checkpoints": len(told.bytes),
             "held_p50_s": median(self.held_s),
             "held_max_s": max(self.held_s),
+            "held_cpu_s": median(self.held_cpu_s),
             "writer_cpu_s": median(told.cpu_s),
             "writer_wall_s": median(told.wall_s),
             "bytes_per_checkpoint": median(told.bytes),
@@ -250,10 +259,10 @@ def first_update_s(seen: list[tuple[float, float]]) -> float:
 
 def full_speed_s(seen: list[tuple[float, float]], window_s: float = 1.0) -> float:
     """Where the first window of a second begins in which it trained at 0.9 of the median of the second half."""
-    rates = []
+    rates, began = [], first_update_s(seen)
     for at, updates in seen:
         later = next(((t, u) for t, u in seen if t >= at + window_s), None)
-        if later is not None:
+        if at >= began and later is not None:
             rates.append((at, (later[1] - updates) / (later[0] - at)))
     usual = median(rate for _, rate in rates[len(rates) // 2 :])
     return next(at for at, rate in rates if rate >= 0.9 * usual)
