@@ -92,7 +92,8 @@ def settle(row: Row, rig: Rig) -> None:
     if (status := rig.learner.stop()) != 0:
         row.wrong.append(f"the learner stopped with status {status}")
     status, told = rig.learner.audit()
-    found = account(rig.load.sent, held, told, load_memory(rig.learner.directory).contents)
+    replay = load_memory(rig.learner.directory).contents
+    found = account(rig.load.sent, held, rig.learner.meta()["joined"], told["differences"], replay)
     row.lost, row.doubled = found.lost, found.doubled
     row.wrong += found.wrong
     if status != 0:

@@ -37,47 +37,43 @@ def held(*events: str, **more: Any) -> Held:
 
 SENT = Sent({"e1", "e2"}, set(PLACES), duplicates=1, bad=1)
 HELD = held("e1", "e1", "e2", bad=1)
-TOLD = {"partitions": [{"events": 2, "decisions": 3, "duplicates": 1, "bad": 1}], "differences": {}}
-
-
-def told(**changed: int) -> dict[str, Any]:
-    return {"partitions": [{**TOLD["partitions"][0], **changed}], "differences": {}}  # type: ignore[index]
-
-
-def differing(kind: str) -> dict[str, Any]:
-    return {**TOLD, "differences": {kind: 7}}
+LEARNT = {"events": 2, "decisions": 3, "duplicates": 1, "bad": 1}
 
 
 def test_where_all_is_well_nothing_is_lost_or_doubled():
-    assert account(SENT, HELD, TOLD, replay((0, 10))) == (0, 0, [])
-    assert account(SENT, HELD, TOLD, replay((0, 10), (1, 5))) == (0, 0, [])  # the clock has ended bob's visit
+    assert account(SENT, HELD, LEARNT, {}, replay((0, 10))) == (0, 0, [])
+    assert account(SENT, HELD, LEARNT, {}, replay((0, 10), (1, 5))) == (
+        0,
+        0,
+        [],
+    )  # the clock has ended bob's visit
 
 
 @pytest.mark.parametrize(
-    ("found", "learnt", "there", "lost", "doubled"),
+    ("found", "learnt", "audit", "there", "lost", "doubled"),
     [
-        (held("e1", "e1", bad=1), TOLD, replay((0, 10)), 1, 0),
-        (held("e1", "e1", "e2", "e9", bad=1), TOLD, replay((0, 10)), 0, 1),
-        (held("e1", "e1", "e2", "e2", bad=1), TOLD, replay((0, 10)), 0, 1),
-        (held("e1", "e1", "e2", bad=1, decisions_twice=1), TOLD, replay((0, 10)), 0, 1),
-        (HELD, told(events=1), replay((0, 10)), 1, 0),
-        (HELD, told(events=3), replay((0, 10)), 0, 1),
-        (HELD, told(decisions=2), replay((0, 10)), 1, 0),
-        (HELD, told(decisions=4), replay((0, 10)), 0, 1),
-        (HELD, told(duplicates=0), replay((0, 10)), 0, 1),
-        (HELD, told(bad=0), replay((0, 10)), 1, 0),
-        (HELD, TOLD, replay(), SLOTS, 0),
-        (HELD, TOLD, replay((0, 10), slots=SLOTS - 1), 1, 0),
-        (HELD, TOLD, replay((0, 10), (0, 10)), 0, SLOTS),
-        (HELD, TOLD, replay((0, 10), (0, 11)), 0, SLOTS),
-        (HELD, differing("lost"), replay((0, 10)), 7, 0),
-        (HELD, differing("no letter"), replay((0, 10)), 7, 0),
-        (HELD, differing("doubled"), replay((0, 10)), 0, 7),
-        (HELD, differing("reward"), replay((0, 10)), 0, 0),
+        (held("e1", "e1", bad=1), LEARNT, {}, replay((0, 10)), 1, 0),
+        (held("e1", "e1", "e2", "e9", bad=1), LEARNT, {}, replay((0, 10)), 0, 1),
+        (held("e1", "e1", "e2", "e2", bad=1), LEARNT, {}, replay((0, 10)), 0, 1),
+        (held("e1", "e1", "e2", bad=1, decisions_twice=1), LEARNT, {}, replay((0, 10)), 0, 1),
+        (HELD, {**LEARNT, "events": 1}, {}, replay((0, 10)), 1, 0),
+        (HELD, {**LEARNT, "events": 3}, {}, replay((0, 10)), 0, 1),
+        (HELD, {**LEARNT, "decisions": 2}, {}, replay((0, 10)), 1, 0),
+        (HELD, {**LEARNT, "decisions": 4}, {}, replay((0, 10)), 0, 1),
+        (HELD, {**LEARNT, "duplicates": 0}, {}, replay((0, 10)), 0, 1),
+        (HELD, {**LEARNT, "bad": 0}, {}, replay((0, 10)), 1, 0),
+        (HELD, LEARNT, {}, replay(), SLOTS, 0),
+        (HELD, LEARNT, {}, replay((0, 10), slots=SLOTS - 1), 1, 0),
+        (HELD, LEARNT, {}, replay((0, 10), (0, 10)), 0, SLOTS),
+        (HELD, LEARNT, {}, replay((0, 10), (0, 11)), 0, SLOTS),
+        (HELD, LEARNT, {"lost": 7}, replay((0, 10)), 7, 0),
+        (HELD, LEARNT, {"no letter": 7}, replay((0, 10)), 7, 0),
+        (HELD, LEARNT, {"doubled": 7}, replay((0, 10)), 0, 7),
+        (HELD, LEARNT, {"reward": 7}, replay((0, 10)), 0, 0),
     ],
 )
-def test_a_loss_and_a_double_are_counted_wherever_they_are(found, learnt, there, lost, doubled):
-    outcome = account(SENT, found, learnt, there)
+def test_a_loss_and_a_double_are_counted_wherever_they_are(found, learnt, audit, there, lost, doubled):
+    outcome = account(SENT, found, learnt, audit, there)
     assert (outcome.lost, outcome.doubled) == (lost, doubled)
     assert outcome.wrong
 
