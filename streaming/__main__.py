@@ -222,7 +222,7 @@ def _opened(namespace: argparse.Namespace) -> Iterator[Log]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    logger = logging.getLogger("streaming.kafka_log")
+    logger = logging.getLogger("streaming.kafka_errors")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:

@@ -15,7 +15,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ORDER = ["streaming", "learner", "serving", "simulator"]
 HOMES = {
-    "confluent_kafka": {"streaming/kafka_log.py", "streaming/rdkafka.py"},
+    "confluent_kafka": {
+        f"streaming/{name}.py" for name in ("kafka_log", "kafka_reader", "kafka_errors", "rdkafka")
+    },
     "fastavro": {"streaming/schemas.py"},
     "grpc": {"serving/"},
     "grpc_health": {"serving/"},

@@ -10,7 +10,8 @@ from contextlib import closing
 import pytest
 from confluent_kafka import KafkaError, Producer
 
-from streaming.kafka_log import KafkaLog, KafkaReader
+from streaming.kafka_log import KafkaLog
+from streaming.kafka_reader import KafkaReader
 from streaming.log import Bounds, Log, LogUnavailable, NotAllowed, open_log
 from tests.kafka_broker import KafkaBroker
 from tests.mock_kafka import FETCH, LIST_OFFSETS, METADATA, PRODUCE, MockKafka
