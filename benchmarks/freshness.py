@@ -45,7 +45,8 @@ def main() -> None:
     )
     parser.add_argument("--burst", type=int, default=400_000, help="events to find out what that is [400000]")
     parser.add_argument("--items", type=int, default=2000, help="items in the catalog [2000]")
-    parser.add_argument("--users", type=int, default=1000, help="users of the load [1000]")
+    parser.add_argument("--users", type=int, default=1000, help="users known before [1000]")
+    parser.add_argument("--shoppers", type=int, default=100_000, help="users of the load [100000]")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="append the result to this file, one JSON a line"
     )
@@ -122,8 +123,8 @@ class Views:
         self._made = 0
         self._shapes = []
         now = encoded_ms(int(time.time() * 1000))
-        for _ in range(10_000):
-            user = f"user-{rng.integers(options.users)}"
+        for n in range(options.shoppers):
+            user = f"shopper-{n}"
             event = view(number.decode(), user, int(rng.integers(options.items)))
             before, _, rest = codec.encode_event(event | {"timestamp": decoded_ms(now)}).partition(number)
             between, _, after = rest.partition(now)

@@ -26,6 +26,7 @@ PRIORITY_SEGMENTS: Final = 8  # priorities change everywhere all the time: fewer
 MAX_PARTITION: Final = 1 << 15
 MAX_OFFSET: Final = 1 << 48
 SIBLINGS: Final = 16  # slots of a sampled transition's step that come with it, itself included
+RESERVED_STEPS: Final = 1 << 22
 PRIORITY_FLOOR: Final = 1e-3  # added to |TD error|, so that nothing becomes unreachable
 
 # Places in Store.cursor.
@@ -113,7 +114,7 @@ def empty_batch(batch_size: int, history_length: int) -> Batch:
 # What is read together lies together: a random step or transition costs one miss of the cache, not one a field.
 _STEP: Final = np.dtype(
     [
-        ("key", np.int64),  # partition << 48 | offset; -1: a free slot
+        ("key", np.int64),  # partition << 48 | offset; -1: a slot that is free again
         ("total", np.float64),  # reward of all its slots, also of those no longer kept
         ("first", np.int64),  # sequence number of its first transition
         ("next", np.int32),  # slot of the step that followed; -1: none
@@ -611,6 +612,8 @@ class Replay:
     prioritised: draw in proportion to (|TD error| + PRIORITY_FLOOR)**alpha, else uniformly.
     alpha: in [0, 1]; 0 is uniform.
     segment: rows that a checkpoint writes again when one of them has changed.
+    reserve: steps that there is room for from the start, if the capacity asks for them; room that nothing has touched
+        costs no memory, and moving to more of it holds up the stream for seconds.
     """
 
     def __init__(
@@ -621,6 +624,7 @@ class Replay:
         prioritised: bool = True,
         alpha: float = 0.6,
         segment: int = SEGMENT,
+        reserve: int = RESERVED_STEPS,
     ) -> None:
         if not 2 <= capacity <= 1 << 30:
             raise ReplayError(f"capacity must be in 2..2**30 transitions, not {capacity}")
@@ -635,8 +639,9 @@ class Replay:
         self.prioritised = prioritised
         self.alpha = alpha
         self._segment = segment
+        self._reserve = reserve
         self._clock = 1
-        self._store = _new_store(capacity, history_length, segment, prioritised, segment)
+        self._store = self._with_room(0)
 
     def __len__(self) -> int:
         """Transitions kept."""
@@ -661,10 +666,12 @@ class Replay:
 
     @property
     def nbytes(self) -> int:
-        """Bytes allotted (the operating system provides those that were touched)."""
+        """Bytes in use; more are allotted, which the operating system provides when they are touched."""
         store = self._store
-        arrays: list[npt.NDArray[Any]] = [store.steps, *store.history, *store[2:]]
-        return sum(array.nbytes for array in arrays)
+        steps: list[npt.NDArray[Any]] = [store.steps, *store.history, store.free]
+        rows = min(self.inserted, self.capacity) * (store.rows.itemsize + store.tree.itemsize)
+        used = sum(array.nbytes for array in steps) // len(store.free) * int(store.cursor[_USED])
+        return used + rows + store.table.nbytes + store.stamps.nbytes
 
     def insert(self, joined: Joined) -> int:
         """Add the transitions, then the amendments; returns how many transitions were new.
@@ -785,7 +792,7 @@ class Replay:
                 f"start with --history-length {int(saved['history_length'])}, or with an empty --data-dir"
             )
         used = int(saved["cursor"][_USED])
-        self._store = _new_store(self.capacity, self.history_length, used, self.prioritised, self._segment)
+        self._store = self._with_room(used)
         store, alpha = self._store, float(saved["alpha"])
         store.cursor[:] = saved["cursor"]
         store.cursor[_FREE] = 0
@@ -818,9 +825,11 @@ class Replay:
         size = len(store.free)
         if size - store.cursor[_USED] + store.cursor[_FREE] < steps:
             need = int(store.cursor[_USED]) + steps
-            self._store = _new_store(
-                self.capacity, self.history_length, need, self.prioritised, self._segment, store
-            )
+            self._store = self._with_room(need, store)
+
+    def _with_room(self, steps: int, old: _Store | None = None) -> _Store:
+        room = max(steps, min(2 * self.capacity, self._reserve))
+        return _new_store(self.capacity, self.history_length, room, self.prioritised, self._segment, old)
 
     def _load_segments(self, parts: Mapping[str, Arrays], capacity: int, segment: int) -> None:
         """Put what was saved, in segments of a ring of this capacity, where it belongs in ours."""
@@ -856,10 +865,8 @@ def _new_store(
     """An empty store with room for so many steps; or the old one, moved into that room."""
     size = segment << max(-(-steps // segment) - 1, 0).bit_length()
     shape = (size, history_length)
-    empty = np.zeros(size, _STEP)
-    empty["key"] = empty["next"] = -1
     store = _Store(
-        steps=empty,
+        steps=np.zeros(size, _STEP),
         history=_Histories(
             np.zeros(shape, np.int32),
             np.zeros(shape, np.uint8),
