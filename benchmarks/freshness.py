@@ -34,6 +34,8 @@ from streaming.schemas import Codec
 from tests.kafka_broker import KafkaBroker
 from tests.serving_process import ServerProcess, eventually
 
+WARM_UP_S = 15.0  # of the load, before probes: what the burst has left behind is over
+
 
 def main() -> None:
     parser = Parser(prog="python -m benchmarks.freshness", description=(__doc__ or "").splitlines()[0])
@@ -47,6 +49,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=2000, help="items in the catalog [2000]")
     parser.add_argument("--users", type=int, default=1000, help="users known before [1000]")
     parser.add_argument("--shoppers", type=int, default=100_000, help="users of the load [100000]")
+    parser.add_argument("--publish-s", type=float, default=1.0, help="the learner's, seconds [1]")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="append the result to this file, one JSON a line"
     )
@@ -58,7 +61,10 @@ def main() -> None:
         f"{figures['lost']} never seen, {figures['versions']} versions"
     )
     record.append(
-        options.json, "freshness", sys.argv[1:], {"log": options.log, "items": options.items} | figures
+        options.json,
+        "freshness",
+        sys.argv[1:],
+        {"log": options.log, "items": options.items, "publish_s": options.publish_s} | figures,
     )
 
 
@@ -73,13 +79,14 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         )
         log = stack.enter_context(closing(open_log(url)))
         fill(log, options.items, options.users)
-        stack.enter_context(learner(url, folder, 0))
+        stack.enter_context(learner(url, folder, 0, "--publish-s", str(options.publish_s)))
         server = stack.enter_context(ServerProcess("--weights", f"{folder}/weights", "--log", url))
         client = stack.enter_context(server.client())
         eventually(lambda: client.policy().items >= options.items and client.policy().step > 0, 300)
         views = Views(options)
         sustainable = 0.0 if options.rate else sustained(log, client, views, options.burst)
         load = stack.enter_context(shopping(log, views, options.rate or sustainable / 2))
+        time.sleep(WARM_UP_S)
         tracker = Tracker(log, client)
         stack.enter_context(tracker.following())
         first, started, before = client.policy().policy_version, time.monotonic(), load[0]

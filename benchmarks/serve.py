@@ -152,11 +152,11 @@ def requests(options: argparse.Namespace) -> list[pb.RecommendRequest]:
 
 
 @contextmanager
-def learner(log_url: str, folder: str, nice: int) -> Iterator[subprocess.Popen[bytes]]:
+def learner(log_url: str, folder: str, nice: int, *more: str) -> Iterator[subprocess.Popen[bytes]]:
     """The real one, in a process of its own, for as long as the block lasts."""
     command = ["nice", "-n", str(nice), sys.executable, "-m", "learner", "--log", log_url]
     command += ["--data-dir", f"{folder}/learner", "--weights", f"{folder}/weights"]
-    command += ["--updates-high", "1000"]  # never content: it trains without a pause
+    command += ["--updates-high", "1000", *more]  # never content: it trains without a pause
     with tempfile.TemporaryFile("w+b") as said:
         process = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=said)
         try:

@@ -89,7 +89,7 @@ class TrainConfig:
     device: str = _setting("cpu", "cpu, cuda or cuda:N")
     threads: int = _setting(1, "CPU threads of a gradient step; 1..256")
     epsilon: float = _setting(0.05, "exploration that the weights suggest to servers; 0..1")
-    publish_s: float = _setting(0.4, "seconds between two versions of the weights; 0.05..3600")
+    publish_s: float = _setting(1.0, "seconds between two versions of the weights; 0.05..3600")
     keep_versions: int = _setting(10, "newest versions kept in the weight store; 1..1000")
     checkpoint_s: float = _setting(10.0, "seconds between two checkpoints; 0.1..86400")
     keep_checkpoints: int = _setting(3, "newest checkpoints kept; 1..1000")
