@@ -54,8 +54,10 @@ def write(url: str, users: int, items: int) -> tuple[Log, Any]:
     endless = traffic(1 << 62, users, items, np.random.default_rng(0))
 
     def more(records: int) -> None:
-        for _ in range(records):
+        for n in range(records):
             kind, record = next(endless)
+            if n % 20_000 == 0:
+                producer.flush()
             value = codec.encode_decision(record) if kind == "decision" else codec.encode_event(record)
             producer.send(TOPIC, record["user_id"].encode(), value)
         producer.flush()

@@ -3,7 +3,7 @@
 confluent-kafka's `consume` makes an object for each record and one more for each field that is asked for, while it
 holds the GIL; that takes longer than all that we then do with the record. This calls the very library that
 confluent-kafka is linked with (rdkafka.h, whose interface and message struct are public and stable), and copies the
-records of a batch in one compiled loop without the GIL.
+records of a batch in one compiled loop without the GIL (docs/adr/0012-kafka-as-arrays.md).
 """
 
 from __future__ import annotations
