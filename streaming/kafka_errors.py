@@ -93,7 +93,10 @@ class ClientLines:
         """Called by confluent_kafka, within `poll` and `consume`."""
         said, now = self.mask(text % arguments), time.monotonic()
         kind = re.sub(r"\d+", "", said)
-        told = any(word in said for word in ("SASL authentication error", "SSL handshake failed"))
+        told = any(
+            word in said
+            for word in ("SASL authentication error", "SSL handshake failed", "in state SSL_HANDSHAKE")
+        )
         if told or now - self._said.get(kind, -math.inf) < _QUIET_S:
             level = logging.DEBUG
         else:
