@@ -67,6 +67,7 @@ def attempt(fault: Fault, where: str, times: int, settings: Settings, folder: Pa
     except (Wrong, TimeoutError, ChildProcessError, subprocess.TimeoutExpired, LogError) as error:
         row.wrong.append(f"{type(error).__name__}: {error}")
     except Exception:
+        # a fault of the rig's own: the row has failed, and says so; the others are still worth their time
         row.wrong.append(traceback.format_exc())
     return row
 

@@ -12,7 +12,6 @@ broker's certificate has expired.
 from __future__ import annotations
 
 import re
-import socket
 import subprocess
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from confluent_kafka.admin import (
     UserScramCredentialUpsertion,
 )
 
-from tests.kafka_broker import KafkaBroker
+from tests.kafka_broker import KafkaBroker, free_ports
 
 _FIXED = {
     "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
@@ -50,7 +49,7 @@ class SecuredBroker(KafkaBroker):
         make_ca(folder, "another-ca")
         make_certificate(folder, "broker", days=3650)
         make_certificate(folder, "expired", days=-1)
-        plain, controller, secured, expired = _ports(4)
+        plain, controller, secured, expired = free_ports(4)
         here = "127.0.0.1:"
         super().__init__(
             {
@@ -131,11 +130,3 @@ _KEY = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes"
 
 def _openssl(folder: Path, arguments: str) -> None:
     subprocess.run(["openssl", *arguments.split()], cwd=folder, check=True, capture_output=True)
-
-
-def _ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
