@@ -88,6 +88,7 @@ def _library() -> ctypes.CDLL:
         ("message_destroy", None, c_void_p),
         ("message_timestamp", c_int64, c_void_p, c_void_p),
         ("err2str", c_char_p, c_int),
+        ("last_error", c_int),
         ("fatal_error", c_int, c_void_p, c_char_p, c_size_t),
     ):
         function = getattr(library, f"rd_kafka_{name}")
@@ -247,6 +248,7 @@ class ArrayConsumer:
 
     def take(self, most: int, timeout_s: float, *, keys: bool = False) -> tuple[RecordBatch, list[Trouble]]:
         """Up to so many records, waiting at most so long for the first of them, or for trouble."""
+        self._check_open()
         deadline = time.monotonic() + timeout_s
         count = self._consume(most, 0.0)
         while not count and (left_s := deadline - time.monotonic()) > 0:
@@ -262,7 +264,10 @@ class ArrayConsumer:
             self._messages = np.concatenate([self._messages[:already], np.zeros(most, np.int64)])
             self._failed = np.zeros(already + most, np.int64)
         place = self._messages[already:].ctypes.data
-        return int(_LIBRARY.rd_kafka_consume_batch_queue(self._queue, int(1000 * timeout_s), place, most))
+        count = _LIBRARY.rd_kafka_consume_batch_queue(self._queue, int(1000 * timeout_s), place, most)
+        if count < 0:
+            raise _failed(_LIBRARY.rd_kafka_last_error())
+        return int(count)
 
     def _gathered(self, messages: Ints, keys: bool) -> tuple[RecordBatch, list[Trouble]]:
         n = len(messages)
@@ -298,7 +303,12 @@ class ArrayConsumer:
         _LIBRARY.rd_kafka_message_destroy(message)
         return trouble
 
+    def _check_open(self) -> None:
+        if not self._closing.alive:  # its memory is no longer ours
+            raise RuntimeError("this consumer is closed")
+
     def _ask(self, what: str, topic: str, offsets: Mapping[int, int]) -> None:
+        self._check_open()
         library, name = _LIBRARY, topic.encode()
         places = library.rd_kafka_topic_partition_list_new(len(offsets))
         for partition, offset in offsets.items():
@@ -307,7 +317,7 @@ class ArrayConsumer:
         code = getattr(library, f"rd_kafka_{what}")(self._handle, places)
         library.rd_kafka_topic_partition_list_destroy(places)
         if code:
-            raise KafkaException(KafkaError(code, library.rd_kafka_err2str(code).decode()))
+            raise _failed(code)
 
 
 def _made(settings: Mapping[str, Any], hear_error: Any, hear_log: Any) -> int:
@@ -344,6 +354,10 @@ def _log_callback(logger: ClientLog) -> Any:
         logger.log(_LEVELS[level], "%s %s", _text(facility), _text(text))
 
     return _HEAR_LOG(hear)
+
+
+def _failed(code: int) -> KafkaException:
+    return KafkaException(KafkaError(code, _text(_LIBRARY.rd_kafka_err2str(code))))
 
 
 def _close(handle: int, queue: int, callbacks: object) -> None:

@@ -129,6 +129,20 @@ def test_a_consumer_that_nobody_holds_is_closed(kafka: KafkaBroker) -> None:
     assert threads() <= before
 
 
+def test_a_closed_consumer_says_so_and_may_be_closed_again(kafka: KafkaBroker, topic: str) -> None:
+    reader = consumer(kafka)
+    reader.assign(topic, {0: 0})
+    reader.close()
+    reader.close()
+    for ask in (
+        lambda: reader.take(1, 0.0),
+        lambda: reader.pause(topic, [0]),
+        lambda: reader.assign(topic, {}),
+    ):
+        with pytest.raises(RuntimeError, match="closed"):
+            ask()
+
+
 def test_errors_of_the_client_are_heard(kafka: KafkaBroker) -> None:
     heard: list[KafkaError] = []
     reader = consumer(kafka, heard.append, **{"bootstrap.servers": "127.0.0.1:1"})
