@@ -47,7 +47,7 @@ _ANY: Final = {
     "bootstrap.servers": "",
     "client.id": "bellwether",
     "topic.metadata.refresh.interval.ms": "30000",
-    "reconnect.backoff.ms": "500",  # 100 by default: each client turned away would come ten times a second at first
+    "reconnect.backoff.ms": "500",  # 100 by default: each client that is turned away would come ten times a second
 }
 _PRODUCER: Final = {
     "enable.idempotence": "true",

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from streaming.log import Log, open_log
+from tests import learner_process
 from tests.kafka_broker import BrokerMissing, KafkaBroker
 
 _counter = itertools.count()
@@ -57,6 +58,12 @@ def open_here(log_url: str) -> Iterator[Callable[[], Log]]:
 def log(open_here: Callable[[], Log]) -> Log:
     """A log of each kind in turn."""
     return open_here()
+
+
+@pytest.fixture(autouse=True)
+def no_learner_is_left() -> Iterator[None]:
+    yield
+    learner_process.stop_all()
 
 
 @pytest.fixture

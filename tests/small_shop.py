@@ -17,7 +17,7 @@ from learner.checkpoint import Checkpoints
 from streaming.log import Log, open_log
 from streaming.schemas import Codec
 from streaming.sqlite_log import SqliteLog
-from tests.test_learner_process import SMALL
+from tests.learner_process import SMALL
 
 DAY_S = 86_400
 QUICK = ("--min-replay", "40", "--checkpoint-s", "0.3", "--publish-s", "0.3")

@@ -17,8 +17,9 @@ from learner.learner import CannotContinue
 from learner.train import TrainConfig
 from streaming.log import Bounds, Log
 from streaming.schemas import Codec
+from tests.learner_process import await_line, finish, start
 from tests.small_shop import Shop, await_offset, learn
-from tests.test_learner_process import await_line, finish, newest, start
+from tests.test_learner_process import newest
 
 # --- what is a gap ---------------------------------------------------------------------------------------
 

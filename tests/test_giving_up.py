@@ -14,8 +14,8 @@ from learner.checkpoint import CheckpointFailed, Disk
 from learner.train import TrainConfig
 from streaming.dead_letters import dlq_topic
 from streaming.log import LogError
+from tests.learner_process import await_line, finish, start
 from tests.small_shop import Shop, await_offset, delete_topic, learn, newest_meta
-from tests.test_learner_process import await_line, finish, start
 from tests.trainer_rig import Rig
 
 

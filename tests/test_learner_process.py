@@ -22,43 +22,15 @@ from streaming.dead_letters import dlq_topic
 from streaming.join_settings import JoinSettings
 from streaming.log import open_log
 from streaming.schemas import Codec
+from tests.learner_process import await_line, finish, start
 from tests.shop_log import write_shop
 
-SMALL = (
-    *("--batch-size", "32", "--dim", "8", "--hidden", "16", "--history-length", "8", "--min-replay", "200"),
-    *("--updates-high", "0.1", "--replay-capacity", "100000"),
-)
 AGENT = AgentSettings(batch_size=32, dim=8, hidden=16, history_length=8)
-
-
-def start(folder: Path, url: str, *flags: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "learner", "--topic", "events", "--log", url, *SMALL]
-    stores = ["--data-dir", str(folder / "data"), "--weights", str(folder / "weights")]
-    return subprocess.Popen([*command, *stores, *flags], stderr=subprocess.PIPE, text=True)
-
-
-def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """(exit status, all that it said); a learner that does not end is a failure."""
-    try:
-        _, said = process.communicate(timeout=120)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise
-    return process.returncode, said
 
 
 def train(folder: Path, url: str, *flags: str) -> None:
     status, said = finish(start(folder, url, "--until-caught-up", *flags))
     assert status == 0, said
-
-
-def await_line(process: subprocess.Popen[str], *wanted: str) -> str:
-    """The first line that has one of these in it."""
-    assert process.stderr is not None
-    for line in process.stderr:
-        if any(word in line for word in wanted):
-            return line
-    raise AssertionError(f"ended without saying {wanted}")
 
 
 def train_through_kills(folder: Path, url: str, seed: int, *flags: str) -> int:
@@ -218,27 +190,24 @@ def test_partitions_added_while_it_runs_are_read_from_their_first_record_on(log_
     topic = f"events-{tmp_path.name}"
     log.create_topic(topic, 1)
     process = start(tmp_path, log_url, "--topic", topic, "--checkpoint-s", "0.5")
-    try:
-        await_line(process, "no checkpoint of")
-        log.create_topic(topic, 3)
-        with closing(log.producer()) as producer:
-            for n in range(60):
-                event = {
-                    "event_id": f"e{n}",
-                    "name": "view_item",
-                    "user_id": f"user-{n}",
-                    "timestamp": 1_700_000_000_000 + n * 1000,
-                    "items": [{"item_id": f"item-{n % 7}"}],
-                }
-                producer.send(topic, event["user_id"].encode(), Codec().encode_event(event))
-        await_line(process, "partitions [1, 2] were added")
-        give_up = time.monotonic() + 60
-        while newest(tmp_path).meta["joined"]["events"] < 60 and time.monotonic() < give_up:
-            time.sleep(0.2)
-        process.send_signal(signal.SIGTERM)
-        assert finish(process)[0] == 0
-    finally:
-        process.kill()
+    await_line(process, "no checkpoint of")
+    log.create_topic(topic, 3)
+    with closing(log.producer()) as producer:
+        for n in range(60):
+            event = {
+                "event_id": f"e{n}",
+                "name": "view_item",
+                "user_id": f"user-{n}",
+                "timestamp": 1_700_000_000_000 + n * 1000,
+                "items": [{"item_id": f"item-{n % 7}"}],
+            }
+            producer.send(topic, event["user_id"].encode(), Codec().encode_event(event))
+    await_line(process, "partitions [1, 2] were added")
+    give_up = time.monotonic() + 60
+    while newest(tmp_path).meta["joined"]["events"] < 60 and time.monotonic() < give_up:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    assert finish(process)[0] == 0
     meta = newest(tmp_path).meta
     assert meta["joined"]["events"] == 60
     assert meta["positions"] == {str(p): bounds.high for p, bounds in log.bounds(topic).items()}

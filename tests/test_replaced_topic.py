@@ -14,9 +14,9 @@ from learner.train import TrainConfig, offsets_to_start
 from serving.view import Follower, View, ViewConfig
 from streaming.log import Bounds
 from streaming.schemas import Codec
+from tests.learner_process import finish, start
 from tests.serving_process import eventually
 from tests.small_shop import Shop, await_offset, learn, newest_meta
-from tests.test_learner_process import finish, start
 
 SAVED = {"topic": "events", "positions": {"0": 100}}
 
