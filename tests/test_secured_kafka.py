@@ -71,9 +71,8 @@ def file_of(broker: SecuredBroker, folder: Path, password: str = PASSWORD, **mor
 
 
 def logins_per_s(broker: SecuredBroker) -> float:
-    """Refused log-ins a second. librdkafka forgets what it has waited each time that it begins anew with
-    bootstrap.servers, so each client comes twice a second (`reconnect.backoff.ms`), not ever more rarely;
-    by its default it comes ten times. Learners and servers have several clients.
+    """Refused log-ins a second. librdkafka forgets how long it has waited each time that it begins anew with
+    `bootstrap.servers`, so each of our clients comes once or twice a second for ever, not ever more rarely.
     """
     before, began = broker.failed_logins(), time.monotonic()
     time.sleep(5)
