@@ -47,7 +47,7 @@ _ANY: Final = {
     "bootstrap.servers": "",
     "client.id": "bellwether",
     "topic.metadata.refresh.interval.ms": "30000",
-    "reconnect.backoff.ms": "500",  # a learner that is turned away logs in 10 times a second so, 15 by the default of 100
+    "reconnect.backoff.ms": "500",  # a learner turned away logs in 10 times a second; 15 by the default, 100
 }
 _PRODUCER: Final = {
     "enable.idempotence": "true",
