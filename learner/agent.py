@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from learner import dqn
+from learner.lazy_table import BETAS, Rows, Rule, catch_up, caught_up, follow_share, networks_now, stepped
 from learner.networks import (
     MAX_SLOTS,
     ItemTensors,
@@ -127,10 +129,18 @@ class Update(NamedTuple):
     losses: dict[str, float]  # by part: choice, reward, td, next_item, conservative
 
 
+class _Aisle(NamedTuple):
+    """The items that an update looks at, where that is not all of the catalog."""
+
+    ids: Tensor  # [M] vocabulary ids, ascending
+    table: Rows  # [M], as they stand now
+    own: Tensor  # [M, d + 2] of the online table, gathers the gradient
+
+
 class _Rows(NamedTuple):
     """A batch as tensors; `here`, `there` and `slate` are its items as rows of the keys in use."""
 
-    ids: Tensor | None  # [N] vocabulary ids behind the rows; None: row i is id i
+    aisle: _Aisle | None  # what the N rows are; None: row i is id i
     on_offer: Tensor  # [N] bool
     state: StateTensors
     next_state: StateTensors
@@ -166,8 +176,11 @@ class Agent:
         self._optimiser = self._new_optimiser()
         self._roomy_items = _unknown_items(1, settings.vector_dim, self.device)
         self._roomy_offer = torch.zeros(1, dtype=torch.bool, device=self.device)
+        self._at: Tensor | None = (
+            None  # the update after which each row stands as it lies there; None: all do now
+        )
         self._target_keys: Keys | None = None
-        self._vectors: Tensor | None = None
+        self._described = torch.zeros(1, dtype=torch.bool, device=self.device)
         self._any_described = False
         self._catalog_copy: dict[str, Tensor] | None = None
         self._show(1)
@@ -176,14 +189,6 @@ class Agent:
     def rows(self) -> int:
         """Vocabulary ids that can be learnt, the unknown item included."""
         return len(self._on_offer)
-
-    @property
-    def _described(self) -> Tensor:
-        """[N] bool: the catalog has a vector of the item, which tells it from others of its category."""
-        if self._vectors is None:
-            self._vectors = (self._items.vector != 0).any(dim=1)
-            self._any_described = bool(self._vectors.any())
-        return self._vectors
 
     @property
     def items(self) -> ItemTensors:
@@ -214,7 +219,13 @@ class Agent:
         """Let the items be the first so many rows of the room that there is."""
         self._items = ItemTensors(*(column[:rows] for column in self._roomy_items))
         self._on_offer = self._roomy_offer[:rows]
-        self._target_keys = self._vectors = self._catalog_copy = None
+        self._described = functional.pad(self._described, (0, rows - len(self._described)))
+        self._target_keys = self._catalog_copy = None
+
+    def _describe(self) -> None:
+        """Note which items the catalog has a vector of, which tells it from others of its category; [N] bool."""
+        self._described = (self._items.vector != 0).any(dim=1)
+        self._any_described = bool(self._described.any())
 
     def set_catalog(self, catalog: CatalogArrays) -> None:
         """Take over the catalog as it stands: features, and what may be recommended. Grows as needed."""
@@ -230,7 +241,8 @@ class Agent:
         offer = ~np.asarray(catalog.gone) & (np.asarray(catalog.in_stock) | ~known)
         self._on_offer[:n] = torch.from_numpy(offer)
         self._on_offer[0] = False
-        self._target_keys = self._vectors = self._catalog_copy = None
+        self._describe()
+        self._target_keys = self._catalog_copy = None
 
     def update(self, batch: Batch) -> Update:
         """One gradient step; see the losses in learner.dqn and the equation in learner.networks.
@@ -239,16 +251,22 @@ class Agent:
         """
         self._check(batch)
         rows = self._rows(batch)
-        keys = self.online.keys(self._items, rows.ids, self._forgotten())
+        keys = self._keys(rows.aisle)
         queries = self.online.queries(rows.state, keys, rows.here)
         target = dqn.n_step_target(rows.reward, rows.discount, self._next_value(rows, keys))
         parts = self.online.parts_at(queries, keys, rows.slate)
         losses = self._losses(rows, keys, queries, target, *parts)
         q = self._q(queries, *(part[:, 0] for part in parts))
-        loss = self._step(losses)
+        loss = self._step(losses, rows.aisle)
         error = (target - q).cpu().numpy()
         values = torch.stack([loss, q.mean(), *losses.values()]).tolist()
         return Update(values[0], error, values[1], dict(zip(losses, values[2:], strict=True)))
+
+    def _keys(self, aisle: _Aisle | None) -> Keys:
+        """The online network's keys of the rows, with a gradient."""
+        if aisle is None:
+            return self.online.keys(self._items, forget=self._forgotten())
+        return self.online.keys(self._items, aisle.ids, self._forgotten(aisle.ids), aisle.own)
 
     def _losses(
         self,
@@ -312,53 +330,110 @@ class Agent:
         queries = self.online.queries(state, keys, there)
         slots = min(self.settings.slate_size or round(self.slots), int(rows.on_offer.sum()))
         best = dqn.double_q_choice(self.online.advantage_all(queries, keys), rows.on_offer, slots)
-        judge = self._judge(rows.ids)
+        judge = self._judge(rows.aisle)
         queries = self.target.queries(state, judge, there)
         value[goes_on] = dqn.slate_value(
             self.target.value(queries), self.target.advantage_at(queries, judge, best)
         )
         return value
 
-    def _judge(self, ids: Tensor | None) -> Keys:
+    def _judge(self, aisle: _Aisle | None) -> Keys:
         """The target network's keys; of the whole catalog they change at a sync only."""
-        if ids is not None:
-            return self.target.keys(self._items, ids)
+        if aisle is not None:
+            return self.target.keys(self._items, aisle.ids, own=aisle.table.target)
         if self._target_keys is None:
             self._target_keys = self.target.keys(self._items)
         return self._target_keys
 
-    def _step(self, losses: Mapping[str, Tensor]) -> Tensor:
+    def _step(self, losses: Mapping[str, Tensor], aisle: _Aisle | None) -> Tensor:
         """Adam on the sum, then the target network when its time has come."""
         loss = torch.stack(list(losses.values())).sum()
         self._optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         self._optimiser.step()
-        if self.settings.weight_decay > 0:
-            self._decay()
         self.updates += 1
-        self._follow()
+        if aisle is not None:
+            self._put(aisle)
+        elif self.settings.weight_decay > 0:
+            self._decay()
+        self._follow(all_items=aisle is None)
         return loss.detach()
 
-    def _follow(self) -> None:
-        """Let the target network follow: a little each time (Lillicrap et al. 2016), or all at once now and then."""
+    def _follow(self, *, all_items: bool) -> None:
+        """Let the target network follow: a little each time, or all at once now and then."""
         settings = self.settings
         if settings.target_tau > 0:
-            # at first the plain mean of all updates, so that the network's beginnings do not linger
-            self.sync_target(max(settings.target_tau, 1.0 / self.updates))
+            self._lerp(follow_share(self.updates, settings.target_tau), all_items)
         elif self.updates - self.last_target_sync_update >= settings.target_sync_updates:
             self.sync_target()
 
+    def sync_target(self) -> None:
+        """Make the target network equal to the online one."""
+        self._catch_up()
+        self._lerp(1.0, all_items=True)
+
     @torch.no_grad()
-    def sync_target(self, share: float = 1.0) -> None:
-        """Take the target network so far towards the online one; 1: make it equal."""
+    def _lerp(self, share: float, all_items: bool) -> None:
+        """Take the target network so far towards the online one; without `all_items`, but for the table by id."""
+        table = self.target.tower.id.weight
         for mine, theirs in zip(self.target.parameters(), self.online.parameters(), strict=True):
-            mine.lerp_(theirs, share)
+            if all_items or mine is not table:
+                mine.lerp_(theirs, share)
         self.last_target_sync_update = self.updates
         self._target_keys = None
+
+    # --- the table by id, of which an update reads all rows, or few: see learner.lazy_table
+
+    @property
+    def _rule(self) -> Rule:
+        settings = self.settings
+        decay = settings.learning_rate * settings.weight_decay
+        return Rule(settings.learning_rate, _EPS, decay, settings.target_tau)
+
+    def _table(self) -> Rows:
+        """The table as it lies there: rows that no update has read for long are behind."""
+        online, target = self.online.tower.id.weight, self.target.tower.id.weight
+        moments = self._optimiser.state[online]
+        if not moments:
+            moments["step"] = torch.zeros((), device=self.device)
+            moments["exp_avg"], moments["exp_avg_sq"] = (torch.zeros_like(online) for _ in range(2))
+        if self._at is None:
+            self._at = torch.full((len(online),), self.updates, device=self.device)
+        columns = (online.detach(), target, moments["exp_avg"], moments["exp_avg_sq"], self._at)
+        return Rows(*(column[: self.rows] for column in columns))
+
+    def _take(self, ids: Tensor) -> _Aisle:
+        """These rows of the table, as they stand now."""
+        rows = caught_up(self._table().take(ids), self._described[ids], self.updates, self._rule)
+        return _Aisle(ids, rows, rows.online.clone().requires_grad_())
+
+    def _put(self, aisle: _Aisle) -> None:
+        """Move the rows by their gradient, and put them back."""
+        gradient, described = aisle.own.grad, self._described[aisle.ids]
+        assert gradient is not None  # every loss reads the table
+        share = follow_share(self.updates, self.settings.target_tau)
+        table = self._table()
+        table.put(aisle.ids, stepped(aisle.table, gradient, described, share, self._rule))
+        self._optimiser.state[self.online.tower.id.weight]["step"].fill_(self.updates)
+
+    def _catch_up(self) -> None:
+        """Leave no row behind."""
+        if self._at is not None:
+            catch_up(self._table(), self._described, self.updates, self._rule)
+            self._at = None
 
     def tensors(self) -> dict[str, Tensor]:
         """What a server needs, for the weight store: "online.*", "target.*" and "catalog.*"; on the CPU, not ours to
         change any more: what describes the items is the same copy until the catalog changes."""
+        out = self._tensors()
+        if self._at is not None:
+            now = networks_now(self._table(), self._described, self.updates, self._rule)
+            for prefix, table in zip(("online", "target"), now, strict=True):
+                out[f"{prefix}.{BY_ITEM[0]}"] = table.cpu()
+        return out
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The same, but rows of the table by id that lie behind as they are."""
         out = {}
         for prefix, network in (("online", self.online), ("target", self.target)):
             for name, tensor in network.state_dict().items():
@@ -376,7 +451,9 @@ class Agent:
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """Everything, exactly: networks, optimiser, catalog, generator, counters."""
-        out = {name: tensor.numpy() for name, tensor in self.tensors().items()}
+        out = {name: tensor.numpy() for name, tensor in self._tensors().items()}
+        if self._at is not None:
+            out["at"] = self._at[: self.rows].cpu().numpy().copy()
         for name, parameter in self.online.named_parameters():
             for key, value in self._optimiser.state.get(parameter, {}).items():
                 kept = value[: self.rows] if name in BY_ITEM and value.ndim else value
@@ -404,6 +481,7 @@ class Agent:
         )
         self._roomy_offer = on_offer.to(self.device)
         self._show(len(on_offer))
+        self._describe()
         for prefix, network in (("online", self.online), ("target", self.target)):
             for name, parameter in network.named_parameters():
                 _fill(parameter, state[f"{prefix}.{name}"], name)
@@ -414,6 +492,10 @@ class Agent:
                 like = torch.zeros((), device=self.device) if key == "step" else torch.zeros_like(parameter)
                 _fill(like, state[f"adam.{key}.{name}"], name)
                 self._optimiser.state[parameter][key] = like
+        self._at = None
+        if "at" in state:
+            self._at = torch.zeros(capacity, dtype=torch.int64, device=self.device)
+            self._at[: len(on_offer)] = torch.from_numpy(state["at"].copy()).to(self.device)
         self._generator.set_state(torch.from_numpy(state["generator"].copy()))
         self.updates, self.last_target_sync_update = (int(n) for n in state["counters"])
         self.slots = float(state["slots"][0])
@@ -443,15 +525,18 @@ class Agent:
         slots = batch.slots[~batch.organic]
         if len(slots):
             self.slots += 0.01 * (float(slots.mean()) - self.slots)
-        ids, on_offer, here, there = None, self._on_offer, state.item, next_state.item
-        if self.rows > self.settings.exact_items:
+        aisle, on_offer, here, there = None, self._on_offer, state.item, next_state.item
+        if self.rows <= self.settings.exact_items:
+            self._catch_up()
+        else:
             drawn = torch.randint(self.rows, (self.settings.candidates,), generator=self._generator)
             named = (drawn.to(self.device), *(part.flatten() for part in (slate, here, there)))
             ids = torch.unique(torch.cat((*named, slate.new_zeros(1))))
             on_offer = self._on_offer[ids]
             slate, here, there = (torch.searchsorted(ids, part) for part in (slate, here, there))
+            aisle = self._take(ids)
         return _Rows(
-            ids,
+            aisle,
             on_offer,
             state,
             next_state,
@@ -478,19 +563,21 @@ class Agent:
     def _to(self, array: npt.NDArray[Any], dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.as_tensor(array).to(self.device, dtype)
 
-    def _forgotten(self) -> Tensor | None:
-        """[N] bool: items that this update treats as new; only those that are more than their ids."""
+    def _forgotten(self, ids: Tensor | None = None) -> Tensor | None:
+        """[M] bool: which of these, or all, this update treats as new; only such as are more than their ids."""
         if self.settings.forget == 0:
             return None
-        drawn = torch.rand(self.rows, generator=self._generator) < self.settings.forget
-        return drawn.to(self.device) & self._described
+        described = self._described if ids is None else self._described[ids]
+        drawn = torch.rand(len(described), generator=self._generator) < self.settings.forget
+        return drawn.to(self.device) & described
 
     def _new_optimiser(self) -> torch.optim.AdamW:
         return torch.optim.AdamW(
             self.online.parameters(),
             lr=self.settings.learning_rate,
+            betas=BETAS,
             weight_decay=0.0,
-            eps=1e-6,
+            eps=_EPS,
             fused=True,
         )
 
@@ -500,10 +587,9 @@ class Agent:
 
         The rest of the network is shared by all items, learns from every click, and suffers from decay.
         """
-        described = self._described
         if not self._any_described:
             return  # all would be multiplied by one
-        keep = 1.0 - self.settings.learning_rate * self.settings.weight_decay * described.float()
+        keep = 1.0 - self._rule.decay * self._described.float()
         self.online.tower.id.weight[: self.rows].mul_(keep.unsqueeze(1))
 
     def _reserve(self, capacity: int) -> None:
@@ -522,9 +608,13 @@ class Agent:
         for old, state in before.items():
             new = renamed.get(old, old)
             self._optimiser.state[new] = {key: _padded(value, new) for key, value in state.items()}
+        if self._at is not None:
+            more = self._at.new_full((capacity - len(self._at),), self.updates)
+            self._at = torch.cat((self._at, more))
 
 
-BY_ITEM = ("tower.id.weight",)  # tables with one row for each vocabulary id
+BY_ITEM: Final = ("tower.id.weight",)  # tables with one row for each vocabulary id
+_EPS: Final = 1e-6  # of Adam
 
 
 def _padded(value: Tensor, like: Tensor) -> Tensor:

@@ -330,22 +330,35 @@ class QNetwork(nn.Module):
                 layer.bias[one] = 1.0
             self.query.bias[end - 1] = bias
 
-    def shelf(self, items: ItemTensors, ids: Tensor | None = None, forget: Tensor | None = None) -> Shelf:
-        """The items given by ids [M], or all. forget: [N] bool, as never learnt from."""
-        if ids is None:
-            known = items.seen if forget is None else items.seen & ~forget
-            return self._shelf(items, known, self.tower.id.weight[: len(known)])
-        rows = ItemTensors(*(column[ids] for column in items))
-        known = rows.seen if forget is None else rows.seen & ~forget[ids]
-        return self._shelf(rows, known, self.tower.id(ids))
+    def shelf(
+        self,
+        items: ItemTensors,
+        ids: Tensor | None = None,
+        forget: Tensor | None = None,
+        own: Tensor | None = None,
+    ) -> Shelf:
+        """The items given by ids [M], or all. forget: [M] bool, as never learnt from. own: [M, d + 2], in place of
+        these rows of the id table."""
+        if ids is not None:
+            items = ItemTensors(*(column[ids] for column in items))
+        known = items.seen if forget is None else items.seen & ~forget
+        if own is None:
+            own = self.tower.id.weight[: len(known)] if ids is None else self.tower.id(ids)
+        return self._shelf(items, known, own)
 
     def _shelf(self, items: ItemTensors, known: Tensor, own: Tensor) -> Shelf:
         vectors, bias = self.tower(items, known, own)
         return Shelf(vectors, bias, items.category)
 
-    def keys(self, items: ItemTensors, ids: Tensor | None = None, forget: Tensor | None = None) -> Keys:
+    def keys(
+        self,
+        items: ItemTensors,
+        ids: Tensor | None = None,
+        forget: Tensor | None = None,
+        own: Tensor | None = None,
+    ) -> Keys:
         """The heads' keys of the items that `shelf` would give."""
-        return self._keys(self.shelf(items, ids, forget))
+        return self._keys(self.shelf(items, ids, forget, own))
 
     def keys_with(self, items: ItemTensors, ids: Tensor) -> Keys:
         """The heads' keys of M items whose features come with the request. items: of M rows; ids: [M], 0 unknown."""

@@ -95,7 +95,7 @@ def test_the_target_follows_a_little_at_each_update_after_the_mean_of_the_first(
 def test_only_the_ids_of_items_that_a_vector_describes_are_drawn_to_zero():
     agent = new_agent(replace(SETTINGS, weight_decay=1.0, learning_rate=0.01))
     agent.items.vector[:5] = 1.0
-    agent.grow(ITEMS + 1)  # what is known of the items has changed
+    agent._describe()
     with torch.no_grad():
         agent.online.tower.id.weight.fill_(1.0)
     before = {name: p.detach().clone() for name, p in agent.online.named_parameters()}
@@ -112,7 +112,7 @@ def test_only_items_that_a_vector_describes_are_now_and_then_treated_as_new():
     agent = new_agent(replace(SETTINGS, forget=1.0))
     assert not agent._forgotten().any()
     agent.items.vector[[2, 5]] = 1.0
-    agent.grow(ITEMS + 1)  # what is known of the items has changed
+    agent._describe()
     assert torch.nonzero(agent._forgotten()).flatten().tolist() == [2, 5]
 
 
@@ -150,6 +150,46 @@ def test_few_candidates_still_hold_the_batch_and_teach_the_same_actions():
     batch_items = np.unique(batch(0).slate)
     table = agent.online.tower.id.weight.detach()
     assert (table[batch_items[batch_items > 0]].abs().sum(dim=1) > 0).all()
+
+
+FEW = replace(SETTINGS, exact_items=1, candidates=1, target_tau=0.1)
+
+
+def test_an_agent_of_a_large_catalog_restored_goes_on_as_if_it_had_never_stopped():
+    first = trained(range(4), new_agent(FEW))
+    first.tensors()  # as for a server: changes nothing
+    again = Agent(FEW, seed=99)
+    again.restore(first.state())
+    assert_same(trained(range(4, 8), again), trained(range(8), new_agent(FEW)))
+
+
+def test_a_server_is_told_of_rows_that_no_update_has_read_for_long_as_they_would_be():
+    agent = new_agent(FEW)
+    agent.grow(5000)  # the one candidate drawn at random is none of ours
+    trained(range(2), agent)
+    clicked = int(batch(1).slate[0, 0])
+    for seed in range(100):  # none of which names that item
+        told = batch(seed)
+        for part in (told.slate, told.state.item, told.next_state.item):
+            part[part == clicked] = clicked % ITEMS + 1
+        agent.update(told)
+    lies = agent.target.tower.id.weight[clicked] - agent.online.tower.id.weight[clicked]
+    tensors = agent.tensors()
+    follows = tensors["target.tower.id.weight"][clicked] - tensors["online.tower.id.weight"][clicked]
+    assert follows.norm() < 0.1 * lies.norm()
+    assert lies.norm() > 1e-4
+
+
+def test_a_large_catalog_that_is_small_after_a_restart_stands_where_it_stood():
+    agent = trained(range(5), new_agent(FEW))
+    told = agent.tensors()
+    again = Agent(replace(FEW, exact_items=100), seed=99)
+    again.restore(agent.state())
+    again.grow(2000)
+    again._catch_up()
+    for name, tensor in again.tensors().items():
+        assert torch.equal(tensor[: len(told[name])] if tensor.ndim else tensor, told[name]), name
+    trained(range(5, 7), again)
 
 
 def test_an_item_never_seen_scores_by_its_features_as_its_like_do():
