@@ -1,0 +1,274 @@
+"""The product as a recommender: deeds become events in a log, slates come from Recommend, a learner runs beside it.
+
+`Shop` is what a storefront's engineer would write. Behind it is a `Loop`: `InProcess` here, real processes in
+benchmarks.gym_bridge.processes. Both learn from chunks of the log cut at the same offsets, and serve what was learnt
+from all whole chunks so far; so they give the same slates.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, Protocol
+
+import numpy as np
+
+from benchmarks.gym_bridge.storefront import Deed, Page, Storefront
+from learner.agent import AgentSettings
+from learner.learner import Learner, LearnerSettings
+from learner.policy import Candidate, Policy
+from learner.weights import Manifest, Weights
+from serving import policy_pb2 as pb
+from serving.ranking import Ranker
+from serving.server import ServingConfig
+from serving.service import Service
+from serving.view import View, ViewConfig
+from serving.weights import Served
+from streaming.join_settings import JoinSettings
+from streaming.log import RecordBatch
+from streaming.rewards import HISTORY_NAMES
+from streaming.schemas import Codec
+
+KEPT: Final = 32  # newest entries of a history that a request brings
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The product's settings: all defaults, but for what a shop sets and a sweep varies."""
+
+    agent: AgentSettings = field(default_factory=AgentSettings)
+    learner: LearnerSettings = field(default_factory=LearnerSettings)
+    epsilon: float = ServingConfig.epsilon
+    network: Literal["online", "target"] = ServingConfig.network
+    chunk: int = 256  # records between two versions
+
+
+class Loop(Protocol):
+    """A log, a learner that reads it, and a server that serves what it learnt."""
+
+    cpu_s: float  # spent so far: answers, decoding, joining, learning
+
+    def start(self, storefront: Storefront, setup: Setup, seed: int) -> None:
+        """With the storefront's catalog."""
+
+    def publish(self, user_id: str, record: bytes) -> None:
+        """One record for `events`."""
+
+    def recommend(self, request: pb.RecommendRequest) -> pb.RecommendResponse:
+        """See proto/policy.proto; the decision is in the log when this returns."""
+
+
+class Shop:
+    """Publishes what users do and asks for slates. Only the user of the moment's history is kept."""
+
+    def __init__(self, loop: Loop, storefront: Storefront, setup: Setup, seed: int) -> None:
+        self._loop, self._storefront = loop, storefront
+        self._codec = Codec()
+        self._events = self._logged = 0
+        self._user_id = self._recommendation_id = ""
+        self._history: deque[pb.HistoryEntry] = deque(maxlen=max(KEPT, setup.agent.history_length))
+        loop.start(storefront, setup, seed)
+
+    @property
+    def cpu_s(self) -> float:
+        """CPU seconds of the loop: what building requests and records costs is the shop's own."""
+        return self._loop.cpu_s
+
+    def did(self, user_id: str, deeds: Sequence[Deed], times_ms: Sequence[int]) -> None:
+        """See Recommender."""
+        self._meet(user_id)
+        for deed, at_ms in zip(deeds, times_ms, strict=True):
+            record = {
+                "event_id": f"e{self._events}",
+                "name": deed.name,
+                "user_id": user_id,
+                "timestamp": at_ms,
+                "items": [{"item_id": deed.item_id}],
+                "value": deed.value,
+                "recommendation_id": self._recommendation_id if deed.from_slate else None,
+            }
+            self._events += 1
+            self._loop.publish(user_id, self._codec.encode_event(record))
+            if deed.name in HISTORY_NAMES:
+                entry = pb.HistoryEntry(
+                    item_id=deed.item_id, name=deed.name, timestamp_ms=at_ms, value=deed.value
+                )
+                self._history.append(entry)
+
+    def recommend(self, user_id: str, page: Page, now_ms: int) -> list[str]:
+        """See Recommender."""
+        self._meet(user_id)
+        request = pb.RecommendRequest(
+            user_id=user_id,
+            slate_size=self._storefront.slate_size,
+            history=self._history,
+            candidates=[_candidate(candidate) for candidate in page.candidates],
+            timestamp_ms=now_ms,
+        )
+        response = self._loop.recommend(request)
+        self._recommendation_id = response.recommendation_id
+        return [slot.item_id for slot in response.slate]
+
+    def shown(self, user_id: str, page: Page, slate: Sequence[str], propensity: float, now_ms: int) -> None:
+        """See Recommender: the log of a shop's past, decisions with their propensities."""
+        self._meet(user_id)
+        self._logged += 1
+        self._recommendation_id = f"logged-{self._logged}"
+        decision = {
+            "recommendation_id": self._recommendation_id,
+            "user_id": user_id,
+            "timestamp": now_ms,
+            "history": [
+                {"item_id": e.item_id, "name": e.name, "timestamp": e.timestamp_ms, "value": e.value}
+                for e in self._history
+            ],
+            "slate": [{"item_id": item_id, "propensity": propensity} for item_id in slate],
+            "epsilon": 1.0,
+            "strategy": "RANDOM",
+            "candidates": [candidate._asdict() for candidate in page.candidates] or None,
+        }
+        self._loop.publish(user_id, self._codec.encode_decision(decision))
+
+    def _meet(self, user_id: str) -> None:
+        if user_id != self._user_id:
+            self._user_id = user_id
+            self._history.clear()
+
+
+def _candidate(candidate: Candidate) -> pb.Candidate:
+    return pb.Candidate(
+        item_id=candidate.item_id,
+        category=candidate.category or "",
+        brand=candidate.brand or "",
+        price=candidate.price,
+        vector=candidate.vector,
+    )
+
+
+class InProcess:
+    """The product's parts in one thread: its learner, its view and its service, with a list for a log."""
+
+    def __init__(self) -> None:
+        self.cpu_s = 0.0
+        self.held = False  # True: the version in use stays, whatever is learnt
+
+    def start(self, storefront: Storefront, setup: Setup, seed: int) -> None:
+        """See Loop."""
+        self._chunk, self._network = setup.chunk, setup.network
+        codec, agent = Codec(), setup.agent
+        join = JoinSettings(
+            rewards=storefront.rewards,
+            horizon=storefront.horizon,
+            gamma=agent.gamma,
+            history_length=agent.history_length,
+        )
+        self.learner = Learner(setup.learner, agent, join, codec, partitions=1)
+        self.learner.assign({0: 0})
+        self._codec, self._view = codec, View(ViewConfig(history_length=agent.history_length), codec)
+        self.weights = _Weights(setup.network)
+        self._waiting: list[bytes] = []
+        self._taken = 0
+        self._service = Service(
+            view=self._view,
+            weights=self.weights,  # type: ignore[arg-type]
+            ranker=Ranker(self.weights, self._view, np.random.default_rng([seed, 0])),  # type: ignore[arg-type]
+            decisions=self,  # type: ignore[arg-type]
+            epsilon=setup.epsilon,
+            slate_size=ServingConfig.slate_size,
+            max_streams=1,
+            instance="bridge",
+            now_ms=lambda: 0,
+        )
+        items = [codec.encode_item(item) for item in storefront.catalog()]
+        keys = [item["item_id"].encode() for item in storefront.catalog()]
+        if items:
+            self.learner.take_catalog(_batch(items, 0, keys))
+            self._view.absorb_catalog(_batch(items, 0, keys))
+        self._service.warm_up()
+
+    def publish(self, user_id: str, record: bytes) -> None:
+        """See Loop."""
+        self._waiting.append(record)
+        if len(self._waiting) == self._chunk:
+            began = time.process_time()
+            self._learn()
+            self.cpu_s += time.process_time() - began
+
+    def recommend(self, request: pb.RecommendRequest) -> pb.RecommendResponse:
+        """See Loop."""
+        began = time.process_time()
+        (response,) = self._service.recommend([request])
+        if len(self._waiting) >= self._chunk:
+            self._learn()
+        self.cpu_s += time.process_time() - began
+        return response
+
+    def write(self, decision: Mapping[str, Any]) -> bool:
+        """The service's decision, for the log."""
+        self._waiting.append(self._codec.encode_decision(decision))
+        return True
+
+    def _learn(self) -> None:
+        """One chunk: into view and replay, as many updates as the band allows, a new version."""
+        batch = _batch(self._waiting, self._taken)
+        self._taken += len(self._waiting)
+        self._waiting.clear()
+        self._view.absorb(batch)
+        self.learner.take(batch)
+        self.learner.train(1 << 62)
+        if not self.held:
+            self.renew()
+
+    def renew(self) -> None:
+        """Serve what has been learnt by now, if anything."""
+        if self.learner.agent.updates:
+            self.weights.serve(self.learner, {0: self._taken})
+
+
+class _Weights:
+    """What a server follows, without a store between."""
+
+    label: Final = "stable"
+
+    def __init__(self, network: Literal["online", "target"]) -> None:
+        self.network = network
+        self.served: Served | None = None
+
+    def serve(self, learner: Learner, positions: Mapping[int, int]) -> None:
+        """The learner's weights as they are, from now on."""
+        before = self.served
+        tensors = {name: tensor.numpy() for name, tensor in learner.agent.tensors().items()}
+        items = len(learner.vocabulary)
+        manifest = Manifest(
+            **vars(learner.meta(positions, 0, 0.0)),
+            version=1 if before is None else before.manifest.version + 1,
+            epoch=1,
+            parent=None,
+            tensors_sha256="",
+            shapes={},
+            dtypes={},
+            vocabulary_sha256=(str(items),),  # it only grows
+            items=items,
+        )
+        known = before is not None and before.manifest.items == items
+        vocabulary = [""] * items if known else learner.vocabulary.item_ids(1)
+        policy = Policy.from_weights(
+            Weights(manifest, tensors, vocabulary), self.network, before.policy if before else None
+        )
+        self.served = Served(manifest, policy)
+
+
+def _batch(values: Sequence[bytes], first: int, keys: Sequence[bytes] | None = None) -> RecordBatch:
+    """Records of partition 0 from this offset on."""
+    n = len(values)
+    return RecordBatch(
+        partition=np.zeros(n, np.int32),
+        offset=np.arange(first, first + n),
+        timestamp_ms=np.zeros(n, np.int64),
+        data=np.frombuffer(b"".join(values), np.uint8),
+        bounds=np.cumsum([0, *map(len, values)]),
+        null=np.zeros(n, np.bool_),
+        keys=keys,
+    )
