@@ -36,6 +36,7 @@ from learner.learner import Learner, LearnerSettings
 from learner.metrics import Metrics
 from learner.train import TrainConfig, Trainer, open_store
 from learner.watch import LogWatch
+from streaming.arena import Empty
 from streaming.join_settings import JoinSettings
 from streaming.log import Log, open_log
 from streaming.schemas import Codec
@@ -144,9 +145,9 @@ class Bench:
     def _time_snapshots(self) -> None:
         snapshot = self.learner.snapshot
 
-        def timed(since: int = 0) -> Any:
+        def timed(since: int = 0, empty: Empty = np.empty) -> Any:
             start, cpu_s = time.perf_counter(), time.thread_time()
-            taken = snapshot(since)
+            taken = snapshot(since, empty)
             self.held_s.append(time.perf_counter() - start)
             self.held_cpu_s.append(time.thread_time() - cpu_s)
             return taken

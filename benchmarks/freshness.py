@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=2000, help="items in the catalog [2000]")
     parser.add_argument("--users", type=int, default=1000, help="users known before [1000]")
     parser.add_argument("--shoppers", type=int, default=100_000, help="users of the load [100000]")
-    parser.add_argument("--publish-s", type=float, default=1.0, help="the learner's, seconds [1]")
+    parser.add_argument("--publish-s", type=float, default=0.25, help="the learner's, seconds [0.25]")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="append the result to this file, one JSON a line"
     )

@@ -24,6 +24,7 @@ from learner.journal import Journal
 from learner.pacing import Band
 from learner.replay import Batch, Replay, empty_batch
 from learner.weights import Meta
+from streaming.arena import Empty
 from streaming.catalog import Catalog
 from streaming.columns import Columns, Kind, Reason
 from streaming.decoder import Decoder
@@ -235,9 +236,12 @@ class Learner:
             settings=self.agent.shape(),
         )
 
-    def snapshot(self, since: int = 0) -> tuple[int, dict[str, Part | Keep]]:
-        """(token, parts): all of its memory, as copies; the next call's `since` is the token, once this one is safe."""
-        token, replay = self.replay.snapshot(since)
+    def snapshot(self, since: int = 0, empty: Empty = np.empty) -> tuple[int, dict[str, Part | Keep]]:
+        """(token, parts): all of its memory, as copies; the next call's `since` is the token, once this one is safe.
+
+        empty: gives the room for most of it.
+        """
+        token, replay = self.replay.snapshot(since, empty)
         parts: dict[str, Part | Keep] = {
             "learner": {
                 "format": STATE_FORMAT,
@@ -253,7 +257,7 @@ class Learner:
             **replay,
         }
         for partition in self.joiner.partitions:
-            for name, piece in self.joiner.pieces(partition).items():
+            for name, piece in self.joiner.pieces(partition, empty).items():
                 parts[f"joiner/{partition}{name}"] = Later(piece)
         return token, parts
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
@@ -25,6 +26,7 @@ class WeightPublisher:
         self._running: Future[Manifest] | None = None
         self._began_s = 0.0
         self.took_s = 0.0  # by the last one that succeeded
+        self.worked_s = 0.0  # CPU time of the last one
         self.version = 0  # published last; 0: none yet
 
     @property
@@ -37,7 +39,14 @@ class WeightPublisher:
         if self._running is not None:
             raise RuntimeError("a version is still being published; ask `finished` first")
         self._began_s = self._clock()
-        self._running = self._pool.submit(self._store.publish, tensors, meta, self._vocabulary)
+        self._running = self._pool.submit(self._publish, tensors, meta)
+
+    def _publish(self, tensors: Tensors, meta: Meta) -> Manifest:
+        began_s = time.thread_time()
+        try:
+            return self._store.publish(tensors, meta, self._vocabulary)
+        finally:
+            self.worked_s = time.thread_time() - began_s
 
     def finished(self, timeout_s: float = 0.0) -> Manifest | None:
         """The version that has become visible since last asked; None while there is none.

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from learner.checkpoint import KEEP, Arrays, Keep
 from learner.sum_tree import Tree, tree_fill, tree_find_all, tree_new, tree_repair, tree_set
+from streaming.arena import Empty, copied
 from streaming.copying import copy_row
 from streaming.jit import jit
 from streaming.pinned import pin
@@ -760,11 +761,11 @@ class Replay:
 
     # --- checkpoints
 
-    def snapshot(self, since: int = 0) -> tuple[int, dict[str, Arrays | Keep]]:
+    def snapshot(self, since: int = 0, empty: Empty = np.empty) -> tuple[int, dict[str, Arrays | Keep]]:
         """(token, parts): a copy of all that changed since the snapshot which gave that token; 0: of everything.
 
-        A part that did not change is KEEP. Take it under the lock, write it outside; once it is safe, its token
-        is the next `since`. If writing failed, go on with the token before.
+        empty: gives the room for the copy. A part that did not change is KEEP. Take it under the lock, write it
+        outside; once it is safe, its token is the next `since`. If writing failed, go on with the token before.
         """
         token, store = self._clock, self._store
         self._clock += 1
@@ -775,7 +776,7 @@ class Replay:
                 cut = slice(int(segment) * size, (int(segment) + 1) * size)
                 changed = store.stamps[group, segment] > since
                 parts[f"replay/{name}-{segment:06d}"] = (
-                    {field: array[cut].copy() for field, array in arrays.items()} if changed else KEEP
+                    {field: copied(array[cut], empty) for field, array in arrays.items()} if changed else KEEP
                 )
         return token, parts
 

@@ -27,6 +27,7 @@ from learner.progress import Totals
 from learner.publishing import PublishFailed, WeightPublisher
 from learner.watch import LogWatch
 from learner.weights import WeightStore
+from streaming.arena import Arena
 from streaming.columns import Reason
 from streaming.dead_letters import DeadLetters
 from streaming.idle import IdleClock
@@ -43,9 +44,11 @@ logger = logging.getLogger(__name__)
 
 TURN_S: Final = 0.1  # updates in a row before the log is looked at again
 PATIENCE_S: Final = 0.05  # longest wait for records while there is nothing to train on
-# A version or checkpoint that held up the loop comes again only after so many times as long, within reason.
-BUSY: Final = 20
-SELDOM: Final = 5  # times as seldom as asked for, at most
+# What took long comes again only after so many times as long: a large shop's versions and checkpoints do.
+BUSY: Final = 20  # of the time that copying it held up the loop
+WORK: Final = 10  # of the CPU time that publishing it took beside the loop
+SELDOM: Final = 5  # but a checkpoint at most so many times as seldom as asked for,
+SELDOM_S: Final = 5.0  # and a version after so long, or as asked for if that is longer
 RETRY_S: Final = 0.5  # between two tries to reach what cannot be reached
 LETTERS_S: Final = 1.0  # that a checkpoint waits for dead letters, and training with it
 LETTERS_RETRY_S: Final = 5.0  # until it tries again
@@ -89,8 +92,11 @@ class TrainConfig:
     device: str = _setting("cpu", "cpu, cuda or cuda:N")
     threads: int = _setting(1, "CPU threads of a gradient step; 1..256")
     epsilon: float = _setting(0.05, "exploration that the weights suggest to servers; 0..1")
-    publish_s: float = _setting(1.0, "seconds between two versions of the weights; 0.05..3600")
-    keep_versions: int = _setting(10, "newest versions kept in the weight store; 1..1000")
+    publish_s: float = _setting(
+        0.25,
+        "seconds between two versions of the weights; more where publishing takes over a tenth of a core; 0.05..3600",
+    )
+    keep_versions: int = _setting(20, "newest versions kept in the weight store; 1..1000")
     checkpoint_s: float = _setting(10.0, "seconds between two checkpoints; 0.1..86400")
     keep_checkpoints: int = _setting(3, "newest checkpoints kept; 1..1000")
     give_up_after_s: float = _setting(
@@ -160,6 +166,7 @@ class Trainer:
         self._checkpoints, self._publisher, self._metrics = checkpoints, publisher, metrics
         self._clock, self._now_ms, self._topic_id = clock, now_ms, topic_id
         self._idle = IdleClock(config.idle_s)
+        self._arena = Arena()
         self._intake = Intake(learner, source, letters, self._note)
         self._records = 0
         self._learnt = dict(source.position())  # the weights have seen all before these offsets
@@ -300,7 +307,7 @@ class Trainer:
             self._learnt = self._intake.position()
 
     def _publish(self) -> None:
-        """A new version each second, if anything is new. Nothing before the first update."""
+        """A new version now and then, if anything is new. Nothing before the first update."""
         try:
             if self._publisher.finished() is not None:
                 self._metrics.version.set(self._publisher.version)
@@ -311,7 +318,9 @@ class Trainer:
         now = self._clock()
         if now >= self._due["publish"] and not self._publisher.busy:
             self._start_publishing()
-            self._due["publish"] = self._next_due(now, self._config.publish_s)
+            held_s, every_s = self._clock() - now, self._config.publish_s
+            pause_s = max(every_s, BUSY * held_s, WORK * self._publisher.worked_s)
+            self._due["publish"] = now + min(pause_s, max(every_s, SELDOM_S))
 
     def _start_publishing(self) -> None:
         learner = self._learner
@@ -329,14 +338,11 @@ class Trainer:
         now = self._clock()
         if now >= self._due["checkpoint"] and not self._checkpoints.busy and self._intake.whole:
             begun = self._start_checkpoint()
-            self._due["checkpoint"] = (
-                self._next_due(now, self._config.checkpoint_s) if begun else self._clock() + LETTERS_RETRY_S
+            held_s, every_s = self._clock() - now, self._config.checkpoint_s
+            pause_s = (
+                min(max(every_s, BUSY * held_s), SELDOM * every_s) if begun else held_s + LETTERS_RETRY_S
             )
-
-    def _next_due(self, began: float, every_s: float) -> float:
-        """When to do again what has held up the loop since `began`: copying what a large shop has takes long."""
-        held_s = self._clock() - began
-        return began + min(max(every_s, BUSY * held_s), SELDOM * every_s)
+            self._due["checkpoint"] = now + pause_s
 
     def _start_checkpoint(self, patience_s: float = LETTERS_S) -> bool:
         """Whether it has begun. patience_s: how long to wait for dead letters to be durable."""
@@ -346,7 +352,8 @@ class Trainer:
             logger.warning("no checkpoint now: %s", error)
             return False
         position = self._intake.position()
-        token, parts = self._learner.snapshot(self._safe)
+        self._arena.reset()  # the writer is done with what was there
+        token, parts = self._learner.snapshot(self._safe, self._arena.empty)
         learner = self._learner
         meta = {
             "topic": self._config.topic,

@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _REST: Final = 4.0  # times as long as a piece of work on a new version took
+_PAUSE: Final = 10.0  # times the CPU time of taking a version, until the next one is looked for
+_LONGEST_PAUSE_S: Final = 5.0
 _LONGEST_REST_S: Final = 0.1
 _COMPLAIN_EVERY: Final = 300  # failed looks at the store between two lines about it
 
@@ -43,6 +45,7 @@ class WeightsFollower:
         self._poll_s = poll_s
         self._refused: int | None = None
         self._failures = 0  # in a row
+        self._worked_s = 0.0  # CPU time of taking the last version
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="weights", daemon=True)
 
@@ -83,9 +86,10 @@ class WeightsFollower:
 
     def _take(self, version: int) -> None:
         before = self.served.policy if self.served else None
+        self._worked_s = 0.0
         weights = self._gently(lambda: self._store.load(version))
         policy = self._gently(lambda: Policy.from_weights(weights, self.network, before))
-        policy.check()
+        self._timed(policy.check)
         first = self.served is None
         self.served = Served(weights.manifest, policy)
         metrics.WEIGHTS_SWAPPED.inc()
@@ -102,11 +106,22 @@ class WeightsFollower:
         due meanwhile, one in a hundred.
         """
         began = time.monotonic()
-        done = do()
+        done = self._timed(do)
         if self.served is not None:
             self._stop.wait(min(_REST * (time.monotonic() - began), _LONGEST_REST_S))
         return done
 
+    def _timed(self, do: Callable[[], T]) -> T:
+        began_s = time.thread_time()
+        done = do()
+        self._worked_s += time.thread_time() - began_s
+        return done
+
     def _run(self) -> None:
-        while not self._stop.wait(self._poll_s):
+        while not self._stop.wait(max(self._poll_s, self._pause_s())):
+            self._worked_s = 0.0
             self.look()
+
+    def _pause_s(self) -> float:
+        """Taking versions costs a tenth of a core at most."""
+        return min(_PAUSE * self._worked_s, _LONGEST_PAUSE_S)

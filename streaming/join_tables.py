@@ -15,6 +15,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from streaming.arena import Empty, copied
 from streaming.interning import HashMap, map_new, map_put, map_reserve
 from streaming.jit import jit
 from streaming.join_settings import COUNTERS, JoinSettings, to_ms
@@ -361,11 +362,13 @@ def _extended(array: Array, size: int) -> Array:
     return longer
 
 
-def unrolled(array: Array, head: int, tail: int) -> Array:
+def unrolled(array: Array, head: int, tail: int, empty: Empty = np.empty) -> Array:
     """A copy of a ring's entries head..tail, in order."""
     start = head & (len(array) - 1)
     first = array[start : start + tail - head]
-    return np.concatenate((first, array[: tail - head - len(first)]))
+    copy = empty((tail - head,), array.dtype)
+    copy[: len(first)], copy[len(first) :] = first, array[: tail - head - len(first)]
+    return copy
 
 
 def ring(entries: Array, head: int, need: int) -> Array:
@@ -384,21 +387,27 @@ def ring(entries: Array, head: int, need: int) -> Array:
 # --- checkpoints -----------------------------------------------------------------------------------------
 
 
-def frozen(t: Tables) -> Tables:
-    """Copies of all that is known, rings from their heads on. Quick, since the stream waits for it: see `pieces`."""
+def frozen(t: Tables, empty: Empty = np.empty) -> Tables:
+    """Copies of all that is known, rings from their heads on. Quick, since the stream waits for it: see `pieces`.
+
+    empty: gives the room for them.
+    """
     clock = t.clock.copy()
     clock["push"] = clock["need"] = 0
     ends = {name: int(clock[name][0]) for name in CLOCK.names or ()}
     copies: Fields = {
-        **{field: getattr(t, field)[: ends["users_end"]].copy() for field in ("users", *SEEN)},
-        **{field: getattr(t, field)[: ends["rows_end"]].copy() for field in ("rows", *ROW_COLUMNS)},
         **{
-            field: unrolled(getattr(t, field), ends[f"{field}_head"], ends[f"{field}_tail"])
+            field: copied(getattr(t, field)[: ends[f"{end}_end"]], empty)
+            for end, fields in (("users", ("users", *SEEN)), ("rows", ("rows", *ROW_COLUMNS)))
+            for field in fields
+        },
+        **{
+            field: unrolled(getattr(t, field), ends[f"{field}_head"], ends[f"{field}_tail"], empty)
             for field in RINGS
         },
-        **{field: HashMap(*(a.copy() for a in getattr(t, field))) for field in ("ids_a", "ids_b")},
+        **{field: HashMap(*(copied(a, empty) for a in getattr(t, field))) for field in ("ids_a", "ids_b")},
     }
-    timers = t.timers[: ends["timers"]].copy()
+    timers = copied(t.timers[: ends["timers"]], empty)
     return t._replace(clock=clock, counters=t.counters.copy(), timers=timers, **copies)
 
 

@@ -25,6 +25,7 @@ from streaming import (
     pinned,
     rewards,
 )
+from streaming.arena import Empty
 from streaming.columns import Columns, Kind, Reason
 from streaming.interning import combine
 from streaming.jit import part
@@ -291,9 +292,14 @@ class Joiner:
         """All that is known of a partition, as copies."""
         return whole({name: piece() for name, piece in self.pieces(partition).items()})
 
-    def pieces(self, partition: int) -> dict[str, Callable[[], dict[str, npt.NDArray[Any]]]]:
-        """The same for a checkpoint: named pieces, of a copy made now, to be worked out in any thread, at any time."""
-        return pieces(frozen(self._of(partition)))
+    def pieces(
+        self, partition: int, empty: Empty = np.empty
+    ) -> dict[str, Callable[[], dict[str, npt.NDArray[Any]]]]:
+        """The same for a checkpoint: named pieces, of a copy made now, to be worked out in any thread, at any time.
+
+        empty: gives the room for the copy.
+        """
+        return pieces(frozen(self._of(partition), empty))
 
     def restore(self, partition: int, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """Take the partition, knowing just what `state` was taken from; goes on as if nothing had happened.
