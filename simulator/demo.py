@@ -500,7 +500,7 @@ class Loop:
             if not learning and observer.policy.policy_version:
                 learning = True
                 self._clock.learning()
-                self._screen.told("the first weights are served; each second brings newer ones")
+                self._screen.told("the first weights are served; newer ones follow, a few a second")
             if not exam and shoppers.exam_ms:
                 exam = True
                 self._screen.told("no more exploration: from here on the policies are compared")
