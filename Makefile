@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+WORLDS := recogym==0.1.3.0 recsim==0.2.4
 
 .PHONY: demo test lint compose-test faults clean
 
@@ -14,6 +15,8 @@ $(VENV)/.installed: pyproject.toml
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@# other people's worlds, without what they require and we do not use; tests that need them are skipped without
+	-$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(WORLDS)
 	@touch $@
 
 demo: $(VENV)/.installed

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from benchmarks.gym_bridge import worlds
+from benchmarks.gym_bridge import recsim_scores, worlds
+from benchmarks.gym_bridge.processes import Lockstep
 from benchmarks.gym_bridge.product import InProcess, Setup, Shop
 from benchmarks.gym_bridge.recogym import PRESETS, Dice, RecoGym, RecoGymShop
 from benchmarks.gym_bridge.recogym_scores import Run, play
+from benchmarks.gym_bridge.recsim import CANDIDATES, RecSim, RecSimShop, known
 from benchmarks.gym_bridge.simple_agents import SIMPLE
 from benchmarks.gym_bridge.storefront import START_MS, Deed, Page, Timed, Visits
 from learner.agent import AgentSettings
@@ -114,6 +117,18 @@ def test_a_user_who_leaves_at_once_is_shown_nothing():
     assert not book.requests
 
 
+def test_fresh_users_are_served_without_a_trace():
+    book = Notebook()
+    visits = Visits(CornerShop(seed=1), CornerStorefront(), made := shop(book))
+    made.watched_only = True
+    visits.play(0)
+    assert book.records == []
+    assert [(r.unlogged, r.epsilon, r.HasField("epsilon")) for r in book.requests] == [
+        (True, 0.0, True)
+    ] * PAGES
+    assert all(request.history for request in book.requests), "yet the user's deeds count"
+
+
 # --- in one process
 
 
@@ -158,6 +173,53 @@ def test_a_version_comes_with_each_whole_chunk():
     loop.renew()
     assert loop.weights.served.manifest.positions[0] > first
     assert made.cpu_s > 0
+
+
+# --- as processes
+
+
+@pytest.mark.parametrize("logged", [0, 60])
+def test_real_processes_show_what_one_process_shows(tmp_path, logged):
+    """By popularity first, then by each version in turn; epsilon's draws included."""
+    users, setup = logged + (30 if logged else 70), replace(SMALL, epsilon=0.3, chunk=25)
+    shown, versions = {}, {}
+    with Lockstep(tmp_path) as lockstep:
+        for loop in (lockstep, InProcess()):
+            book = Copyist(loop)
+            visits = Visits(CornerShop(seed=2), CornerStorefront(), shop(book, setup, seed=2))
+            for user in range(users):
+                visits.play(user, Anything(seed=2) if user < logged else None)
+            shown[loop], versions[loop] = book.slates, book.versions
+    one, other = shown.values()
+    assert len(one) > 100
+    assert one == other, "items, propensities and values, to the last bit"
+    several, same = versions.values()
+    assert [v - several[0] for v in several] == [v - same[0] for v in same], (
+        "a learner skips what nobody asks for"
+    )
+    assert len(set(several)) > 2, "more than one version answered"
+    assert (several[0] == 0) == (logged == 0), "without a log, popularity comes first"
+
+
+class Copyist:
+    """A loop that notes what its inner one answers."""
+
+    def __init__(self, loop: Any) -> None:
+        self._loop = loop
+        self.slates: list[list[tuple[str, float, float, bool]]] = []
+        self.versions: list[int] = []
+
+    def start(self, *about: Any) -> None:
+        self._loop.start(*about)
+
+    def publish(self, user_id: str, record: bytes) -> None:
+        self._loop.publish(user_id, record)
+
+    def recommend(self, request: pb.RecommendRequest) -> pb.RecommendResponse:
+        response = self._loop.recommend(request)
+        self.slates.append([(s.item_id, s.propensity, s.q, s.explored) for s in response.slate])
+        self.versions.append(response.policy_version)
+        return response
 
 
 # --- RecoGym
@@ -242,3 +304,80 @@ def test_a_score_is_a_share_of_the_gap():
     found = Run(np.array([2, 2]), taken=2 * row, random=row, oracle=3 * row, clicks=row).figures()
     assert (found["score"], found["clicked_score"], found["ci95"]) == (0.5, 0.0, 0.0)
     assert (found["ctr"], found["shown"]) == (2.0, 4)
+
+
+# --- RecSim
+
+
+@pytest.fixture(scope="module")
+def recsim() -> None:
+    try:
+        worlds.recsim()
+    except worlds.WorldMissing as missing:
+        pytest.skip(f"!!! RECSIM WAS NOT TRIED: {missing}")
+
+
+@pytest.mark.usefixtures("recsim")
+@pytest.mark.parametrize("by_topic", [False, True])
+def test_videos_come_with_their_features_under_names_of_their_own(by_topic):
+    environment, storefront = RecSim(seed=3), RecSimShop(by_topic)
+    observation, _ = environment.reset(options={"user": 0})
+    pages = [storefront.page(observation)]
+    for _ in range(30):
+        observation, minutes, _, _, _ = environment.step([0, 1, 2])
+        pages.append(storefront.page(observation))
+        watched = [(deed.name, deed.value, deed.from_slate) for deed in pages[-1].deeds]
+        assert watched == ([("select_item", minutes, True)] if minutes else [])
+        assert {deed.item_id for deed in pages[-1].deeds} <= {c.item_id for c in pages[-2].candidates[:3]}
+        topics, interests = known(pages[-1])
+        assert [c.category for c in pages[-1].candidates] == [f"topic-{topic}" for topic in topics]
+        assert np.allclose(interests, environment.interests[topics])
+    names = [[c.item_id for c in page.candidates] for page in pages]
+    assert all(len(set(page)) == CANDIDATES for page in names)
+    catalog = {item["item_id"] for item in storefront.catalog()}
+    all_names = {name for page in names for name in page}
+    assert len(all_names) == 310 if not by_topic else all_names <= catalog
+    assert len(catalog) == (200 if by_topic else 0)
+    assert storefront.action(names[-1][4:7]) == [4, 5, 6]
+
+
+@pytest.mark.usefixtures("recsim")
+def test_who_knows_the_rules_fills_evenings_and_who_is_greedy_does_not():
+    """The published figures are 161 and 168 minutes (and 286); a mean of 60 sessions is within 5 (15) of its own."""
+    about = recsim_scores.Preset(sessions=60)
+    rows = {
+        name: recsim_scores.play(about, name, 3, SMALL, Notebook())
+        for name in ("random", "myopic", "white box")
+    }
+    assert 145 < rows["random"]["score"] < 177
+    assert 150 < rows["myopic"]["score"] < 185
+    assert 235 < rows["white box"]["score"] < 330
+
+
+@pytest.mark.usefixtures("recsim")
+def test_all_agents_meet_the_same_viewers():
+    firsts, minutes = [], []
+    for pages_before in (0, 5):  # of another viewer
+        environment = RecSim(seed=3)
+        environment.reset(options={"user": 0})
+        for _ in range(pages_before):
+            environment.step([0, 1, 2])
+        firsts.append(environment.reset(options={"user": 1})[0])
+        minutes.append([environment.step([0, 1, 2])[1] for _ in range(5)])
+    first, again = firsts
+    assert (first[0] == again[0]).all()
+    assert first[2] == again[2]
+    assert minutes[0] == minutes[1]
+    assert set(minutes[0]) == {0.0, 4.0}
+    assert (RecSim(seed=4).reset(options={"user": 1})[0][0] != first[0]).all()
+
+
+@pytest.mark.usefixtures("recsim")
+def test_ours_is_judged_by_what_it_learnt_on_line():
+    row = recsim_scores.play(
+        recsim_scores.Preset(by_topic=True, pages=400, sessions=4), "ours", 3, SMALL, InProcess()
+    )
+    assert row["pages"] >= 400
+    assert len(row["quarters"]) == 4
+    assert 100 < row["score"] < 400
+    assert row["cpu_ms"] > 0

@@ -48,7 +48,9 @@ class Setup:
 class Loop(Protocol):
     """A log, a learner that reads it, and a server that serves what it learnt."""
 
-    cpu_s: float  # spent so far: answers, decoding, joining, learning
+    @property
+    def cpu_s(self) -> float:
+        """CPU seconds spent so far: answers, decoding, joining, learning."""
 
     def start(self, storefront: Storefront, setup: Setup, seed: int) -> None:
         """With the storefront's catalog."""
@@ -65,6 +67,7 @@ class Shop:
 
     def __init__(self, loop: Loop, storefront: Storefront, setup: Setup, seed: int) -> None:
         self._loop, self._storefront = loop, storefront
+        self.watched_only = False  # True: publish nothing, explore nothing, have no decision written
         self._codec = Codec()
         self._events = self._logged = 0
         self._user_id = self._recommendation_id = ""
@@ -80,17 +83,8 @@ class Shop:
         """See Recommender."""
         self._meet(user_id)
         for deed, at_ms in zip(deeds, times_ms, strict=True):
-            record = {
-                "event_id": f"e{self._events}",
-                "name": deed.name,
-                "user_id": user_id,
-                "timestamp": at_ms,
-                "items": [{"item_id": deed.item_id}],
-                "value": deed.value,
-                "recommendation_id": self._recommendation_id if deed.from_slate else None,
-            }
-            self._events += 1
-            self._loop.publish(user_id, self._codec.encode_event(record))
+            if not self.watched_only:
+                self._publish(user_id, deed, at_ms)
             if deed.name in HISTORY_NAMES:
                 entry = pb.HistoryEntry(
                     item_id=deed.item_id, name=deed.name, timestamp_ms=at_ms, value=deed.value
@@ -106,6 +100,8 @@ class Shop:
             history=self._history,
             candidates=[_candidate(candidate) for candidate in page.candidates],
             timestamp_ms=now_ms,
+            epsilon=0.0 if self.watched_only else None,
+            unlogged=self.watched_only,
         )
         response = self._loop.recommend(request)
         self._recommendation_id = response.recommendation_id
@@ -130,6 +126,19 @@ class Shop:
             "candidates": [candidate._asdict() for candidate in page.candidates] or None,
         }
         self._loop.publish(user_id, self._codec.encode_decision(decision))
+
+    def _publish(self, user_id: str, deed: Deed, at_ms: int) -> None:
+        record = {
+            "event_id": f"e{self._events}",
+            "name": deed.name,
+            "user_id": user_id,
+            "timestamp": at_ms,
+            "items": [{"item_id": deed.item_id}],
+            "value": deed.value,
+            "recommendation_id": self._recommendation_id if deed.from_slate else None,
+        }
+        self._events += 1
+        self._loop.publish(user_id, self._codec.encode_event(record))
 
     def _meet(self, user_id: str) -> None:
         if user_id != self._user_id:
@@ -156,7 +165,7 @@ class InProcess:
 
     def start(self, storefront: Storefront, setup: Setup, seed: int) -> None:
         """See Loop."""
-        self._chunk, self._network = setup.chunk, setup.network
+        self._chunk = setup.chunk
         codec, agent = Codec(), setup.agent
         join = JoinSettings(
             rewards=storefront.rewards,
@@ -168,7 +177,8 @@ class InProcess:
         self.learner.assign({0: 0})
         self._codec, self._view = codec, View(ViewConfig(history_length=agent.history_length), codec)
         self.weights = _Weights(setup.network)
-        self._waiting: list[bytes] = []
+        self._waiting: list[bytes] = []  # records of the chunk that is not full yet
+        self._viewed = 0  # of these, in the view
         self._taken = 0
         self._service = Service(
             view=self._view,
@@ -199,6 +209,8 @@ class InProcess:
     def recommend(self, request: pb.RecommendRequest) -> pb.RecommendResponse:
         """See Loop."""
         began = time.process_time()
+        if self.weights.served is None:  # it answers by popularity: by what it has seen itself
+            self._view_waiting()
         (response,) = self._service.recommend([request])
         if len(self._waiting) >= self._chunk:
             self._learn()
@@ -212,14 +224,20 @@ class InProcess:
 
     def _learn(self) -> None:
         """One chunk: into view and replay, as many updates as the band allows, a new version."""
-        batch = _batch(self._waiting, self._taken)
+        self._view_waiting()
+        self.learner.take(_batch(self._waiting, self._taken))
         self._taken += len(self._waiting)
+        self._viewed = 0
         self._waiting.clear()
-        self._view.absorb(batch)
-        self.learner.take(batch)
         self.learner.train(1 << 62)
         if not self.held:
             self.renew()
+
+    def _view_waiting(self) -> None:
+        """What waits, into the view. A server's own is as fresh."""
+        if self._viewed < len(self._waiting):
+            self._view.absorb(_batch(self._waiting[self._viewed :], self._taken + self._viewed))
+            self._viewed = len(self._waiting)
 
     def renew(self) -> None:
         """Serve what has been learnt by now, if anything."""
@@ -235,12 +253,14 @@ class _Weights:
     def __init__(self, network: Literal["online", "target"]) -> None:
         self.network = network
         self.served: Served | None = None
+        self._vocabulary: list[str] = []
 
     def serve(self, learner: Learner, positions: Mapping[int, int]) -> None:
         """The learner's weights as they are, from now on."""
         before = self.served
         tensors = {name: tensor.numpy() for name, tensor in learner.agent.tensors().items()}
-        items = len(learner.vocabulary)
+        self._vocabulary += learner.vocabulary.item_ids(len(self._vocabulary) + 1)
+        items = len(self._vocabulary)
         manifest = Manifest(
             **vars(learner.meta(positions, 0, 0.0)),
             version=1 if before is None else before.manifest.version + 1,
@@ -252,11 +272,8 @@ class _Weights:
             vocabulary_sha256=(str(items),),  # it only grows
             items=items,
         )
-        known = before is not None and before.manifest.items == items
-        vocabulary = [""] * items if known else learner.vocabulary.item_ids(1)
-        policy = Policy.from_weights(
-            Weights(manifest, tensors, vocabulary), self.network, before.policy if before else None
-        )
+        weights = Weights(manifest, tensors, self._vocabulary)
+        policy = Policy.from_weights(weights, self.network, before.policy if before else None)
         self.served = Served(manifest, policy)
 
 

@@ -8,16 +8,24 @@ and no difference between one agent's users and another's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.gym_bridge.recogym import Preset, RecoGym, RecoGymShop, Uniform
-from benchmarks.gym_bridge.storefront import Paid, Visits
-from simulator.figures import ratio_interval
+from benchmarks.gym_bridge.product import InProcess, Loop, Setup, Shop
+from benchmarks.gym_bridge.recogym import PRESETS, Preset, RecoGym, RecoGymShop, Uniform
+from benchmarks.gym_bridge.simple_agents import SIMPLE
+from benchmarks.gym_bridge.storefront import Paid, Timed, Visits
+from simulator.figures import over_seeds, ratio_interval
+
+OURS: Final = "ours"
+FROZEN: Final = "ours, frozen at the change"
+HOURLY: Final = "ours, renewed hourly"
+USERS_AN_HOUR: Final = 500  # what "hourly" means here
+LAST: Final = 500  # users over which a change is judged, the last ones
 
 
 class Run(NamedTuple):
@@ -90,3 +98,47 @@ def _sums(infos: list[dict[str, Any]]) -> tuple[int, float, float, float, float]
         float(chances.max(axis=1).sum()),
         float(sum(info["reward"] for info in infos)),
     )
+
+
+def agents(preset: str) -> list[str]:
+    """All that can be compared, ours first."""
+    changing = [] if PRESETS[preset].changes_at is None else [FROZEN, HOURLY]
+    return [OURS, *changing, *SIMPLE]
+
+
+def run(preset: str, agent: str, seed: int, setup: Setup, loop: Loop) -> dict[str, Any]:
+    """One agent in one shop: its row of the results. loop: where ours runs."""
+    about, shop = PRESETS[preset], RecoGymShop()
+
+    def each(user: int) -> None:
+        if agent in (FROZEN, HOURLY):
+            assert isinstance(loop, InProcess)  # the others follow their store by themselves
+            loop.held = agent == HOURLY or user >= (about.changes_at or 0)
+            if agent == HOURLY and user % USERS_AN_HOUR == 0:
+                loop.renew()
+
+    if agent in SIMPLE:
+        made: Paid = Timed(SIMPLE[agent]([item["item_id"] for item in shop.catalog()], seed))
+    else:
+        made = Shop(loop, shop, setup, seed)
+    played = play(about, seed, made, each)
+    return {
+        **{"world": "recogym", "preset": preset, "seed": seed, "agent": agent},
+        **played.live.figures(),
+        "cpu_ms": played.cpu_ms,
+        "logged_cpu_s": played.logged_cpu_s,
+        "quarters": played.live.quarters(),
+        "last": played.live.of(slice(-LAST, None)).figures(),
+    }
+
+
+HEADINGS: Final = ("by quarter of the users", f"CTR of the last {LAST} users (oracle)")
+
+
+def cells(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """What a table says beside the score, of one agent's rows."""
+    yield " ".join(f"{score:.2f}" for score in np.mean([row["quarters"] for row in rows], axis=0))
+    ctr = over_seeds([100 * row["last"]["ctr"] for row in rows])
+    interval = f" ± {ctr.high - ctr.mean:.2f}" if len(rows) > 1 else ""
+    oracle = np.mean([100 * row["last"]["oracle_ctr"] for row in rows])
+    yield f"{ctr.mean:.2f}{interval} % ({oracle:.2f} %)"

@@ -119,7 +119,7 @@ class Logistic(SimpleAgent):
     for each outcome); u, the worth of one's own looks, is shared by all.
     """
 
-    PRECISION: Final = 4.0
+    PRECISION = 16.0  # of 0.25 to 64 the best on seeds 4 to 7
 
     def __init__(self, item_ids: Sequence[str], seed: int) -> None:
         super().__init__(item_ids, seed)

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -53,6 +54,8 @@ def recsim() -> ModuleType:
     stand_ins = {
         **_gym(),
         "recsim": package,
+        "recsim.simulator": _hollow_part(package, "simulator"),
+        "recsim.environments": _hollow_part(package, "environments"),
         "gin": gin,
         "gin.tf": _module("gin.tf"),
         "absl": _module("absl"),
@@ -75,6 +78,11 @@ def _hollow_package(name: str, version: str) -> ModuleType:
             "(--no-deps: it names a whole TensorFlow as a requirement, of which nothing is used here)"
         )
     return _module(name, __path__=list(locations or []), __spec__=spec)
+
+
+def _hollow_part(package: ModuleType, name: str) -> ModuleType:
+    """A package within it, hollow too."""
+    return _module(f"{package.__name__}.{name}", __path__=[str(Path(at, name)) for at in package.__path__])
 
 
 def _gym() -> dict[str, ModuleType]:
