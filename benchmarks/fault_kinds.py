@@ -12,10 +12,11 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Final
 
-from confluent_kafka import Producer
+from confluent_kafka import Consumer, Producer, TopicPartition
 
 from benchmarks.load import SLOTS, Held, decision, event
 from benchmarks.stage import (
@@ -412,6 +413,23 @@ def aborted(rig: Rig) -> Iterator[None]:
         sent.decisions.update(names[0::2])
     rig.stack.callback(producer.purge)
     yield
+    if fate == "leave":  # until the broker ends it, nobody may see what lies behind it
+        ends = ends_of(rig, "read_uncommitted")
+        eventually(
+            lambda: all(end >= ends[p] for p, end in ends_of(rig, "read_committed").items()),
+            "the broker ends a transaction that was left open",
+            START_S,
+            rig.learner,
+        )
+
+
+def ends_of(rig: Rig, isolation: str) -> dict[int, int]:
+    """Where each partition ends for readers of this isolation level."""
+    assert rig.broker is not None
+    about = {"bootstrap.servers": rig.broker.bootstrap, "group.id": "ends", "isolation.level": isolation}
+    with closing(Consumer(about)) as consumer:
+        places = {p: TopicPartition(rig.topic, p) for p in range(PARTITIONS)}
+        return {p: consumer.get_watermark_offsets(place, 10.0)[1] for p, place in places.items()}
 
 
 @fault("idle-partition", "nobody comes to a partition; event time goes on in it", flags=("--idle-s", "1"))

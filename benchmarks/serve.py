@@ -4,7 +4,7 @@
     python -m benchmarks.serve --items 10000 --alone --json FILE
 
 Real processes: a policy server, a learner that reads the very decisions that the load leaves behind, trains without a
-pause and publishes a few times a second, and the log between them. The load is open-loop: calls are due at a steady rate
+pause and publishes by its defaults, and the log between them. The load is open-loop: calls are due at a steady rate
 whatever became of those before, and latency counts from the moment a call was due, so that a stall is charged to every
 call it delays (no coordinated omission). It comes from ghz where that is on PATH, from a client of ours elsewhere. In
 the same run, in turns with it: the ceiling, a server whose handler returns a ready-made reply of the same size. CPU per
