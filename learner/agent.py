@@ -289,15 +289,16 @@ class Agent:
         each = (rows.weight / rows.present.sum(dim=1)).unsqueeze(1) * rows.present  # [B, K]
         aside = online.aside * organic  # [B, 2]
         position = online.position[rows.slot] * (rows.slot > 0)
-        later = dqn.continuation_target(target, rows.slate_reward[:, 0], settings.gamma)
-        ahead = queries.unchosen + ((continuation + aside[:, 1:]) * chosen).sum(dim=1)
         earned = dqn.huber(reward + aside[:, :1], rows.slate_reward, settings.huber_delta)
         losses = {
             "choice": dqn.weighted_mean(dqn.choice_loss(choice + position, chosen), each * ~organic),
             "reward": settings.reward_weight * dqn.weighted_mean(earned, each * chosen),
-            "td": settings.td_weight
-            * dqn.weighted_mean(dqn.huber(ahead, later, settings.huber_delta), rows.weight),
         }
+        if settings.gamma > 0:  # else nothing is to come
+            later = dqn.continuation_target(target, rows.slate_reward[:, 0], settings.gamma)
+            ahead = queries.unchosen + ((continuation + aside[:, 1:]) * chosen).sum(dim=1)
+            error = dqn.huber(ahead, later, settings.huber_delta)
+            losses["td"] = settings.td_weight * dqn.weighted_mean(error, rows.weight)
         if settings.sqn_weight > 0:
             losses["next_item"] = settings.sqn_weight * self._next_item_loss(rows, keys, queries)
         if settings.cql_weight > 0:

@@ -709,15 +709,15 @@ class Replay:
         """Draw transitions with replacement, each with its n-step return as of now.
 
         beta: how far importance weights undo the priorities, in [0, 1]. gamma: replaces every discount above 0,
-        in (0, 1]; None: as inserted. out: arrays to fill (see `empty_batch`); the same ones are returned.
+        in [0, 1]; None: as inserted. out: arrays to fill (see `empty_batch`); the same ones are returned.
         Raises: ReplayError when fewer than batch_size transitions are kept.
         """
         if len(self) < batch_size or batch_size < 1:
             raise ReplayError(
                 f"asked for {batch_size} transitions, have {len(self)}; wait for more events or lower --min-replay"
             )
-        if n_step < 1 or (gamma is not None and not 0.0 < gamma <= 1.0):
-            raise ReplayError(f"n_step must be >= 1 and gamma in (0, 1], not {n_step} and {gamma}")
+        if n_step < 1 or (gamma is not None and not 0.0 <= gamma <= 1.0):
+            raise ReplayError(f"n_step must be >= 1 and gamma in [0, 1], not {n_step} and {gamma}")
         batch = empty_batch(batch_size, self.history_length) if out is None else out
         if batch.state.item.shape != (batch_size, self.history_length):
             raise ReplayError(

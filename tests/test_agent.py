@@ -152,6 +152,22 @@ def test_few_candidates_still_hold_the_batch_and_teach_the_same_actions():
     assert (table[batch_items[batch_items > 0]].abs().sum(dim=1) > 0).all()
 
 
+def test_without_a_future_only_what_a_choice_earns_at_once_counts():
+    agent = new_agent(replace(SETTINGS, gamma=0.0))
+    for seed in range(5):
+        told = batch(seed)
+        told.discount[:] = 0.0
+        done = agent.update(told)
+        assert np.isfinite(done.loss)
+        assert "td" not in done.losses
+    with torch.no_grad():
+        keys = agent.online.keys(agent.items)
+        queries = agent.online.queries(agent._state(batch(9).state), keys)
+        ids = torch.tensor([[1, 5, 7]]).expand(16, 3)
+        choice, reward, _ = agent.online.parts_at(queries, keys, ids)
+        torch.testing.assert_close(agent.online.q_at(queries, keys, ids), torch.sigmoid(choice) * reward)
+
+
 FEW = replace(SETTINGS, exact_items=1, candidates=1, target_tau=0.1)
 
 

@@ -1,5 +1,7 @@
 """The learner's mind: what it becomes depends on the records and their order, not on cuts or restarts."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -139,6 +141,13 @@ def test_no_update_is_made_before_min_replay_and_then_as_many_as_the_band_allows
     due = int(0.05 * (learner.replay.inserted - 200) + 1e-9)
     assert learner.train(10**9) == due > 0
     assert learner.train(10**9) == 0
+
+
+def test_it_learns_where_nothing_later_counts(records):
+    learner = new_learner(agent=replace(AGENT, gamma=0.0))
+    feed(learner, records[0])
+    assert learner.agent.updates > 0
+    assert np.isfinite(learner.last.loss)
 
 
 def test_reading_waits_below_the_band_and_never_when_training_cannot_go_on(records):
