@@ -23,11 +23,16 @@ from learner.audit_explain import Explainer
 from learner.audit_report import as_json, as_text
 from learner.catalog_feed import CatalogFeed
 from learner.checkpoint import CheckpointDamaged, CheckpointFailed, Checkpoints, CheckpointWriter, Loaded
+from learner.evaluate import evaluate
+from learner.evaluate_report import as_json as evaluation_json
+from learner.evaluate_report import as_text as evaluation_text
+from learner.evaluation import EvaluateConfig, NothingToEvaluate
 from learner.fence import Fenced
 from learner.intake import Arrivals, Source
 from learner.learner import CannotContinue, Learner, LearnerSettings
 from learner.metrics import Metrics
 from learner.misplaced import Misplaced
+from learner.policy import PolicyDamaged
 from learner.prequential import Prequential
 from learner.progress import ProgressLine
 from learner.publishing import WeightPublisher
@@ -53,19 +58,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["audit"]:
         return _audit(arguments[1:])
+    if arguments[:1] == ["evaluate"]:
+        return _evaluate(arguments[1:])
     parser = Parser(
         prog="learner",
         description="Learns from the events in a log, for ever: a double DQN whose weights are published each second. "
         "SIGTERM or Ctrl-C ends it after a last checkpoint; started again, it goes on as if nothing had happened. "
-        "`learner audit` says which events trained which weights, and whether any was lost or counted twice.",
+        "`learner audit` says which events trained which weights, and whether any was lost or counted twice; "
+        "`learner evaluate` what other policies would have earned.",
     )
     add_config(parser, TrainConfig)
-    parser.add_argument(
-        "--rewards",
-        metavar="TABLE",
-        help="what each event earns: name=weight[+value_weight*value],...; others earn nothing "
-        f"[{_shown(RewardTable())}]",
-    )
+    _add_rewards(parser)
     add_log(parser)
     add_config(parser, LearnerSettings)
     add_config(parser, AgentSettings)
@@ -73,10 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     namespace = parser.parse_args(arguments)
     config = build(TrainConfig, namespace)
     settings, agent = build(LearnerSettings, namespace), build(AgentSettings, namespace)
-    try:
-        rewards = RewardTable.parse(namespace.rewards) if namespace.rewards else RewardTable()
-    except ValueError as error:
-        parser.error(str(error))
+    rewards = _rewards(parser, namespace)
     join = build(
         JoinSettings, namespace, rewards=rewards, gamma=agent.gamma, history_length=agent.history_length
     )
@@ -127,6 +127,52 @@ def _explain(explainer: Explainer, what: str, json_wanted: bool) -> int:
     else:
         print("\n".join(each.as_text() for each in found))
     return 0 if all(each.as_it_should_be for each in found) else 1
+
+
+def _evaluate(arguments: Sequence[str]) -> int:
+    """`learner evaluate`: 0, or 1 where nothing can be said."""
+    parser = Parser(
+        prog="learner evaluate",
+        description="Estimates from the decisions in the log, and from what they earned, what other policies would "
+        "have earned in their place: IPS, SNIPS, DM, DR, SNDR and switch-DR, with 95 % intervals over users. Only "
+        "reads, also while the learner runs. Exit status: 0; 1 where nothing can be said.",
+    )
+    add_config(parser, EvaluateConfig)
+    parser.add_argument("--json", action="store_true", help="write all of it to stdout as JSON")
+    _add_rewards(parser)
+    add_log(parser)
+    add_config(parser, JoinSettings, omit=("gamma", "horizon", "history_length"))
+    namespace = parser.parse_args(arguments)
+    config = build(EvaluateConfig, namespace)
+    join = build(JoinSettings, namespace, rewards=_rewards(parser, namespace))
+
+    def body() -> int:
+        with contextlib.closing(log_from(namespace)) as log:
+            try:
+                report = evaluate(log, codec_from(namespace), config, join)
+            except (NothingToEvaluate, PolicyDamaged, WeightsError) as error:
+                print(f"learner evaluate: {error}", file=sys.stderr)
+                return 1
+        print(json.dumps(evaluation_json(report), indent=1) if namespace.json else evaluation_text(report))
+        return 0
+
+    return run(body)
+
+
+def _add_rewards(parser: Parser) -> None:
+    parser.add_argument(
+        "--rewards",
+        metavar="TABLE",
+        help="what each event earns: name=weight[+value_weight*value],...; others earn nothing "
+        f"[{_shown(RewardTable())}]",
+    )
+
+
+def _rewards(parser: Parser, namespace: Namespace) -> RewardTable:
+    try:
+        return RewardTable.parse(namespace.rewards) if namespace.rewards else RewardTable()
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def _guarded(body: Callable[[], None]) -> int:

@@ -36,7 +36,7 @@ def epsilon_greedy_slate(
     k = min(k, left)
     explored = rng.random(k) < epsilon
     ids, propensity = np.empty(k, np.int64), np.empty(k)
-    best = iter(_best(q, eligible, k).tolist())
+    best = iter(best_ids(q, eligible, k).tolist())
     taken: set[int] = set()
     greedy = next(best, -1)
     for slot in range(k):
@@ -50,7 +50,7 @@ def epsilon_greedy_slate(
 
 
 @jit
-def _best(q: npt.NDArray[np.floating], eligible: npt.NDArray[np.bool_], k: int) -> npt.NDArray[np.int64]:
+def best_ids(q: npt.NDArray[np.floating], eligible: npt.NDArray[np.bool_], k: int) -> npt.NDArray[np.int64]:
     """[k] the eligible items of highest q, best first. Whatever was taken before, the best left is among them.
 
     k: at most as many as are eligible. One pass with a heap of the k best so far, the worst of them at its root.

@@ -342,6 +342,10 @@ class Shop:
         ended = self._turn_the_page(turn, page)
         return Outcome(events, clicked, reward, ended)
 
+    def rest(self) -> Events:
+        """The purchases and refunds that are still to come, for a log that ends here."""
+        return self._release(_IN_FLIGHT)
+
     # -- the white box (the oracle and the tests look in here; a learner must not) -----------------------------
 
     def minds(self, shopper: npt.NDArray[np.integer]) -> Minds:

@@ -38,7 +38,7 @@ def write_shop(
         slates = np.stack([rng.choice(on_offer, slots, replace=False) for _ in turn.shopper])
         for b in range(len(turn.shopper)):
             names[int(turn.decision[b])] = f"r{seed}-{turn.decision[b]}"
-            record = _decision(shop, turn, b, slates[b], names[int(turn.decision[b])])
+            record = _decision(shop, turn, b, slates[b], len(on_offer), names[int(turn.decision[b])])
             producer.send("events", record["user_id"].encode(), codec.encode_decision(record))
         pen.events(shop.show(turn, slates).events, f"run-{seed}", names)
         served += len(turn.shopper)
@@ -46,7 +46,7 @@ def write_shop(
     return served
 
 
-def _decision(shop, turn, b, slate, name):
+def _decision(shop, turn, b, slate, on_offer, name):
     past = turn.history
     known = int((past.item[b] >= 0).sum())
     return {
@@ -62,7 +62,10 @@ def _decision(shop, turn, b, slate, name):
             }
             for h in reversed(range(known))
         ],
-        "slate": [{"item_id": shop.item_ids[i], "propensity": 0.01} for i in slate.tolist()],
+        "slate": [
+            {"item_id": shop.item_ids[i], "propensity": 1 / (on_offer - k)}
+            for k, i in enumerate(slate.tolist())
+        ],
         "epsilon": 1.0,
         "policy_version": 0,
         "strategy": "RANDOM",

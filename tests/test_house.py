@@ -102,7 +102,7 @@ def program_of(words):
     """Which of our programs a command line runs, with its sub-command: what `python -m` wants; None: none of ours."""
     if words[0].endswith("python") and words[1:2] == ["-m"] and len(words) > 2:
         words = words[2:]
-    if words[0] == "streaming" or words[:2] == ["learner", "audit"]:
+    if words[0] == "streaming" or words[:2] in (["learner", "audit"], ["learner", "evaluate"]):
         return tuple(words[:2])
     ours = words[0] in ORDER or words[0].split(".")[0] in ("simulator", "benchmarks", "tests")
     return (words[0],) if ours else None
@@ -138,7 +138,7 @@ def test_commands_in_the_docs_exist_and_so_do_their_flags(doc):
 @pytest.mark.parametrize("doc", DOCS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_flags_named_in_the_docs_exist(doc):
     programs = [*ORDER[1:], "simulator.demo"]
-    said = "".join(map(help_of, programs)) + help_of("learner", "audit")
+    said = "".join(map(help_of, programs)) + help_of("learner", "audit") + help_of("learner", "evaluate")
     said += "".join(help_of("streaming", command) for command in ("topics", "import", "tail", "redrive"))
     if doc.parent != ROOT:  # what is about a benchmark names its flags
         said += "".join(help_of(f"benchmarks.{name}") for name in benchmarks_in(doc))
