@@ -88,7 +88,14 @@ def test_a_visit_is_told_in_the_order_in_which_it_happens():
         assert did_ms == sorted(set(did_ms)), "one deed at a time"
         assert did_ms[0] < asked_ms[0], "what it looked at came before it was shown anything"
         assert asked_ms == sorted(set(asked_ms))
-    assert all(1 <= len(request.history) <= 1 + PAGES for request in book.requests), "of this user alone"
+    for request in book.requests:
+        before = [
+            e
+            for who, _, e in book.records
+            if who == request.user_id and e["timestamp"] < request.timestamp_ms
+        ]
+        told = [(entry.item_id, entry.name, entry.timestamp_ms) for entry in request.history]
+        assert told == [(e["items"][0]["item_id"], e["name"], e["timestamp"]) for e in before]
 
 
 def test_a_logged_slate_is_a_decision_with_its_propensity():
@@ -257,13 +264,16 @@ def test_nothing_hollow_is_left_behind():
 def test_clicks_fall_as_the_chances_that_the_score_counts_say():
     env = RecoGym(PRESETS["challenge"], seed=3)
     expected = variance = clicks = 0.0
+    shop, respond = env._env, worlds.recogym().ff
     for user in range(60):
         _, info = env.reset(options={"user": user})
         over, action = info["left"], 0
         while not over:
             action = (action + 37) % 100
+            true = respond((shop.beta @ shop.omega + shop.mu_bandit).ravel())
             _, click, over, _, info = env.step(action)
-            chance = info["chances"][action]
+            assert (info["chances"] == true).all()
+            chance = true[action]
             expected, variance, clicks = expected + chance, variance + chance * (1 - chance), clicks + click
     assert abs(clicks - expected) < 4 * variance**0.5  # seeded: it passes or it does not
     assert expected > 20
