@@ -119,7 +119,8 @@ class Logistic(SimpleAgent):
     for each outcome); u, the worth of one's own looks, is shared by all.
     """
 
-    PRECISION = 16.0  # of 0.25 to 64 the best on seeds 4 to 7
+    PRECISION = 64.0  # of the prior on w, and on w's first, an item's worth to all: chosen on seeds 4 to 7
+    OF_BIAS = 16.0
 
     def __init__(self, item_ids: Sequence[str], seed: int) -> None:
         super().__init__(item_ids, seed)
@@ -127,7 +128,8 @@ class Logistic(SimpleAgent):
         self._mean = np.zeros(shape)
         self._mean[:, 0] = np.log(PRIOR_CTR / (1 - PRIOR_CTR))
         self._precision = np.full(shape, self.PRECISION)
-        self._shared_mean, self._shared_precision = 0.0, self.PRECISION
+        self._precision[:, 0] = self.OF_BIAS
+        self._shared_mean, self._shared_precision = 0.0, 1.0
 
     def choose(self) -> int:
         if self.rng.random() < EPSILON:
