@@ -2,8 +2,8 @@
 
     python -m benchmarks.soak [--minutes 30] [--json FILE]
 
-A real broker, a policy server, a learner, and simulated shoppers at a steady rate. The learner's bounds are set so
-small (replay, windows, users) that all of them are reached while it warms up: then nothing has a reason to grow.
+A real broker, a policy server, a learner, and simulated shoppers at a steady rate. Their bounds are set so small
+(replay, windows, users) that all of them are reached while it warms up: then nothing has a reason to grow.
 Once a second /proc tells of learner and server: resident memory, open files, threads. Memory's slope is fitted to the
 medians of twelve stretches of time, with its 95 % interval. At the end the log is audited. Exit status 1 if a slope is
 above the limit beyond doubt, if open files or threads became more, or if the audit found a difference.
@@ -39,6 +39,7 @@ SMALL: Final = (
     *("--replay-capacity", "20000", "--attribution-window-s", "3600", "--dedup-window-s", "3600"),
     *("--user-ttl-s", "3600", "--late-after-s", "600", "--checkpoint-s", "2"),
 )
+SMALL_VIEW: Final = ("--max-users", "500")  # of the server
 PAGE: Final = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -145,7 +146,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         learner.start()
         flags = ("--log", broker.url, "--weights", str(folder / "weights"))
         try:
-            with ServerProcess(*flags) as server:
+            with ServerProcess(*flags, *SMALL_VIEW) as server:
                 watchers = {
                     "learner": Watcher(learner.process.pid),
                     "server": Watcher(server.process.pid),

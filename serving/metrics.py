@@ -57,6 +57,12 @@ POLICY_PUBLISHED = Gauge(
     "When the weights in use were published, unix seconds; time() minus it is their age.",
     registry=REGISTRY,
 )
+POLICY_EVENTS = Gauge(
+    "serving_policy_events_through_timestamp_seconds",
+    "Event time of the newest event that the weights in use have seen, unix seconds; while events keep coming, time() "
+    "minus it is how long they take to count.",
+    registry=REGISTRY,
+)
 POLICY_ITEMS = Gauge(
     "serving_policy_items",
     "Items that the weights in use can rank.",

@@ -95,6 +95,7 @@ class WeightsFollower:
         metrics.WEIGHTS_SWAPPED.inc()
         metrics.POLICY_VERSION.set(version)
         metrics.POLICY_PUBLISHED.set(weights.manifest.published_ms / 1000)
+        metrics.POLICY_EVENTS.set(weights.manifest.events_through_ms / 1000)
         metrics.POLICY_ITEMS.set(policy.items)
         if first:
             logger.info("weights: version %d, %d items; served from now on", version, policy.items)

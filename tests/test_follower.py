@@ -7,6 +7,7 @@ from itertools import pairwise
 
 from learner.agent import Agent, AgentSettings
 from learner.weights import Meta, WeightStore
+from serving.metrics import REGISTRY
 from serving.weights import WeightsFollower
 from streaming.interning import Vocabulary
 
@@ -20,7 +21,9 @@ def test_taking_versions_costs_a_tenth_of_a_core_at_most(tmp_path):
     store = WeightStore(tmp_path)
 
     def publish() -> int:
-        return store.publish(agent.tensors(), Meta(settings=agent.shape()), vocabulary).version
+        return store.publish(
+            agent.tensors(), Meta(settings=agent.shape(), events_through_ms=1_700_000_000_500), vocabulary
+        ).version
 
     publish()
     follower = WeightsFollower(str(tmp_path), "stable", "target", poll_s=0.01)
@@ -45,5 +48,7 @@ def test_taking_versions_costs_a_tenth_of_a_core_at_most(tmp_path):
         while follower.served.manifest.version != last and time.monotonic() < end + 5:
             time.sleep(0.05)
         assert follower.served.manifest.version == last
+        metric = "serving_policy_events_through_timestamp_seconds"
+        assert REGISTRY.get_sample_value(metric) == 1_700_000_000.5
     finally:
         follower.stop()
