@@ -11,13 +11,13 @@ import pytest
 
 from learner.__main__ import main
 from learner.estimators import Sums, no_sums
-from learner.evaluate import evaluate
+from learner.evaluate import TRIES, evaluate, read
 from learner.evaluate_report import GROUPS, Report, as_json, as_text, chosen
 from learner.evaluation import EvaluateConfig, NothingToEvaluate, group_of, uniform_chance
 from learner.policy import Candidate, Entry, Policy
 from learner.weights import WeightsMissing, WeightStore
 from streaming.join_settings import JoinSettings
-from streaming.log import open_log
+from streaming.log import OffsetOutOfRange, open_log
 from streaming.rewards import RewardTable
 from streaming.schemas import Codec
 from tests.rows import START_MS
@@ -32,9 +32,9 @@ JOIN = JoinSettings(rewards=CLICKS)
 class Storefront:
     """Writes decisions and what came of them, a second apart."""
 
-    def __init__(self, url: str, partitions: int = 2) -> None:
-        self.log, self.codec = open_log(url), Codec()
-        self.log.create_topic("events", partitions)
+    def __init__(self, url: str, topic: str = "events") -> None:
+        self.log, self.codec, self.topic = open_log(url), Codec(), topic
+        self.log.create_topic(topic, 2)
         self.producer, self.count = self.log.producer(), 0
 
     def decide(
@@ -55,7 +55,7 @@ class Storefront:
             "epsilon": epsilon,
             "candidates": candidates and [c._asdict() for c in candidates],
         }
-        self.producer.send("events", user.encode(), self.codec.encode_decision(record))
+        self.producer.send(self.topic, user.encode(), self.codec.encode_decision(record))
         return name
 
     def deed(self, name, item, of, user="ann", at_s=None) -> None:
@@ -68,23 +68,26 @@ class Storefront:
             "items": [{"item_id": item}],
             "recommendation_id": of,
         }
-        self.producer.send("events", user.encode(), self.codec.encode_event(record))
+        self.producer.send(self.topic, user.encode(), self.codec.encode_event(record))
 
     def now_ms(self, at_s=None):
         return START_MS + round(1000 * (self.count if at_s is None else at_s))
 
     def report(self, **more) -> Report:
         self.producer.flush()
-        config = EvaluateConfig(**{"policies": ("logging", "uniform"), **more})
+        config = EvaluateConfig(**{"topic": self.topic, "policies": ("logging", "uniform"), **more})
         return evaluate(self.log, self.codec, config, JOIN)
+
+    def close(self) -> None:
+        self.producer.close()
+        self.log.close()
 
 
 @pytest.fixture
 def front(tmp_path):
     front = Storefront(f"sqlite:///{tmp_path / 'log.db'}")
     yield front
-    front.producer.close()
-    front.log.close()
+    front.close()
 
 
 def estimates(report: Report, name: str) -> dict[str, float]:
@@ -130,6 +133,13 @@ def test_it_says_what_the_arithmetic_says(front):
     assert uniform.effective == pytest.approx([4**2 / (3 * (2 / 3) ** 2 + 2**2)])
     assert uniform.largest == pytest.approx(2)
     assert uniform.gains["IPS"].value == pytest.approx((2 / 3 + 2) / 4 - 0.5)
+
+
+def test_on_either_log_it_says_the_same(log_url, topic):
+    front = Storefront(log_url, topic)
+    two_items(front)
+    assert estimates(front.report(), "uniform")["IPS"] == pytest.approx((2 / 3 + 2) / 4)
+    front.close()
 
 
 def test_purchases_of_the_next_day_count_and_a_resent_decision_does_not(front):
@@ -500,6 +510,43 @@ def test_the_slate_is_joined_as_the_flags_say(shop):
     assert earned[2]["mean"] == 0.0
 
 
+def test_what_is_written_meanwhile_waits_for_the_next_time(front):
+    two_items(front)
+    front.producer.flush()
+    bounds = front.log.bounds("events")
+    front.decide([("a", 0.75)], "eve")
+    front.producer.flush()
+    batches = list(read(front.log, "events", bounds, front.log.identity("events")))
+    assert sum(map(len, batches)) == 6
+
+
+class Forgetful:
+    """A log whose beginning retention takes while it is read for the second time."""
+
+    def __init__(self, log, times):
+        self._log, self._times, self.readers = log, times, 0
+
+    def __getattr__(self, name):
+        return getattr(self._log, name)
+
+    def reader(self, topic, *rest, **more):
+        self.readers += topic == "events"
+        if self.readers % 2 == 0 and self.readers <= 2 * self._times:
+            raise OffsetOutOfRange("offset 0 is gone")
+        return self._log.reader(topic, *rest, **more)
+
+
+def test_where_retention_takes_the_beginning_between_the_readings_it_begins_again(front):
+    two_items(front)
+    front.producer.flush()
+    config = EvaluateConfig(policies=("logging",))
+    log = Forgetful(front.log, 1)
+    assert evaluate(log, front.codec, config, JOIN).decisions == 4
+    assert log.readers == 4
+    with pytest.raises(OffsetOutOfRange):
+        evaluate(Forgetful(front.log, TRIES), front.codec, config, JOIN)
+
+
 def test_memory_does_not_grow_with_the_decisions(tmp_path, monkeypatch):
     """But for a bit a record and 16 bytes for what earned something, which are far below what a batch takes."""
     monkeypatch.setattr("learner.evaluate.POLL_RECORDS", 64)
@@ -515,8 +562,7 @@ def test_memory_does_not_grow_with_the_decisions(tmp_path, monkeypatch):
         report = evaluate(front.log, front.codec, EvaluateConfig(policies=("logging", "popularity")), join)
         most = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        front.producer.close()
-        front.log.close()
+        front.close()
         assert report.decisions == decisions
         return most
 
