@@ -129,6 +129,7 @@ class Sums(NamedTuple):
     residual: Floats  # [G, K] sum w (r - q)
     before: Floats  # [G, K] sum b
     model: Floats  # [G, K] sum b v
+    squared: Floats  # [G] sum (sum over k of w r)^2
     direct: Floats  # [G] sum v
     switched: Floats  # [G, S] sum of switch-DR's terms, for each tau
 
@@ -136,7 +137,7 @@ class Sums(NamedTuple):
 def no_sums(groups: int, slots: int, taus: int) -> Sums:
     """Of nothing."""
     one, wide = (groups,), (groups, slots)
-    shapes = {"decisions": one, "direct": one, "switched": (groups, taus)}
+    shapes = {"decisions": one, "squared": one, "direct": one, "switched": (groups, taus)}
     return Sums(*(np.zeros(shapes.get(name, wide)) for name in Sums._fields))
 
 
@@ -160,6 +161,7 @@ def sums(given: Rounds, group: Ints, groups: int, clip: float = ALWAYS, taus: Se
         by_tau[:, i] = _switch_terms(given, tau)
     return Sums(
         decisions=np.bincount(group, minlength=groups).astype(np.float64),
+        squared=_grouped(by_slot["weighted"].sum(axis=1) ** 2, group, groups),
         direct=_grouped(_switch_terms(given, NEVER), group, groups),
         switched=_grouped(by_tau, group, groups),
         **{name: _grouped(columns, group, groups) for name, columns in by_slot.items()},
@@ -254,6 +256,15 @@ def mean_ratio(s: Sums) -> Floats:
 def effective_sample_size(s: Sums) -> Floats:
     """[G, K] decisions that the weights of each slot are worth: (sum w)^2 / sum w^2 (Kish 1965); 0 without weight."""
     return _share(s.weight**2, s.square, 0.0)
+
+
+def effective_rewards(s: Sums) -> Floats:
+    """[G] decisions that earned something, as many as IPS leans on: (sum w r)^2 / sum (w r)^2; 0 where none did.
+
+    Where a purchase is rare, and shown by luck alone what the target would show, it may be one or two, however many
+    effective decisions there are; no interval can know of those that did not happen.
+    """
+    return _share(s.weighted.sum(axis=1) ** 2, s.squared, 0.0)
 
 
 def _share(above: Floats, below: Floats, nothing: float) -> Floats:

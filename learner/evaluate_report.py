@@ -19,6 +19,7 @@ from learner.estimators import (
     added,
     dm,
     dr,
+    effective_rewards,
     effective_sample_size,
     ips,
     logged,
@@ -48,6 +49,7 @@ TAUS: Final = (
 )  # that switch-DR may choose from
 HEAVY: Final = (10.0, 100.0, 1000.0)  # weights above these are counted
 SLACK: Final = 0.01  # by which chances and propensities may differ in the mean, whatever their interval says
+FEW_REWARDS: Final = 10  # likewise: effective rewards
 FEW: Final = 100  # effective decisions; below, an estimate is not to be relied on
 
 
@@ -84,6 +86,7 @@ class PolicyReport:
     gains: dict[str, Interval]  # the same less what the logging policy earned; paired
     mean_ratio: Interval | None = None
     effective: list[float] = field(default_factory=list)  # decisions that the weights of each slot are worth
+    effective_rewards: float = 0.0  # decisions that earned something, as many as IPS leans on
     largest: float = 1.0  # weight
     heavy: list[Heavy] = field(default_factory=list)
     clipped: Heavy | None = None
@@ -139,6 +142,7 @@ class Account:
             {method: interval(s, _gain(estimate)) for method, estimate in methods.items()},
             interval(s, mean_ratio),
             effective_sample_size(whole)[0, whole.slots[0] > 0].tolist(),
+            float(effective_rewards(whole)[0]),
             self._largest,
             [self._above(bound) for bound in HEAVY],
             None if self._clip == ALWAYS else self._above(self._clip),
@@ -238,6 +242,11 @@ def _doubts(policy: PolicyReport) -> list[str]:
         found.append(
             f"{policy.name}: from slot {thin[0] + 1} on its weights are worth fewer than {FEW} decisions: it differs "
             "too much from what was served; judge fewer slots (--slots), or read these estimates as guesses"
+        )
+    elif policy.mean_ratio is not None and policy.effective_rewards < FEW_REWARDS:
+        found.append(
+            f"{policy.name}: its estimates rest on {policy.effective_rewards:.1f} effective rewards: a few rare ones "
+            "decide, and intervals may be too short; judge a longer log, or smaller rewards (--rewards)"
         )
     return found
 
@@ -341,7 +350,8 @@ def _weights(policy: PolicyReport, weights: int) -> list[str]:
         return []
     first, last = policy.effective[0], [n for n in policy.effective if n] or [0.0]
     w = policy.mean_ratio
-    effective = f"{first:,.0f} effective decisions in slot 1, {last[-1]:,.0f} in the last one"
+    effective = f"{first:,.0f} effective decisions in slot 1, {last[-1]:,.0f} in the last one; "
+    effective += f"{policy.effective_rewards:,.0f} effective rewards"
     lines = [
         f"{policy.name}: weights of mean {w.value:.3g} ({_between(w)}), the largest {policy.largest:,.3g}; {effective}"
     ]

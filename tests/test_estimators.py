@@ -17,6 +17,7 @@ from learner.estimators import (
     clipped,
     dm,
     dr,
+    effective_rewards,
     effective_sample_size,
     ips,
     logged,
@@ -66,6 +67,7 @@ def test_with_one_slot_they_are_the_textbooks(seed):
     assert np.allclose(sndr(s), v.mean() + (w * (r - q)).sum() / w.sum(), atol=1e-12)
     assert np.allclose(switch_dr(1)(s), (v + w * (w <= 1.5) * (r - q)).mean(), atol=1e-12)
     assert np.allclose(effective_sample_size(s), w.sum() ** 2 / (w**2).sum())
+    assert np.allclose(effective_rewards(s), (w * r).sum() ** 2 / ((w * r) ** 2).sum())
     assert np.allclose(mean_ratio(s), w.mean())
     assert np.allclose(logged(s), r.mean())
 
@@ -112,6 +114,13 @@ def test_weights_are_clipped_for_all_but_switch_dr():
     assert ips(s) == pytest.approx((np.minimum(made.weight, 1.2) * made.reward).sum() / 30)
     assert switch_dr(0)(s) == pytest.approx(dr(by_hand))
     assert clipped(made, 1.2).before.max() == 1.2
+
+
+def test_rewards_of_one_slate_count_as_one():
+    shown = np.ones((4, 2), bool)
+    reward = np.array([[3.0, 1.0], [0.0, 0.0], [2.0, 2.0], [0.0, 4.0]])
+    made = rounds("cascade", shown.astype(float), shown, reward)
+    assert effective_rewards(sums(made, np.zeros(4, np.int64), 1)).tolist() == [3.0]
 
 
 def test_without_weight_snips_says_nothing_and_sndr_believes_the_model():

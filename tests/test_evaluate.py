@@ -183,6 +183,16 @@ def test_decisions_can_be_taken_from_a_span_of_event_time(front):
     assert (report.from_ms, report.to_ms) == (START_MS + 3000, START_MS + 5000)
 
 
+def test_a_decision_that_shows_no_candidate_of_its_own_is_left_out(front):
+    two_items(front)
+    offered = [Candidate("a"), Candidate("new")]
+    front.decide([("a", 0.5)], "eve", candidates=offered)
+    front.decide([("b", 0.5)], "fay", candidates=offered)
+    report = front.report()
+    assert (report.decisions, report.left_out.not_a_candidate) == (5, 1)
+    assert "1 of an item that is no candidate" in as_text(report)
+
+
 def test_a_share_of_the_users_may_be_judged(front):
     for n in range(300):
         front.decide([("a", 0.5)], f"user-{n % 100}", epsilon=1.0)
@@ -433,6 +443,15 @@ def test_a_policy_that_shows_what_could_not_be_shown_is_doubted(front, store):
     assert "weights are worth fewer than 100 decisions" in notes
 
 
+def test_rare_rewards_that_decide_are_doubted(front):
+    for n in range(400):
+        name = front.decide([("ab"[n % 2], 0.5)], f"user-{n}", epsilon=1.0)
+        front.deed("purchase" if n in (7, 42, 300) else "search", "ab"[n % 2], name, f"user-{n}")
+    report = front.report()
+    assert report.policies[1].effective == [400]
+    assert "uniform: its estimates rest on 3.0 effective rewards" in " ".join(report.notes())
+
+
 # --- shown ---------------------------------------------------------------------------------------------------
 
 
@@ -518,6 +537,16 @@ def test_what_is_written_meanwhile_waits_for_the_next_time(front):
     front.producer.flush()
     batches = list(read(front.log, "events", bounds, front.log.identity("events")))
     assert sum(map(len, batches)) == 6
+
+
+def test_batches_grow_so_that_the_model_has_soon_seen_something(front, monkeypatch):
+    monkeypatch.setattr("learner.evaluate.FIRST_RECORDS", 8)
+    monkeypatch.setattr("learner.evaluate.POLL_RECORDS", 32)
+    for n in range(80):
+        front.decide([("a", 0.5)], f"user-{n}")
+    front.producer.flush()
+    batches = read(front.log, "events", front.log.bounds("events"), front.log.identity("events"))
+    assert list(map(len, batches)) == [8, 16, 32, 24]
 
 
 class Forgetful:
