@@ -39,13 +39,13 @@ def test_taking_versions_costs_a_tenth_of_a_core_at_most(tmp_path):
     follower._store.load = slowly
     follower.start()
     try:
-        end = time.monotonic() + 3.5
-        while time.monotonic() < end:
+        end = time.monotonic() + 60
+        while len(taken) < 3 and time.monotonic() < end:
             last = publish()
             time.sleep(0.05)
         assert all(later - earlier > 0.9 for earlier, later in pairwise(taken))
-        assert 2 <= len(taken) <= 4
-        while follower.served.manifest.version != last and time.monotonic() < end + 5:
+        assert len(taken) == 3
+        while follower.served.manifest.version != last and time.monotonic() < end:
             time.sleep(0.05)
         assert follower.served.manifest.version == last
         metric = "serving_policy_events_through_timestamp_seconds"
