@@ -147,6 +147,12 @@ class Events(NamedTuple):
         return len(self.timestamp_ms)
 
 
+_NONE: Final = np.zeros(0, np.int32)
+NO_EVENTS: Final = Events(
+    _NONE.astype(np.int64), _NONE, _NONE, _NONE.astype(np.uint8), _NONE, _NONE.astype(np.int64), _NONE
+)
+
+
 class History(NamedTuple):
     """What B shoppers did lately, newest entry FIRST, padded at the end."""
 
@@ -208,6 +214,8 @@ class Visits(NamedTuple):
     reward: Floats  # [V] of all that recommendations led to
 
 
+# what will happen later: event time, tie-break, shopper, visit, name, item, decision, slot
+_Deed = tuple[int, int, int, int, int, int, int, int]
 _LEDGER: Final = ("decisions", "impressions", "clicks", "carts", "purchases", "refunds", "reward")
 # What a draw is for; with the page's key it names the draw.
 (
@@ -276,8 +284,7 @@ class Shop:
         self._name = np.zeros((n, h), dtype=np.uint8)
         self._when = np.zeros((n, h), dtype=np.int64)
         self._seen = np.zeros(n, dtype=np.int64)  # entries ever written
-        # what will happen later: (event time, tie-break, shopper, visit, name, item, decision, slot)
-        self._pending: list[tuple[int, int, int, int, int, int, int, int]] = []
+        self._pending: list[_Deed] = []
         self._pushed = 0
         self._decisions = 0
         self._hour = -1
@@ -291,15 +298,43 @@ class Shop:
 
         Raises: ShopError when every shopper waits for a slate already.
         """
-        now = int(self._due.min())
-        if now == _IN_FLIGHT:
-            raise ShopError("every shopper waits for a slate; show the turns that are out first")
+        now = self._next_due_ms()
         self._look_at_the_clock(now)
         due = np.flatnonzero(self._due <= now + int(self.settings.spread_s * 1000))
         if len(due) > limit:
             due = np.sort(due[np.argpartition(self._due[due], limit)[:limit]])
+        return self._open(due, self._release(now))
+
+    def next_visit(self) -> Turn:
+        """The first page of the visit that is due first; its shopper then waits for `show`, and for `next_page`.
+
+        So visits are played one after another, each to its end, though in event time they overlap: who comes when,
+        and for what, is the same. The events are everybody's until then. Raises: ShopError as next_turn does.
+        """
+        now = self._next_due_ms()
+        self._look_at_the_clock(now)
+        return self._open(np.array([self._due.argmin()]), self._release(now))
+
+    def next_page(self, shopper: int) -> Turn:
+        """The next page of the visit that this shopper is on; events are this shopper's own.
+
+        Raises: ShopError when there is no such visit, or it waits for a slate already.
+        """
+        now = int(self._due[shopper])
+        if now == _IN_FLIGHT or not self._page[shopper]:
+            raise ShopError(f"shopper {shopper} is not between two pages of a visit")
+        self._look_at_the_clock(now)
+        return self._open(np.array([shopper]), self._release(now, shopper))
+
+    def _next_due_ms(self) -> int:
+        now = int(self._due.min())
+        if now == _IN_FLIGHT:
+            raise ShopError("every shopper waits for a slate; show the turns that are out first")
+        return now
+
+    def _open(self, due: Ints, late: Events) -> Turn:
+        """A page for each of these shoppers; late: what happened meanwhile and is not remembered yet."""
         when = self._due[due]
-        late = self._release(now)
         self._remember(late)
         fresh = self._page[due] == 0
         self._begin_visits(due[fresh])
@@ -461,6 +496,8 @@ class Shop:
 
     def _consequences(self, turn: Turn, slate: Rows, clicked: Bools, page: Keys) -> tuple[Events, Floats]:
         """Clicks and carts as events; purchases and refunds are put off. Also [B, K] what each slot earned."""
+        if not clicked.any():
+            return NO_EVENTS, np.zeros(slate.shape)
         row, slot = np.nonzero(clicked)
         item, shopper, luck = slate[row, slot], turn.shopper[row], page[row]
         order = np.cumsum(clicked, axis=1)[row, slot]  # the first click comes first
@@ -570,6 +607,8 @@ class Shop:
         views = np.where(
             fresh, 2 + (2 * luck).astype(np.int64), ~self._clicked_last[due] & (luck < self.mind.wander)
         )
+        if not views.any():
+            return NO_EVENTS
         row = np.repeat(np.arange(len(due)), views)
         nth = np.arange(len(row)) - np.repeat(np.cumsum(views) - views, views)  # 0, 1, .. within a row
         item = self._choose_unaided(due[row], keys(page[row], _OPENING, nth))
@@ -623,11 +662,17 @@ class Shop:
             self._available = available(self.goods, self.seed, now_ms, s.stock_outs)
             self._season = season(s.categories, now_ms, s.start_ms, s.season_days)
 
-    def _release(self, now_ms: int) -> Events:
-        """Purchases and refunds whose time has come."""
-        out = []
+    def _release(self, now_ms: int, shopper: int | None = None) -> Events:
+        """Purchases and refunds whose time has come; of this shopper alone, where one is given."""
+        out: list[_Deed] = []
+        others: list[_Deed] = []
+        if not self._pending or self._pending[0][0] > now_ms:
+            return NO_EVENTS
         while self._pending and self._pending[0][0] <= now_ms:
-            out.append(heapq.heappop(self._pending))
+            deed = heapq.heappop(self._pending)
+            (out if shopper in (None, deed[2]) else others).append(deed)
+        for deed in others:
+            heapq.heappush(self._pending, deed)
         table = np.array(out, dtype=np.int64).reshape(len(out), 8)
         return Events(
             table[:, 0],
@@ -641,6 +686,8 @@ class Shop:
 
     def _remember(self, events: Events) -> None:
         """Write events into the rings, each shopper's in their order."""
+        if not len(events):
+            return
         by = np.argsort(events.shopper, kind="stable")
         who = events.shopper[by]
         first = np.searchsorted(who, who)  # where each shopper's run begins
@@ -700,7 +747,13 @@ def _renamed(events: Events, name: int, timestamp_ms: Ints) -> Events:
     )
 
 
+def joined(*parts: Events) -> Events:
+    """All events, one part after another."""
+    parts = tuple(part for part in parts if len(part)) or (NO_EVENTS,)
+    return Events(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
 def _in_order(*parts: Events) -> Events:
     """All events, by event time."""
-    together = Events(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    together = joined(*parts)
     return _picked(together, np.argsort(together.timestamp_ms, kind="stable"))

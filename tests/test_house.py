@@ -25,6 +25,7 @@ HOMES = {
     "torch": {"learner/"},
     "sqlite3": {"streaming/sqlite_log.py"},
     "pyarrow": {"streaming/importers.py"},
+    "gymnasium": {"simulator/gym_shop.py"},
 }
 SOURCES = sorted(p for package in ORDER for p in (ROOT / package).rglob("*.py") if "_pb2" not in p.name)
 

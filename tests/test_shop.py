@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from simulator.draws import uniform
+from simulator.draws import keys, uniform
 from simulator.feed import Feed
 from simulator.goods import DAY_MS, available
 from simulator.policies import (
@@ -73,6 +73,19 @@ def test_a_draw_depends_on_its_keys_alone():
     assert abs(many.mean() - 0.5) < 0.05
     assert many.min() > 0
     assert many.max() < 1
+
+
+def test_keys_are_splitmix64_s_finaliser_over_the_parts():
+    def mixed(h, part):
+        h ^= part
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            h = (h ^ h >> shift) * factor % 2**64
+        return ((h ^ h >> 31) + 0x9E3779B97F4A7C15) % 2**64
+
+    h = 0x9E3779B97F4A7C15
+    for part in (7, 2**64 - 1, 0, 12):
+        h = mixed(h, part)
+    assert keys(7, -1, np.zeros(3, np.uint8), 12).tolist() == [h] * 3
 
 
 def test_the_same_seed_gives_the_same_days_and_another_seed_others():
