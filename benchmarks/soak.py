@@ -27,6 +27,7 @@ import numpy.typing as npt
 from benchmarks.endurance import PARTITIONS, shop
 from benchmarks.processes import TOPIC, LearnerProcess, catch_up, ends
 from benchmarks.record import append, show
+from learner.weights import WeightStore
 from streaming.log import open_log
 from tests.kafka_broker import KafkaBroker
 from tests.serving_process import ServerProcess, eventually
@@ -160,6 +161,9 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
                     time.sleep(whole_s - warm_up_s)
                     seen = {name: watcher.after(warm_up_s) for name, watcher in watchers.items()}
                     later_mb = size_of(folder / "data") + size_of(folder / "weights")
+                    versions = WeightStore(learner.weights).latest()
+                    for name, rows in seen.items():
+                        np.savetxt(folder / f"{name}.csv", rows, "%.0f", ",", header="s,bytes,files,threads")
                     shoppers.send_signal(signal.SIGTERM)
                     shoppers.wait(120)
                 drained = server.terminate()
@@ -173,6 +177,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {
         "minutes": options.minutes,
         "records": records,
+        "versions": versions,
         **summary("learner", seen["learner"]),
         **summary("server", seen["server"]),
         "disk_mb_warm": disk_mb,

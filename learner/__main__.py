@@ -43,6 +43,7 @@ from learner.weights import WeightsError, WeightStore
 from streaming.chunks import Chunker
 from streaming.commandline import Parser, add_config, add_log, build, codec_from, log_from, run
 from streaming.dead_letters import DeadLetters, dlq_topic, late_topic
+from streaming.heap import keep_giving_back
 from streaming.join_settings import JoinSettings
 from streaming.log import Log, LogUnavailable, Reader, UnknownTopic
 from streaming.rewards import RewardTable
@@ -194,6 +195,7 @@ def _train(
     stop: threading.Event,
 ) -> None:
     torch.set_num_threads(config.threads)
+    keep_giving_back()
     with ExitStack() as closing:
         log, codec = log_from(namespace), codec_from(namespace)
         closing.callback(log.close)

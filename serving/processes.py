@@ -19,6 +19,7 @@ from learner.policy import use_threads
 from serving.server import Instance, PolicyServer, ServingConfig
 from serving.view import ViewConfig
 from streaming.commandline import codec_of, run
+from streaming.heap import keep_giving_back
 from streaming.log import open_log
 
 logger = logging.getLogger(__name__)
@@ -168,6 +169,7 @@ def _stop_with_parent(stop: threading.Event) -> None:
 def _server(launch: Launch, index: int) -> PolicyServer:
     use_threads(1)  # calls run beside each other; a second thread for one of them only gets in their way
     sys.setswitchinterval(_SWITCH_S)
+    keep_giving_back()
     log = None if launch.log_url is None else open_log(launch.log_url, launch.kafka)
     codec = codec_of(launch.registry, launch.registry_headers, launch.schemas)
     return PolicyServer(launch.config, launch.view, log, codec, Instance(launch.name(), index), launch.now_ms)
