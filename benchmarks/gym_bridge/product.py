@@ -63,15 +63,20 @@ class Loop(Protocol):
 
 
 class Shop:
-    """Publishes what users do and asks for slates. Only the user of the moment's history is kept."""
+    """Publishes what users do and asks for slates."""
 
-    def __init__(self, loop: Loop, storefront: Storefront, setup: Setup, seed: int) -> None:
+    def __init__(
+        self, loop: Loop, storefront: Storefront, setup: Setup, seed: int, *, returning: bool = False
+    ) -> None:
+        """returning: users come again, so all their histories are kept; else only that of the user of the moment."""
         self._loop, self._storefront = loop, storefront
         self.watched_only = False  # True: publish nothing, explore nothing, have no decision written
         self._codec = Codec()
         self._events = self._logged = 0
-        self._user_id = self._recommendation_id = ""
-        self._history: deque[pb.HistoryEntry] = deque(maxlen=max(KEPT, setup.agent.history_length))
+        self._recommendation_id = ""
+        self._kept, self._returning = max(KEPT, setup.agent.history_length), returning
+        self._histories: dict[str, deque[pb.HistoryEntry]] = {}
+        self._meet("")
         loop.start(storefront, setup, seed)
 
     @property
@@ -141,9 +146,9 @@ class Shop:
         self._loop.publish(user_id, self._codec.encode_event(record))
 
     def _meet(self, user_id: str) -> None:
-        if user_id != self._user_id:
-            self._user_id = user_id
-            self._history.clear()
+        if not self._returning and user_id not in self._histories:
+            self._histories.clear()
+        self._history = self._histories.setdefault(user_id, deque(maxlen=self._kept))
 
 
 def _candidate(candidate: Candidate) -> pb.Candidate:
