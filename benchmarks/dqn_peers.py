@@ -6,8 +6,8 @@
 line from so many interactions, then serves visits of fresh luck without exploring, the same ones for all: the score is
 their mean reward. The peers see the flat observation. They are judged twice: after as many interactions as ours, and
 at the CPU time that ours took for them with its defaults (the shop's own left out). Each learner comes with its
-defaults and with one variant that was tuned by hand on seed 4. Ours runs through its own doors: deeds become events in
-a log, slates come from Recommend; decoder, joiner, replay and learner run beside it in the same process and thread.
+defaults and with one variant chosen by hand, on seed 4 or before any was run. Ours runs through its own doors: deeds
+become events in a log, slates come from Recommend; decoder, joiner, replay and learner run beside it in one thread.
 
     share of the gap = (score - random) / (greedy oracle - random)
 
@@ -237,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--peers", metavar="PYTHON", help="a Python that has stable-baselines3 and tianshou [ours alone]")
-    add("--seeds", type=int, nargs="+", default=[50, 51, 52], help="[50 51 52]; 4 was for tuning")
+    add("--seeds", type=int, nargs="+", default=[50, 51, 52], help="[50 51 52]; 4 is for trying")
     add("--interactions", type=int, default=10_000, help="pages that each agent learns from [10000]")
     add("--visits", type=int, default=600, help="fresh visits that each is judged by [600]")
     add("--items", type=int, default=100, help="in the shop [100]")
