@@ -113,6 +113,9 @@ def test_an_observation_is_what_was_published_of_the_shopper_newest_first() -> N
         assert (np.diff(observation["age_s"][:entries]) >= 0).all()
         if env.in_a_visit:
             observation, _, _, _, info = env.step(oracle.recommend(env.shop, env.turn, 1)[0, 0])
+            assert set(info["events"].shopper) <= {info["shopper"]}, (
+                "others' deeds have their time before a visit"
+            )
         else:
             observation, info = env.reset()
     assert {name for deeds in published.values() for _, name in deeds} >= {VIEW, CLICK, PURCHASE}
