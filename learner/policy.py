@@ -33,7 +33,10 @@ PROBES: Final = 8  # made-up histories that `check` ranks for
 
 
 def use_threads(threads: int) -> None:
-    """Let one matrix product of this process use so many CPU threads."""
+    """Let one matrix product of the calling thread use so many CPU threads: others are to say so themselves.
+
+    For them `torch.get_num_threads` says the same, but MKL makes helpers for each thread that did not.
+    """
     torch.set_num_threads(threads)
 
 

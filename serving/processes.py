@@ -167,7 +167,7 @@ def _stop_with_parent(stop: threading.Event) -> None:
 
 
 def _server(launch: Launch, index: int) -> PolicyServer:
-    use_threads(1)  # calls run beside each other; a second thread for one of them only gets in their way
+    use_threads(1)  # for the answer that warms it up; threads of calls and weights say so themselves
     sys.setswitchinterval(_SWITCH_S)
     keep_giving_back()
     log = None if launch.log_url is None else open_log(launch.log_url, launch.kafka)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from google.protobuf import descriptor_pool
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from learner.policy import use_threads
 from serving import metrics
 from serving.decisions import DecisionWriter
 from serving.ranking import Ranker
@@ -198,7 +200,7 @@ class PolicyServer:
 
     def _build(self) -> grpc.Server:
         server = grpc.server(
-            ThreadPoolExecutor(self._config.threads, thread_name_prefix="call"),
+            _call_threads(self._config.threads),
             options=[
                 ("grpc.so_reuseport", int(self._config.processes > 1)),
                 ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -221,6 +223,16 @@ class PolicyServer:
     def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for name in _HEALTH_SERVICES:
             self._health.set(name, status)
+
+
+def _call_threads(count: int) -> ThreadPoolExecutor:
+    """Threads for calls, all of them there from the start: what a server takes is not to depend on how busy it once
+    was. A product of theirs uses one CPU thread: a second would only get in the way of another call."""
+    pool = ThreadPoolExecutor(count, "call", initializer=use_threads, initargs=(1,))
+    all_there = threading.Barrier(count)
+    for _ in range(count):
+        pool.submit(all_there.wait)
+    return pool
 
 
 class Symbols:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Final, Literal, NamedTuple, TypeVar
 
-from learner.policy import Policy, PolicyDamaged
+from learner.policy import Policy, PolicyDamaged, use_threads
 from learner.weights import Manifest, WeightsDamaged, WeightsError, WeightStore
 from serving import metrics
 
@@ -119,6 +119,7 @@ class WeightsFollower:
         return done
 
     def _run(self) -> None:
+        use_threads(1)  # the probe's product is to leave the other cores to answers
         while not self._stop.wait(max(self._poll_s, self._pause_s())):
             self._worked_s = 0.0
             self.look()

@@ -645,6 +645,20 @@ def test_new_weights_under_load_are_swapped_whole(world: World) -> None:
         assert [slot.q for slot in answer.slate] == pytest.approx(expected[best + 1].tolist(), abs=1e-4)
 
 
+def test_load_adds_no_threads(world: World) -> None:
+    publish(world.store, [f"item-{i}" for i in range(1000)])
+    with world.server("--threads", "17") as server, server.client(connections=4) as client:
+        publish(world.store, [f"item-{i}" for i in range(1000)], seed=1)
+        eventually(lambda: client.policy().policy_version == 2)
+        threads = Path(f"/proc/{server.process.pid}/task")
+        before = len(list(threads.iterdir()))
+        for _ in range(10):
+            answers = [client.recommend_future(pb.RecommendRequest(user_id=f"u{n}")) for n in range(100)]
+            assert all(answer.result().slate for answer in answers)
+        # gRPC's own few come as it needs them
+        assert len(list(threads.iterdir())) <= before + 4
+
+
 def test_damaged_weights_are_refused_and_the_ones_in_use_stay(world: World) -> None:
     in_use = publish(world.store, ITEMS, seed=0)
     with world.server() as server, server.client() as client:
