@@ -26,6 +26,7 @@ from learner.networks import (
     score_all,
 )
 from learner.replay import Batch, Histories
+from learner.response import Fit, Shown
 
 
 def _setting(default: float | int | bool, text: str) -> Any:
@@ -126,7 +127,7 @@ class Update(NamedTuple):
     loss: float
     td_error: npt.NDArray[np.float32]  # [B] target - Q(s, a): priorities
     mean_q: float  # of the batch's own actions
-    losses: dict[str, float]  # by part: choice, reward, td, next_item, conservative
+    losses: dict[str, float]  # by part: choice, reward, prior, td, next_item, conservative
 
 
 class _Aisle(NamedTuple):
@@ -134,12 +135,13 @@ class _Aisle(NamedTuple):
 
     ids: Tensor  # [M] vocabulary ids, ascending
     table: Rows  # [M], as they stand now
-    own: Tensor  # [M, d + 2] of the online table, gathers the gradient
+    own: Tensor  # [M, d + 1] of the online table, gathers the gradient
 
 
 class _Rows(NamedTuple):
     """A batch as tensors; `here`, `there` and `slate` are its items as rows of the keys in use."""
 
+    share: float  # of replay that the batch is
     aisle: _Aisle | None  # what the N rows are; None: row i is id i
     on_offer: Tensor  # [N] bool
     state: StateTensors
@@ -153,6 +155,7 @@ class _Rows(NamedTuple):
     reward: Tensor  # [B]
     discount: Tensor  # [B]
     weight: Tensor  # [B] mean 1
+    each: Tensor  # [B, K] of the slots: shares of the step's
     organic: Tensor  # [B] bool
 
 
@@ -173,13 +176,14 @@ class Agent:
             torch.manual_seed(seed)
             self.online = QNetwork(settings.network, 1024).to(self.device)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
+        self.target.response = self.online.response  # it is a mean already
+        self._response = Fit(self.online.response)
         self._optimiser = self._new_optimiser()
         self._roomy_items = _unknown_items(1, settings.vector_dim, self.device)
         self._roomy_offer = torch.zeros(1, dtype=torch.bool, device=self.device)
         self._at: Tensor | None = (
             None  # the update after which each row stands as it lies there; None: all do now
         )
-        self._target_keys: Keys | None = None
         self._described = torch.zeros(1, dtype=torch.bool, device=self.device)
         self._any_described = False
         self._catalog_copy: dict[str, Tensor] | None = None
@@ -220,7 +224,7 @@ class Agent:
         self._items = ItemTensors(*(column[:rows] for column in self._roomy_items))
         self._on_offer = self._roomy_offer[:rows]
         self._described = functional.pad(self._described, (0, rows - len(self._described)))
-        self._target_keys = self._catalog_copy = None
+        self._catalog_copy = None
 
     def _describe(self) -> None:
         """Note which items the catalog has a vector of, which tells it from others of its category; [N] bool."""
@@ -242,22 +246,28 @@ class Agent:
         self._on_offer[:n] = torch.from_numpy(offer)
         self._on_offer[0] = False
         self._describe()
-        self._target_keys = self._catalog_copy = None
+        self._catalog_copy = None
 
-    def update(self, batch: Batch) -> Update:
+    def update(self, batch: Batch, kept: int | None = None) -> Update:
         """One gradient step; see the losses in learner.dqn and the equation in learner.networks.
+
+        kept: transitions in the replay that the batch was drawn from; None: the batch is all there is.
 
         Raises: ValueError for a batch that names items beyond `grow`.
         """
         self._check(batch)
-        rows = self._rows(batch)
+        rows = self._rows(batch, len(batch.action) / max(kept or 0, len(batch.action)))
         keys = self._keys(rows.aisle)
         queries = self.online.queries(rows.state, keys, rows.here)
         target = dqn.n_step_target(rows.reward, rows.discount, self._next_value(rows, keys))
         parts = self.online.parts_at(queries, keys, rows.slate)
         losses = self._losses(rows, keys, queries, target, *parts)
+        shown = self._shown(rows, keys, queries, parts[0])
         q = self._q(queries, *(part[:, 0] for part in parts))
         loss = self._step(losses, rows.aisle)
+        self._response.learn(shown, rows.share)
+        if rows.aisle is None:
+            self._response.catch_up(slice(self.rows))
         error = (target - q).cpu().numpy()
         values = torch.stack([loss, q.mean(), *losses.values()]).tolist()
         return Update(values[0], error, values[1], dict(zip(losses, values[2:], strict=True)))
@@ -286,13 +296,15 @@ class Agent:
         settings, online = self.settings, self.online
         organic = rows.organic.unsqueeze(1)
         chosen = rows.present & (organic | (rows.slate_reward != 0))
-        each = (rows.weight / rows.present.sum(dim=1)).unsqueeze(1) * rows.present  # [B, K]
+        each = rows.each
         aside = online.aside * organic  # [B, 2]
-        position = online.position[rows.slot] * (rows.slot > 0)
         earned = dqn.huber(reward + aside[:, :1], rows.slate_reward, settings.huber_delta)
         losses = {
-            "choice": dqn.weighted_mean(dqn.choice_loss(choice + position, chosen), each * ~organic),
+            "choice": dqn.weighted_mean(
+                dqn.choice_loss(choice + self._position(rows), chosen), each * ~organic
+            ),
             "reward": settings.reward_weight * dqn.weighted_mean(earned, each * chosen),
+            "prior": self._pull_prior() * rows.share / len(rows.weight),
         }
         if settings.gamma > 0:  # else nothing is to come
             later = dqn.continuation_target(target, rows.slate_reward[:, 0], settings.gamma)
@@ -307,6 +319,30 @@ class Agent:
             conservative = dqn.conservative_loss(q_all, q_action, rows.on_offer)
             losses["conservative"] = settings.cql_weight * dqn.weighted_mean(conservative, rows.weight)
         return losses
+
+    def _pull_prior(self) -> Tensor:
+        """-log of the prior of how choice follows a history's entries otherwise than interest does, but a constant."""
+        online = self.online
+        pulls = (online.copy.weight[:, 1], online.alike.weight[:, 1], online.share[:, 1])
+        return torch.stack([pull.square().sum() for pull in pulls]).sum() / (2 * PULL_WIDTH)
+
+    def _position(self, rows: _Rows) -> Tensor:
+        """Choice log-odds of the slots' places, [B, K]."""
+        return self.online.position[rows.slot] * (rows.slot > 0)
+
+    @torch.no_grad()
+    def _shown(self, rows: _Rows, keys: Keys, queries: Queries, choice: Tensor) -> Shown:
+        """The slots of slates, for learner.response."""
+        ids, d = rows.slate, self.settings.dim
+        return Shown(
+            queries.organic.vector[:, :d].detach(),
+            keys.tower.detach()[ids],
+            keys.organic.detach()[ids, :d],
+            ids if rows.aisle is None else rows.aisle.ids[ids],
+            rows.slate_reward != 0,
+            torch.sigmoid(choice + self._position(rows)),
+            rows.each * ~rows.organic.unsqueeze(1),
+        )
 
     def _next_item_loss(self, rows: _Rows, keys: Keys, queries: Queries) -> Tensor:
         """SQN's loss over the rows in which the user went to the action unaided. A part of the batch.
@@ -339,12 +375,10 @@ class Agent:
         return value
 
     def _judge(self, aisle: _Aisle | None) -> Keys:
-        """The target network's keys; of the whole catalog they change at a sync only."""
+        """The target network's keys."""
         if aisle is not None:
             return self.target.keys(self._items, aisle.ids, own=aisle.table.target)
-        if self._target_keys is None:
-            self._target_keys = self.target.keys(self._items)
-        return self._target_keys
+        return self.target.keys(self._items)
 
     def _step(self, losses: Mapping[str, Tensor], aisle: _Aisle | None) -> Tensor:
         """Adam on the sum, then the target network when its time has come."""
@@ -381,7 +415,6 @@ class Agent:
             if all_items or mine is not table:
                 mine.lerp_(theirs, share)
         self.last_target_sync_update = self.updates
-        self._target_keys = None
 
     # --- the table by id, of which an update reads all rows, or few: see learner.lazy_table
 
@@ -421,12 +454,14 @@ class Agent:
         """Leave no row behind."""
         if self._at is not None:
             catch_up(self._table(), self._described, self.updates, self._rule)
+            self._response.catch_up()
             self._at = None
 
     def tensors(self) -> dict[str, Tensor]:
         """What a server needs, for the weight store: "online.*", "target.*" and "catalog.*"; on the CPU, not ours to
         change any more: what describes the items is the same copy until the catalog changes."""
         out = self._tensors()
+        out |= {f"{BOTH}response.{name}": value for name, value in self._response.served(self.rows).items()}
         if self._at is not None:
             now = networks_now(self._table(), self._described, self.updates, self._rule)
             for prefix, table in zip(("online", "target"), now, strict=True):
@@ -437,8 +472,9 @@ class Agent:
         """The same, but rows of the table by id that lie behind as they are."""
         out = {}
         for prefix, network in (("online", self.online), ("target", self.target)):
-            for name, tensor in network.state_dict().items():
-                out[f"{prefix}.{name}"] = (tensor[: self.rows] if name in BY_ITEM else tensor).cpu().clone()
+            for name, parameter in network.named_parameters():
+                kept = parameter.detach()[: self.rows] if name in BY_ITEM else parameter.detach()
+                out[f"{prefix}.{name}"] = kept.cpu().clone()
         if self._catalog_copy is None:
             self._catalog_copy = {
                 f"catalog.{name}": tensor.cpu().clone() for name, tensor in self._items._asdict().items()
@@ -453,6 +489,7 @@ class Agent:
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """Everything, exactly: networks, optimiser, catalog, generator, counters."""
         out = {name: tensor.numpy() for name, tensor in self._tensors().items()}
+        out |= {f"response.{name}": value.numpy() for name, value in self._response.state(self.rows).items()}
         if self._at is not None:
             out["at"] = self._at[: self.rows].cpu().numpy().copy()
         for name, parameter in self.online.named_parameters():
@@ -493,6 +530,12 @@ class Agent:
                 like = torch.zeros((), device=self.device) if key == "step" else torch.zeros_like(parameter)
                 _fill(like, state[f"adam.{key}.{name}"], name)
                 self._optimiser.state[parameter][key] = like
+        known = {
+            name.removeprefix("response."): torch.from_numpy(value.copy())
+            for name, value in state.items()
+            if name.startswith("response.")
+        }
+        self._response.restore(known)
         self._at = None
         if "at" in state:
             self._at = torch.zeros(capacity, dtype=torch.int64, device=self.device)
@@ -514,7 +557,7 @@ class Agent:
                 f"batch names vocabulary id {top}, agent has room for {self.rows - 1}; call grow"
             )
 
-    def _rows(self, batch: Batch) -> _Rows:
+    def _rows(self, batch: Batch, share: float) -> _Rows:
         """The batch on the device, its items as rows of the keys that this update will make."""
         state, next_state = self._state(batch.state), self._state(batch.next_state)
         width = max(1, int(np.count_nonzero(batch.slate, axis=1).max()))
@@ -536,7 +579,10 @@ class Agent:
             on_offer = self._on_offer[ids]
             slate, here, there = (torch.searchsorted(ids, part) for part in (slate, here, there))
             aisle = self._take(ids)
+            self._response.catch_up(ids)
+        weight = self._to(batch.weight / batch.weight.mean())
         return _Rows(
+            share,
             aisle,
             on_offer,
             state,
@@ -549,7 +595,8 @@ class Agent:
             self._to(batch.slate_reward[:, :width]),
             self._to(batch.reward),
             self._to(batch.discount),
-            self._to(batch.weight / batch.weight.mean()),
+            weight,
+            (weight / present.sum(dim=1).clamp(min=1)).unsqueeze(1) * present,
             self._to(batch.organic, torch.bool),
         )
 
@@ -609,12 +656,15 @@ class Agent:
         for old, state in before.items():
             new = renamed.get(old, old)
             self._optimiser.state[new] = {key: _padded(value, new) for key, value in state.items()}
+        self._response.reserve(capacity)
         if self._at is not None:
             more = self._at.new_full((capacity - len(self._at),), self.updates)
             self._at = torch.cat((self._at, more))
 
 
+BOTH: Final = "both."  # prefix of what online and target network share
 BY_ITEM: Final = ("tower.id.weight",)  # tables with one row for each vocabulary id
+PULL_WIDTH: Final = 1e-4  # σ² of the pull on choice of one entry of a history; log-odds squared
 _EPS: Final = 1e-6  # of Adam
 
 

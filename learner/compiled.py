@@ -3,9 +3,11 @@
 The equations are those of learner.networks, which trains; its many small operations, each cheap beside a batch of
 256, would cost a lone request a millisecond. `Policy.check` compares the two on every version before it serves.
 
-Every head's score is linear in ψ(a), so that a state needs two vectors against the same keys [ψ(a), biases of a]:
+What heads say of an item is linear in ψ(a), so that a state needs two vectors against the same keys [ψ(a), bias of a],
+and one against what each item has of its own (learner.response):
 
-    log-odds of choice = u(s) · key(a) + c(s) + Σ_h copy[h] [history item h is a] + Σ_h alike[h] [it is of a's category]
+    log-odds of choice = u(s) · key(a) + o(s) · own(a) + c(s)
+                         + Σ_h copy[h] [history item h is a] + Σ_h alike[h] [it is of a's category]
     m + γ g            = w(s) · key(a) + e(s)
 """
 
@@ -21,7 +23,6 @@ from torch import Tensor, nn
 from learner.networks import (
     AGE_BOUNDS_S,
     AGES,
-    BIASES,
     COUNTS,
     NAMES,
     SESSION_AGES,
@@ -58,10 +59,14 @@ class _Parameters(NamedTuple):
     mix: _Layer
     hidden: _Layer
     out: _Layer
-    heads: _Layer  # φ → choice [d + 2], reward and continuation [2v']
+    lean: _Layer  # φ → choice
+    gain: _Layer  # φ → reward and continuation [2v']
     organic_key: _Layer  # d + 1 numbers
-    choice_key: _Layer  # d + 2
     gain_key: _Layer  # 2v'
+    shared: Floats  # [d + 1, d] of learner.response, for ψ - its mean
+    state_mean: Floats  # [d]
+    state_scale: np.float32
+    item_mean: Floats  # [d]
     unchosen: _Layer
     unchosen_out: _Layer
     prior: np.float32
@@ -73,18 +78,20 @@ class CompiledQ:
 
     def __init__(self, network: QNetwork, shelf: Shelf) -> None:
         self._parameters = _parameters(network, shelf)
-        self._keys = torch.cat((shelf.tower, shelf.bias), dim=1).T.contiguous()  # [d + 2, N]
+        self._keys = torch.cat((shelf.tower, shelf.bias.unsqueeze(1)), dim=1).T.contiguous()  # [d + 1, N]
+        self._own = shelf.own.T.contiguous()  # [d + 1, N]
         self._category = shelf.category
         self._buckets = int(shelf.category.max()) + 1
 
     def q(self, states: Histories) -> Tensor:
         """Q(s, a), [B, N]."""
-        vectors, constants, value, copy, alike = _vectors(
+        vectors, own, constants, value, copy, alike = _vectors(
             self._parameters, self._buckets, states.item, states.name, states.age_s, states.value
         )
         scores = torch.mm(torch.from_numpy(vectors), self._keys)
         scores += torch.from_numpy(constants)
         log_odds, gain = scores[: len(value)], scores[len(value) :]
+        log_odds.addmm_(torch.from_numpy(own), self._own)
         log_odds += torch.from_numpy(alike).index_select(1, self._category)
         log_odds.scatter_add_(1, torch.from_numpy(states.item.astype(np.int64)), torch.from_numpy(copy))
         return log_odds.sigmoid_().mul_(gain).add_(torch.from_numpy(value))
@@ -92,7 +99,6 @@ class CompiledQ:
 
 def _parameters(network: QNetwork, shelf: Shelf) -> _Parameters:
     settings, encoder = network.settings, network.encoder
-    choice = settings.dim + 2
     entry = torch.zeros(1, settings.history_length)
     place = place_buckets(StateTensors(entry, entry, entry, entry))[0]
     copy = network.copy.weight
@@ -109,10 +115,14 @@ def _parameters(network: QNetwork, shelf: Shelf) -> _Parameters:
         mix=_Layer(_array(encoder.mix.weight.T), np.zeros(settings.dim, np.float32)),
         hidden=_layer(encoder.hidden),
         out=_layer(encoder.out),
-        heads=_layer(network.query),
+        lean=_layer(network.lean),
+        gain=_layer(network.query),
         organic_key=_Layer(_array(network.organic_key.weight), _array(network.organic_key.bias)),
-        choice_key=_Layer(_array(network.key.weight[:choice]), _array(network.key.bias[:choice])),
-        gain_key=_Layer(_array(network.key.weight[choice:]), _array(network.key.bias[choice:])),
+        gain_key=_Layer(_array(network.key.weight), _array(network.key.bias)),
+        shared=_array(network.response.shared / network.response.item_scale),
+        state_scale=np.float32(network.response.state_scale.item()),
+        state_mean=_array(network.response.state_mean),
+        item_mean=_array(network.response.item_mean),
         unchosen=_layer(first),
         unchosen_out=_layer(last),
         prior=np.float32(network.prior.item()),
@@ -139,11 +149,13 @@ def _vectors(
     name: npt.NDArray[np.uint8],
     age_s: Floats,
     value: Floats,
-) -> tuple[Floats, Floats, Floats, Floats, Floats]:
-    """[2B, d + 2] u of all states, then w; [2B, 1] c, then e; [B, 1] γ V0; [B, H] copy; [B, buckets] sums of alike."""
+) -> tuple[Floats, Floats, Floats, Floats, Floats, Floats]:
+    """[2B, d + 1] u of all states, then w; [B, d + 1] o; [2B, 1] c, then e; [B, 1] γ V0; [B, H] copy; [B, buckets]
+    sums of alike."""
     batch, length = item.shape
     channels, d = p.place.shape[1], p.tower.shape[1]
-    vectors = np.zeros((2 * batch, d + BIASES), np.float32)
+    vectors = np.zeros((2 * batch, d + 1), np.float32)
+    own = np.ones((batch, d + 1), np.float32)
     constants = np.zeros((2 * batch, 1), np.float32)
     ahead = np.zeros((batch, 1), np.float32)
     copy = np.zeros((batch, length), np.float32)
@@ -152,9 +164,10 @@ def _vectors(
     features = np.empty(channels * d + COUNTS, np.float32)
     hidden = np.empty(len(p.hidden.bias), np.float32)
     phi = np.empty(d, np.float32)
-    heads = np.empty(len(p.heads.bias), np.float32)
+    gain = np.empty(len(p.gain.bias), np.float32)
+    lean = np.empty(1, np.float32)
     value_hidden = np.empty(len(p.unchosen.bias), np.float32)
-    mine, half = len(p.choice_key.bias), len(p.gain_key.bias) // 2
+    half = len(p.gain_key.bias) // 2
     for b in range(batch):
         _features(p, item[b], name[b], age_s[b], value[b], features, copy[b], alike[b])
         for i in range(len(pooled)):
@@ -162,21 +175,34 @@ def _vectors(
         _apply(p.hidden, features, hidden, True)
         _apply(p.out, hidden, phi, False)
         _add(p.mix.weight, pooled, phi)
-        _apply(p.heads, phi, heads, False)
+        _apply(p.lean, phi, lean, False)
+        _apply(p.gain, phi, gain, False)
         u, w = vectors[b], vectors[batch + b]
+        for i in range(d):
+            own[b, i] = (phi[i] - p.state_mean[i]) / p.state_scale
+        _respond(p, own[b], u)
+        constants[b, 0] = lean[0]
+        for i in range(d):
+            constants[b, 0] -= u[i] * p.item_mean[i]
         for i in range(len(p.organic_key.bias)):  # its last number meets a one
             x = p.prior * (phi[i] if i < d else np.float32(1))
             constants[b, 0] += _add_row(p.organic_key, i, x, u)
-        for i in range(mine):
-            constants[b, 0] += _add_row(p.choice_key, i, heads[i], u)
-        u[d], u[d + 1] = p.prior, np.float32(1)
+        u[d] = p.prior
         for i in range(2 * half):
-            x = heads[mine + i] if i < half else p.gamma * heads[mine + i]
+            x = gain[i] if i < half else p.gamma * gain[i]
             constants[batch + b, 0] += _add_row(p.gain_key, i, x, w)
         _apply(p.unchosen, phi, value_hidden, True)
         _apply(p.unchosen_out, value_hidden, ahead[b], False)
         ahead[b, 0] *= p.gamma
-    return vectors, constants, ahead, copy, alike
+    return vectors, own, constants, ahead, copy, alike
+
+
+@jit
+def _respond(p: _Parameters, own: Floats, u: Floats) -> None:
+    """u = (M, μ)' [φ̄, 1], of the first d numbers."""
+    for i in range(len(own)):
+        for j in range(p.shared.shape[1]):
+            u[j] += own[i] * p.shared[i, j]
 
 
 @jit

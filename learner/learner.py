@@ -36,8 +36,8 @@ from streaming.log import RecordBatch
 from streaming.schemas import Codec, frame_of
 from streaming.transitions import Joined, Rejects
 
-STATE_FORMAT: Final = 3
-READABLE_FORMATS: Final = (2, 3)  # 2: a partition's join in one part
+STATE_FORMAT: Final = 4
+READABLE_FORMATS: Final = (4,)
 
 
 class CannotContinue(Exception):
@@ -212,7 +212,7 @@ class Learner:
             agent.settings.gamma,
             out=self._batch,
         )
-        self.last = agent.update(batch)
+        self.last = agent.update(batch, len(self.replay))
         self.replay.update_priorities(batch.index, self.last.td_error)
 
     def _look_at_catalog(self) -> None:

@@ -17,11 +17,16 @@ are chosen, so a regression on returns drowns in the noise of all the others, wh
 just the rows that speak of it. And a step without a recommender is a choice of known outcome: it teaches m, g and
 the organic head, which is p's prior.
 
+The log-odds of p are what the user goes to unaided, and how items answer otherwise than that tells (learner.response, a
+Bayesian last layer, with a leaning of the state to choose at all):
+
+    logit p(s, a) = β · organic(s, a) + response(s, a) + lean(s)
+
 The encoder and the tower learn from choices alone, on slates and unaided; the heads of reward and continuation read
 them as they are (no gradient), since returns are far noisier than choices.
 
 Every head is an inner product of a query made from the state and a key made from the item: all items are scored
-by one matrix product, and a Bayesian last layer may replace any head.
+by one matrix product.
 """
 
 from __future__ import annotations
@@ -34,6 +39,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from learner.response import Response
 from streaming.rewards import CODES, EVENT_NAMES
 
 # Upper ends of the recency buckets, seconds; the last bucket is open. 30 minutes ends a visit.
@@ -100,7 +106,8 @@ class Shelf(NamedTuple):
     """N items before any head looks at them."""
 
     tower: Tensor  # [N, d] ψ(a)
-    bias: Tensor  # [N, 2] by id, of organic interest and of choice
+    bias: Tensor  # [N] by id, of organic interest
+    own: Tensor  # [N, d + 1] by id, of learner.response
     category: Tensor  # [N] int64 bucket, 0 unknown
 
 
@@ -108,8 +115,8 @@ class Keys(NamedTuple):
     """What the heads need to know of N items; v' = v + 2."""
 
     tower: Tensor  # [N, d] ψ(a)
-    organic: Tensor  # [N, d + 2]
-    choice: Tensor  # [N, 2d + 5]
+    organic: Tensor  # [N, d + 1]
+    choice: Tensor  # [N, d + 2]
     gain: Tensor  # [N, 2v'] reward, then continuation
     category: Tensor  # [N] int64 bucket, 0 unknown
 
@@ -162,7 +169,7 @@ def of_category(query: Query, category: Tensor) -> Tensor:
 
 
 class ItemTower(nn.Module):
-    """ψ: id embedding + hashed category + hashed brand + price + dense vector → d; and two biases by id.
+    """ψ: id embedding + hashed category + hashed brand + price + dense vector → d; and a bias by id.
 
     An id starts at zero and learns what its features do not say; ids never trained share one learnt row, so that
     a new item scores from its features from its first second.
@@ -171,11 +178,11 @@ class ItemTower(nn.Module):
     def __init__(self, settings: NetworkSettings, items: int) -> None:
         super().__init__()
         d = settings.dim
-        self.id = nn.Embedding(items, d + BIASES)
+        self.id = nn.Embedding(items, d + 1)
         self.category = nn.Embedding(settings.category_buckets, d)
         self.brand = nn.Embedding(settings.brand_buckets, d)
         self.dense = nn.Linear(PRICE_FEATURES + settings.vector_dim, d)
-        self.new = nn.Parameter(torch.zeros(d + BIASES))
+        self.new = nn.Parameter(torch.zeros(d + 1))
         nn.init.zeros_(self.id.weight)
         nn.init.normal_(self.category.weight, std=d**-0.5)
         nn.init.normal_(self.brand.weight, std=0.5 * d**-0.5)
@@ -183,11 +190,11 @@ class ItemTower(nn.Module):
         nn.init.zeros_(self.dense.bias)
 
     def forward(self, items: ItemTensors, known: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-        """Vectors [M, d] and biases [M, 2]. known: [M] bool, was learnt from; own: [M, d + 2] rows of the id table,
+        """Vectors [M, d] and biases [M]. known: [M] bool, was learnt from; own: [M, d + 1] rows of the id table,
         which count for those alone."""
         own = torch.where(known.unsqueeze(1), own, self.new)
         d = self.dense.out_features
-        return own[:, :d] + self.features(items), own[:, d:]
+        return own[:, :d] + self.features(items), own[:, d]
 
     def features(self, items: ItemTensors) -> Tensor:
         """[M, d], from catalog features alone."""
@@ -195,7 +202,7 @@ class ItemTower(nn.Module):
         return self.category(items.category) + self.brand(items.brand) + self.dense(dense)
 
 
-BIASES: Final = 2  # of organic interest and of choice: what an id's features do not say
+PULLS: Final = 2  # of a history's entries: on organic interest, and on choice besides
 PRICE_FEATURES: Final = 4
 
 
@@ -292,14 +299,16 @@ class QNetwork(nn.Module):
         self.tower = ItemTower(settings, items)
         self.encoder = HistoryEncoder(settings)
         # weights of organic interest and of choice on an item that is in the history
-        self.copy = nn.Embedding(NAMES * AGES, BIASES)
+        self.copy = nn.Embedding(NAMES * AGES, PULLS)
         # the same on items of its category: by count, and by share of each channel
-        self.alike = nn.Embedding(NAMES * AGES, BIASES)
-        self.share = nn.Parameter(torch.zeros(settings.channels, BIASES))
+        self.alike = nn.Embedding(NAMES * AGES, PULLS)
+        self.share = nn.Parameter(torch.zeros(settings.channels, PULLS))
         self.prior = nn.Parameter(torch.tensor(0.3))  # β: how far choice follows organic interest
         self.organic_key = nn.Linear(d, d + 1)
-        self.query = nn.Linear(d, d + 2 + 2 * v)  # choice, reward, continuation
-        self.key = nn.Linear(d, d + 2 + 2 * v)
+        self.response = Response(d, items)
+        self.lean = nn.Linear(d, 1)  # choice log-odds of whatever is shown
+        self.query = nn.Linear(d, 2 * v)  # reward, continuation
+        self.key = nn.Linear(d, 2 * v)
         self.unchosen = nn.Sequential(nn.Linear(d, settings.hidden), nn.ReLU(), nn.Linear(settings.hidden, 1))
         self.position = nn.Parameter(torch.zeros(MAX_SLOTS))  # choice log-odds by slot, against slot 0
         self.aside = nn.Parameter(torch.zeros(2))  # reward, continuation: how organic choices differ
@@ -316,15 +325,13 @@ class QNetwork(nn.Module):
                 nn.init.zeros_(module.bias)
         self.organic_key.weight.zero_()
         self.organic_key.weight[:d] = torch.eye(d) * 2.0
+        self.lean.weight.zero_()
+        self.lean.bias.fill_(-3.0)  # one slot in twenty
         for layer in (self.query, self.key):
-            nn.init.normal_(layer.weight[: d + 2 + v], std=0.3 * d**-0.5)
-            nn.init.normal_(layer.weight[d + 2 + v :], std=0.1 * d**-0.5)
+            nn.init.normal_(layer.weight[:v], std=0.3 * d**-0.5)
+            nn.init.normal_(layer.weight[v:], std=0.1 * d**-0.5)
         # each head's last two numbers start as (1, bias of the state) · (bias of the item, 1)
-        for end, bias in (
-            (d + 2, -3.0),
-            (d + 2 + v, 1.0),
-            (d + 2 + 2 * v, 0.0),
-        ):  # one slot in twenty; one unit
+        for end, bias in ((v, 1.0), (2 * v, 0.0)):  # one unit
             for layer, one in ((self.query, end - 2), (self.key, end - 1)):
                 layer.weight[one] = 0.0
                 layer.bias[one] = 1.0
@@ -337,18 +344,19 @@ class QNetwork(nn.Module):
         forget: Tensor | None = None,
         own: Tensor | None = None,
     ) -> Shelf:
-        """The items given by ids [M], or all. forget: [M] bool, as never learnt from. own: [M, d + 2], in place of
+        """The items given by ids [M], or all. forget: [M] bool, as never learnt from. own: [M, d + 1], in place of
         these rows of the id table."""
+        response = self.response.own[: len(items.seen)] if ids is None else self.response.own[ids]
         if ids is not None:
             items = ItemTensors(*(column[ids] for column in items))
         known = items.seen if forget is None else items.seen & ~forget
         if own is None:
             own = self.tower.id.weight[: len(known)] if ids is None else self.tower.id(ids)
-        return self._shelf(items, known, own)
+        return self._shelf(items, known, own, response)
 
-    def _shelf(self, items: ItemTensors, known: Tensor, own: Tensor) -> Shelf:
+    def _shelf(self, items: ItemTensors, known: Tensor, own: Tensor, response: Tensor) -> Shelf:
         vectors, bias = self.tower(items, known, own)
-        return Shelf(vectors, bias, items.category)
+        return Shelf(vectors, bias, response, items.category)
 
     def keys(
         self,
@@ -362,15 +370,15 @@ class QNetwork(nn.Module):
 
     def keys_with(self, items: ItemTensors, ids: Tensor) -> Keys:
         """The heads' keys of M items whose features come with the request. items: of M rows; ids: [M], 0 unknown."""
-        return self._keys(self._shelf(items, items.seen, self.tower.id(ids)))
+        return self._keys(self._shelf(items, items.seen, self.tower.id(ids), self.response.own[ids]))
 
     def _keys(self, shelf: Shelf) -> Keys:
-        mine, weight, bias = self.settings.dim + 2, self.key.weight, self.key.bias
-        organic = torch.cat((self.organic_key(shelf.tower), shelf.bias[:, :1]), dim=1)
-        key = functional.linear(shelf.tower, weight[:mine], bias[:mine])
-        choice = torch.cat((organic, key, shelf.bias[:, 1:]), dim=1)
-        gain = functional.linear(shelf.tower.detach(), weight[mine:], bias[mine:])
-        return Keys(shelf.tower, organic, choice, gain, shelf.category)
+        d = self.settings.dim
+        organic = self.organic_key(shelf.tower)
+        organic = torch.cat((organic[:, :d], organic[:, d:] + shelf.bias.unsqueeze(1)), dim=1)
+        choice = self.prior * organic + self.response.keys(shelf.tower, shelf.own)
+        choice = torch.cat((choice, choice.new_ones(len(choice), 1)), dim=1)
+        return Keys(shelf.tower, organic, choice, self.key(shelf.tower.detach()), shelf.category)
 
     def queries(self, state: StateTensors, shelf: Shelf | Keys, local: Tensor | None = None) -> Queries:
         """Every head's view of the states. shelf: of the history's items at least; local: [B, H] rows of it that these
@@ -381,13 +389,9 @@ class QNetwork(nn.Module):
         # the unknown item (0) and padding must not pull on anything
         copy = self.copy(kinds) * (state.item > 0).unsqueeze(2)  # [B, H, 2]
         alike = (self.alike(kinds) + share @ self.share) * (category > 0).unsqueeze(2)  # [B, H, 2]
-        one = phi.new_ones(len(phi), 1)
-        organic = torch.cat((phi, one, one), dim=1)
-        mine, weight, bias = self.settings.dim + 2, self.query.weight, self.query.bias
+        organic = torch.cat((phi, phi.new_ones(len(phi), 1)), dim=1)
         still = phi.detach()  # returns are noise beside choices: they must not bend what choice is read from
-        heads = functional.linear(phi, weight[:mine], bias[:mine])
-        gain = functional.linear(still, weight[mine:], bias[mine:])
-        choice = torch.cat((organic * self.prior, heads, one), dim=1)
+        choice = torch.cat((organic, self.lean(phi)), dim=1)
         first, second = (part.unbind(dim=2) for part in (copy, alike))
         return Queries(
             Query(organic, first[0], item, second[0], category),
@@ -398,7 +402,7 @@ class QNetwork(nn.Module):
                 self.prior * second[0] + second[1],
                 category,
             ),
-            gain,
+            self.query(still),
             self.unchosen(still).squeeze(1),
         )
 

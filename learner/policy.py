@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from learner.agent import bucket
+from learner.agent import BOTH, bucket
 from learner.compiled import CompiledQ
 from learner.exploration import epsilon_greedy_slate
 from learner.networks import ItemTensors, Keys, NetworkSettings, QNetwork, StateTensors, of_category
@@ -132,7 +132,7 @@ class Policy:
                 )
             return cls(
                 weights.manifest,
-                _network(settings, _under(tensors, f"{network}."), rows),
+                _network(settings, _under(tensors, f"{network}.") | _under(tensors, BOTH), rows),
                 items,
                 tensors["catalog.on_offer"],
                 weights.vocabulary[: rows - 1],  # it may have grown since the tensors were taken

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 
 from learner.agent import Agent, AgentSettings
@@ -123,6 +124,29 @@ def test_returns_and_rewards_do_not_bend_the_encoder_or_the_items():
         if name.startswith(("encoder.", "tower.", "organic_key.", "copy.", "alike.")):
             assert torch.equal(parameter, heavy.online.get_parameter(name)), name
     assert not torch.equal(light.online.query.weight, heavy.online.query.weight)
+
+
+@pytest.mark.parametrize("exact_items", [1, 100])
+def test_how_items_answer_to_being_shown_is_learnt_of_those_that_were(exact_items):
+    agent = new_agent(replace(SETTINGS, exact_items=exact_items, candidates=1))
+    slates = batch(1, items=ITEMS - 1)
+    slates.slate_reward[slates.slate == 2] = 1.0
+    for _ in range(20):
+        agent.update(slates, kept=1000)
+    own = agent.online.response.own
+    shown = np.unique(slates.slate[~slates.organic])
+    assert own[2, -1] == own[:, -1].max() > 0
+    told = torch.nonzero(own.any(dim=1)).flatten().tolist()
+    assert told == [item for item in shown if item > 0]
+
+
+def test_what_an_entry_does_to_choice_beside_interest_takes_many_clicks_to_say():
+    few, many = new_agent(), new_agent()
+    for _ in range(300):
+        few.update(batch(1))
+        many.update(batch(1), kept=10_000_000)
+    pulls = [agent.online.copy.weight[:, 1].detach().abs().max() for agent in (few, many)]
+    assert pulls[0] < 0.02 < 0.2 < pulls[1]
 
 
 def test_scores_at_items_are_those_of_the_whole_shelf():

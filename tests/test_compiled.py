@@ -29,6 +29,8 @@ def network(shape: NetworkSettings, seed: int) -> tuple[QNetwork, ItemTensors]:
         made = QNetwork(shape, ITEMS + 1)
         for parameter in made.parameters():
             parameter += 0.3 * torch.randn(parameter.shape)
+        for values in made.response.buffers():
+            values += 0.3 * torch.rand(values.shape)
         vector = torch.randn(ITEMS + 1, shape.vector_dim)
     n = ITEMS + 1
     return made, ItemTensors(

@@ -100,16 +100,19 @@ def test_a_restored_learner_goes_on_as_if_it_had_never_stopped(records, at):
     assert memory(after) == memory(unbroken)
 
 
-def test_a_checkpoint_with_each_partitions_join_in_one_part_is_read_too(records):
-    before = new_learner()
-    feed(before, records[0], stop=600)
-    _, parts = before.snapshot()
-    old = {name: decode(encode(part)) for name, part in parts.items() if not name.startswith("joiner/")}
-    old["learner"]["format"] = 2
-    old |= {f"joiner/{p}": before.joiner.state(p) for p in before.joiner.partitions}
-    after = new_learner()
-    after.restore(old)
-    assert memory(after) == memory(before)
+def test_a_batch_counts_for_its_share_of_replay(records):
+    learner = new_learner()
+    feed(learner, records[0])
+    share = learner.agent.settings.batch_size / len(learner.replay)
+    assert share < 0.2
+    assert learner.agent.updates * share < learner.agent.state()["response.passes"][0] < learner.agent.updates
+
+
+def test_a_checkpoint_of_another_version_is_refused():
+    _, parts = new_learner().snapshot()
+    parts["learner"]["format"] = 3
+    with pytest.raises(CannotContinue, match=r"is of format 3, this version reads \(4,\); use the version"):
+        new_learner().restore(parts)
 
 
 def test_taking_a_snapshot_changes_nothing(records):

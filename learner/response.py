@@ -1,0 +1,224 @@
+"""How items answer to being shown, beyond what interest in them tells: a Bayesian last layer under choice.
+
+Users click on one slot in a hundred, so that most of what a network can fit there is noise. What interest tells (the
+organic head) is a good first guess; how each item departs from it is learnt here, as far as the data bear it out:
+
+    response(s, a) = b_a + w_a · φ̄(s) + (μ + M'φ̄(s)) · ψ̄(a)          φ̄, ψ̄: φ(s), ψ(a), centred, of unit size
+
+b_a and w_a are the item's own; μ and M are shared, what its features (and so its like) make of it. All have Gaussian
+priors around zero; those of w and M follow the covariance C of organic keys, since an item that departs from interest
+in itself follows, more likely than not, interest in others. So nothing departs from interest before the log says so,
+and everything may once it does.
+
+The mode of the posterior is tracked by stochastic Newton steps, with one precision for each item and group in place of
+a matrix: an optimiser with one step size for all would let every item walk as far as its luck. Where a batch visits a
+share q of replay, and F is the Fisher information of what all of replay says of a number,
+
+    b_a ← b_a + k [Σ_batch (y - p) - q b_a / σ_b²] / (F_a + 1/σ_b²)                 and so w, μ and M
+
+which rests where the posterior has its mode, Σ_replay (y - p) = b / σ²: a Laplace approximation, on line (Spiegelhalter
+& Lauritzen 1990), over a shared representation (NeuralLinear: Riquelme et al. 2018). Items that a batch does not visit
+only fade: that is worked out when they are next read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+WIDTHS: Final = (0.01, 0.02, 0.002, 0.002)  # σ² of b, w, μ and M: log-odds squared
+PACE: Final = 1.0  # k: passes over replay go this much further than one online pass would
+_RIDGE: Final = 1e-3
+
+
+class Response(nn.Module):
+    """The layer's values; of which `Fit` learns."""
+
+    own: Tensor
+    shared: Tensor
+    state_mean: Tensor
+    item_mean: Tensor
+    state_scale: Tensor
+    item_scale: Tensor
+
+    def __init__(self, d: int, items: int) -> None:
+        super().__init__()
+        self.register_buffer("own", torch.zeros(items, d + 1))  # w_a, b_a
+        self.register_buffer("shared", torch.zeros(d + 1, d))  # M, μ
+        self.register_buffer("state_mean", torch.zeros(d))
+        self.register_buffer("item_mean", torch.zeros(d))
+        self.register_buffer("state_scale", torch.ones(1))  # root of the mean square of φ - its mean
+        self.register_buffer("item_scale", torch.ones(1))
+
+    def keys(self, tower: Tensor, own: Tensor) -> Tensor:
+        """What [φ, 1] has to be multiplied with, [N, d + 1]. tower: [N, d] ψ; own: [N, d + 1] rows of `own`."""
+        keys = own + ((tower - self.item_mean) / self.item_scale) @ self.shared.T
+        slope, level = keys[:, :-1] / self.state_scale, keys[:, -1]
+        return torch.cat((slope, (level - slope @ self.state_mean).unsqueeze(1)), dim=1)
+
+
+class Shown(NamedTuple):
+    """K slots of each of B steps, as the network saw them; no gradients."""
+
+    phi: Tensor  # [B, d]
+    tower: Tensor  # [B, K, d] ψ
+    organic: Tensor  # [B, K, d] organic keys
+    ids: Tensor  # [B, K] vocabulary ids
+    chosen: Tensor  # [B, K] bool
+    chance: Tensor  # [B, K] p, as fitted
+    weight: Tensor  # [B, K] 0: no such slot
+
+
+class Fit:
+    """Learns a `Response`, and keeps what that takes: information and moments."""
+
+    def __init__(self, response: Response) -> None:
+        self.response = response
+        d, new = response.shared.shape[1], response.own.new_zeros
+        self.information = new(len(response.own), 2)  # F of b_a and, summed over its numbers, of w_a
+        self.at = new(len(response.own), dtype=torch.float64)  # passes when each row was last caught up
+        self.passes = 0.0  # over replay, in all
+        self.shared_information = new(2)  # F of μ and M, summed over their numbers
+        self.key_mean = new(d)
+        self.state_cov, self.key_cov, self.item_cov = (new(d, d).fill_diagonal_(1.0) for _ in range(3))
+        self._prior = new(4) + 1 / torch.tensor(WIDTHS)
+        self._derive()
+
+    @torch.no_grad()
+    def catch_up(self, ids: Tensor | slice = slice(None)) -> None:
+        """Let rows fade for as long as no batch has visited them."""
+        passed = self.passes - self.at[ids]  # [M]
+        fading = self._fading(self.information[ids]) * passed.float().unsqueeze(1)
+        self.response.own[ids] *= self._by_number(torch.exp(-PACE * fading))
+        self.information[ids] *= torch.exp(-passed).float().unsqueeze(1)
+        self.at[ids] = self.passes
+
+    def own_now(self, rows: int) -> Tensor:
+        """The first rows of the table, caught up, [rows, d + 1]; the table stays as it is."""
+        passed = (self.passes - self.at[:rows]).float().unsqueeze(1)
+        fading = self._fading(self.information[:rows]) * passed
+        return self.response.own[:rows] * self._by_number(torch.exp(-PACE * fading))
+
+    def _by_number(self, of_groups: Tensor) -> Tensor:
+        """What holds for b and w, [M, 2], for each number of a row, [M, d + 1]."""
+        level, slope = of_groups[:, :1], of_groups[:, 1:]
+        return torch.cat((slope.expand(-1, self.response.own.shape[1] - 1), level), dim=1)
+
+    def _fading(self, information: Tensor) -> Tensor:
+        """Share of b and of w that their priors take back in a pass, [M, 2]."""
+        prior = self._prior[:2]
+        return prior / (information / self.dimensions[:2] + prior)
+
+    def _derive(self) -> None:
+        """What follows from the moments: in which directions φ̄ counts how much, and how many those are."""
+        states, d = self.state_cov / self.state_cov.trace(), len(self.state_cov)
+        ridge = (_RIDGE * self.key_cov.trace() / d).expand(d).diag()
+        directions = self.key_cov + ridge
+        self.directions = directions / (directions * states).sum()  # [d, d] C; the mean of φ̄' C φ̄ is one
+        spread = self.directions @ states
+        # (Σ λ)² / Σ λ² of their spectra
+        of_state = 1 / (spread * spread.T).sum().clamp(min=1e-6)
+        of_items = self.item_cov.trace().square() / self.item_cov.square().sum()
+        # [4] in how many directions the features of b, w, μ and M spread
+        self.dimensions = torch.stack((torch.ones_like(of_state), of_state, of_items, of_state * of_items))
+
+    @torch.no_grad()
+    def learn(self, shown: Shown, q: float) -> None:
+        """One batch, which visits a share q of replay. The rows of `shown.ids` are caught up."""
+        self.passes += q
+        if not bool((shown.weight > 0).any()):
+            return
+        self._look(shown, q)
+        response = self.response
+        phi = (shown.phi - response.state_mean) / response.state_scale
+        psi = (shown.tower - response.item_mean) / response.item_scale
+        towards = phi @ self.directions  # [B, d]
+        size, length = (towards * phi).sum(dim=1, keepdim=True), psi.square().sum(dim=2)  # means of one
+        gradient = shown.weight * (shown.chosen.float() - shown.chance)  # [B, K]
+        told = shown.weight * shown.chance * (1 - shown.chance)
+        self._move_own(shown.ids, gradient, torch.stack((told, told * size), dim=2), towards)
+        pulled = (gradient.unsqueeze(2) * psi).sum(dim=1)  # [B, d]
+        told = torch.stack(((told * length).sum(), (told * length * size).sum()))
+        self._move_shared(torch.vstack((towards.T @ pulled, pulled.sum(dim=0))), told, q)
+
+    def _look(self, shown: Shown, q: float) -> None:
+        """Moments of states, items and organic keys, over a pass."""
+        share, response = q / min(self.passes, 1.0), self.response
+        slots = shown.weight / shown.weight.sum().clamp(min=1e-9)
+        for vectors, weights, mean, cov in (
+            (shown.phi, slots.sum(dim=1), response.state_mean, self.state_cov),
+            (shown.tower.flatten(0, 1), slots.flatten(), response.item_mean, self.item_cov),
+            (shown.organic.flatten(0, 1), slots.flatten(), self.key_mean, self.key_cov),
+        ):
+            mean.lerp_(weights @ vectors, share)
+            apart = vectors - mean
+            cov.lerp_((apart * weights.unsqueeze(1)).T @ apart, share).diagonal().add_(1e-9)
+        response.state_scale.fill_(self.state_cov.trace().sqrt())
+        response.item_scale.fill_(self.item_cov.trace().sqrt())
+        self._derive()
+
+    def _move_own(self, ids: Tensor, gradient: Tensor, told: Tensor, towards: Tensor) -> None:
+        """Rows of items shown: by their gradient; what takes them back is left to `catch_up`."""
+        flat = ids.flatten()
+        self.information.index_add_(0, flat, told.flatten(0, 1))
+        precision = self.information[flat] / self.dimensions[:2] + self._prior[:2]  # [B * K, 2]
+        step = PACE * gradient.flatten().unsqueeze(1) / precision
+        slope = towards.repeat_interleave(ids.shape[1], dim=0) * step[:, 1:]
+        self.response.own.index_add_(0, flat, torch.cat((slope, step[:, :1]), dim=1))
+
+    def _move_shared(self, gradient: Tensor, told: Tensor, q: float) -> None:
+        """M and μ. gradient: [d + 1, d]; told: [2] of μ, of M."""
+        self.shared_information.mul_(math.exp(-q)).add_(told)
+        prior = self._prior[2:]
+        precision = self.shared_information / self.dimensions[2:] + prior
+        for which, rows in ((1, slice(None, -1)), (0, slice(-1, None))):
+            self.response.shared[rows] *= torch.exp(-PACE * q * prior[which] / precision[which])
+            self.response.shared[rows] += PACE * gradient[rows] / precision[which]
+
+    # --- room and state
+
+    def reserve(self, items: int) -> None:
+        """Grow the tables by id to so many rows."""
+        more = items - len(self.at)
+        self.response.own = functional.pad(self.response.own, (0, 0, 0, more))
+        self.information = functional.pad(self.information, (0, 0, 0, more))
+        self.at = functional.pad(self.at, (0, more), value=self.passes)
+
+    def state(self, rows: int) -> dict[str, Tensor]:
+        """Everything, exactly; of tables the first rows. Copies, on the CPU."""
+        mine = {name: getattr(self, name) for name in _STATE}
+        mine |= {name: table[:rows] for name, table in mine.items() if name in _BY_ITEM}
+        mine |= self.response.state_dict() | {"own": self.response.own[:rows]}
+        mine["passes"] = torch.tensor([self.passes], dtype=torch.float64)
+        return {name: value.cpu().clone() for name, value in mine.items()}
+
+    def served(self, rows: int) -> dict[str, Tensor]:
+        """The layer's values as they stand now, of items the first rows. Copies, on the CPU."""
+        values = self.response.state_dict() | {"own": self.own_now(rows)}
+        return {name: value.cpu().clone() for name, value in values.items()}
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go back to what `state` gave; there is room for its rows.
+
+        Raises: ValueError when it is of another shape.
+        """
+        self.passes = float(state["passes"][0])
+        self.at.fill_(self.passes)
+        for name in (*_STATE, *self.response.state_dict()):
+            mine = getattr(self if name in _STATE else self.response, name)
+            if mine.shape[1:] != state[name].shape[1:]:
+                raise ValueError(
+                    f"{name} is {tuple(state[name].shape)}, this agent's is {tuple(mine.shape)}: settings differ"
+                )
+            mine[: len(state[name])] = state[name].to(mine.device)
+        self._derive()
+
+
+_BY_ITEM: Final = ("information", "at")
+_STATE: Final = (*_BY_ITEM, "shared_information", "key_mean", "state_cov", "key_cov", "item_cov")

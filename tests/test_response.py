@@ -1,0 +1,149 @@
+"""The layer under choice: it rests at the mode of the posterior, and what nobody speaks of fades."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from learner.response import PACE, WIDTHS, Fit, Response, Shown
+
+D, ITEMS, STEPS, SLOTS = 4, 6, 80, 3
+
+
+class Log:
+    """A replay of slates, all of it one batch, of items 1..5; item 0 fills what is left of them."""
+
+    def __init__(self, seed):
+        generator = torch.Generator().manual_seed(seed)
+        self.phi = torch.randn(STEPS, D, generator=generator) * torch.tensor([1.0, 2.0, 0.5, 0.1]) + 1.0
+        self.tower = torch.randn(ITEMS, D, generator=generator) - 0.5
+        self.organic = torch.randn(ITEMS, D, generator=generator)
+        self.ids = torch.randint(1, ITEMS, (STEPS, SLOTS), generator=generator)
+        self.weight = torch.full((STEPS, SLOTS), 1.0)
+        self.ids[:20, 1:], self.weight[:20, 1:] = 0, 0.0
+        self.log_odds = torch.randn(STEPS, SLOTS, generator=generator) - 2.0  # without the layer
+        self.chosen = torch.rand(STEPS, SLOTS, generator=generator) < 0.3
+
+    def shown(self, response):
+        """As the network would see it, with the layer as it stands."""
+        keys = response.keys(self.tower, response.own)[self.ids]  # [B, K, d + 1]
+        query = torch.cat((self.phi, torch.ones(STEPS, 1)), dim=1)
+        chance = torch.sigmoid(self.log_odds + torch.einsum("bkd,bd->bk", keys, query))
+        return Shown(
+            self.phi, self.tower[self.ids], self.organic[self.ids], self.ids, self.chosen, chance, self.weight
+        )
+
+
+def fitted(log, passes, share=1.0):
+    fit = Fit(Response(D, ITEMS))
+    for _ in range(round(passes / share)):
+        fit.learn(log.shown(fit.response)._replace(weight=log.weight * share), share)
+        fit.catch_up()
+    return fit
+
+
+@pytest.mark.parametrize("share", [0.25, 0.02])
+def test_it_rests_where_each_number_is_what_its_prior_and_the_whole_replay_make_of_it(share):
+    log = Log(1)
+    fit = fitted(log, 60, share)
+    response, shown = fit.response, log.shown(fit.response)
+    phi = (log.phi - response.state_mean) / response.state_scale
+    psi = (shown.tower - response.item_mean) / response.item_scale
+    error = log.weight * (log.chosen.float() - shown.chance)  # [B, K]
+    towards = phi @ fit.directions
+    level, slope = torch.zeros(ITEMS), torch.zeros(ITEMS, D)
+    for b in range(STEPS):
+        for k in range(SLOTS):
+            level[log.ids[b, k]] += WIDTHS[0] * error[b, k]
+            slope[log.ids[b, k]] += WIDTHS[1] * error[b, k] * towards[b]
+    mean = WIDTHS[2] * torch.einsum("bk,bkj->j", error, psi)
+    product = WIDTHS[3] * torch.einsum("bk,bi,bkj->ij", error, towards, psi)
+    for name, rests, mode in (
+        ("b", response.own[:, -1], level),
+        ("w", response.own[:, :-1], slope),
+        ("μ", response.shared[-1], mean),
+        ("M", response.shared[:-1], product),
+    ):
+        assert mode.abs().max() > 1e-3
+        # a step takes its share of the prior after its gradient, so that it rests a little beside the mode
+        torch.testing.assert_close(rests, mode, rtol=share, atol=share * float(mode.abs().max()), msg=name)
+
+
+def test_one_click_more_or_less_moves_an_item_little_and_a_thousand_move_it_far():
+    log = Log(2)
+    log.log_odds[:] = -2.0
+    log.ids[:], log.weight[:] = 1, 1.0
+
+    def level(clicks, times):
+        log.chosen[:] = torch.arange(STEPS * SLOTS).reshape(STEPS, SLOTS) < clicks
+        fit = Fit(Response(D, ITEMS))
+        log.phi[:] = 1.0  # all users alike
+        for _ in range(400):
+            fit.learn(log.shown(fit.response)._replace(weight=log.weight * times * 0.1), 0.1)
+            fit.catch_up()
+        return float(fit.response.own[1, -1])
+
+    expected = STEPS * SLOTS * torch.sigmoid(torch.tensor(-2.0))  # 28.6 clicks
+    assert abs(level(29, 1)) < 0.01
+    assert 0.01 < level(38, 1) < 0.1  # ten more, of which a click-through rate would make .28
+    assert level(38, 300) == pytest.approx(
+        float(torch.log(38 / expected / (1 - 38 / 240) * (1 - expected / 240))), abs=0.03
+    )
+
+
+def test_items_that_are_not_shown_stand_where_interest_alone_puts_them():
+    log = Log(3)
+    log.ids[log.ids == 5] = 4
+    fit = fitted(log, 5)
+    assert not fit.response.own[5].any()
+    assert not fit.response.own[0].any()
+    assert fit.response.own[4].any()
+
+
+def test_rows_fade_alike_whether_they_are_read_often_or_once():
+    often, once = fitted(Log(4), 2), fitted(Log(4), 2)
+    nobody = Log(4)
+    nobody.weight = nobody.weight * 0.0
+    nobody.ids = torch.zeros_like(nobody.ids)
+    before = once.response.own.clone()
+    information = once.information.clone()
+    for _ in range(10):
+        often.learn(nobody.shown(often.response), 0.001)
+        often.catch_up()
+        once.learn(nobody.shown(once.response), 0.001)
+    expected = once.own_now(ITEMS)
+    assert torch.equal(once.response.own, before)  # looking changes nothing
+    once.catch_up()
+    assert torch.equal(once.response.own, expected)
+    torch.testing.assert_close(often.response.own, once.response.own, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(once.information, information * torch.exp(torch.tensor(-0.01)))
+    kept = once.response.own[1:, -1] / before[1:, -1]
+    fading = 1 / WIDTHS[0] / (information[1:, 0] + 1 / WIDTHS[0])
+    torch.testing.assert_close(kept, torch.exp(-PACE * 0.01 * fading))
+
+
+def test_a_batch_without_slates_teaches_nothing():
+    fit = fitted(Log(5), 1)
+    before = fit.state(ITEMS)
+    nobody = Log(6)
+    nobody.weight = nobody.weight * 0.0
+    fit.learn(nobody.shown(fit.response), 0.1)
+    after = fit.state(ITEMS)
+    assert float(after.pop("passes")) == pytest.approx(float(before.pop("passes")) + 0.1)
+    for name, value in before.items():
+        assert torch.equal(after[name], value), name
+
+
+def test_it_grows_and_comes_back_as_it_was():
+    fit = fitted(Log(7), 3)
+    own = fit.response.own.clone()
+    fit.reserve(20)
+    assert torch.equal(fit.response.own[:ITEMS], own)
+    assert not fit.response.own[ITEMS:].any()
+    assert (fit.at == fit.passes).all()  # nothing to fade yet
+    again = Fit(Response(D, 30))
+    again.restore(fit.state(20))
+    for name, value in fit.state(20).items():
+        assert torch.equal(again.state(20)[name], value), name
+    with pytest.raises(ValueError, match="settings differ"):
+        Fit(Response(D + 1, 30)).restore(fit.state(20))
