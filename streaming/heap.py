@@ -17,9 +17,12 @@ from typing import Final
 _EVERY_S: Final = 60.0
 
 
-def give_back() -> bool:
-    """Give back each whole page that is free, wherever it lies; False where the C library knows no way."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+def give_back(library: object = None) -> bool:
+    """Give back each whole page that is free, wherever it lies; False where the C library knows no way.
+
+    library: with malloc_trim, or without; None: this process's.
+    """
+    trim = getattr(library or ctypes.CDLL(None), "malloc_trim", None)
     if trim is None:  # musl, macOS
         return False
     trim(ctypes.c_size_t(0))  # without the GIL

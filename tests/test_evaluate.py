@@ -279,7 +279,7 @@ def test_another_epsilon_is_another_policy(front, store):
     # the value of an ε-greedy policy's first slot is linear in ε
     assert by_epsilon[0.5] == pytest.approx((by_epsilon[0.0] + by_epsilon[1.0]) / 2)
     assert by_epsilon[1.0] == pytest.approx(estimates(front.report(**config), "uniform")["IPS"])
-    assert abs(by_epsilon[0.0] - by_epsilon[1.0]) > 0.005  # or all of the above says nothing
+    assert abs(by_epsilon[0.0] - by_epsilon[1.0]) > 0.01
 
 
 def test_a_chosen_version_is_judged_beside_the_newest(front, store):

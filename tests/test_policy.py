@@ -24,9 +24,8 @@ HISTORY = [
 
 @pytest.fixture
 def served(tmp_path):
-    store, made = WeightStore(f"{tmp_path}/weights"), agent(ITEMS)
-    made.online.response.own.normal_(generator=torch.Generator().manual_seed(1))
-    return Policy.from_weights(store.load(publish(store, NAMES, made=made)))
+    store = WeightStore(f"{tmp_path}/weights")
+    return Policy.from_weights(store.load(publish(store, NAMES, made=agent(ITEMS))))
 
 
 def test_a_history_is_encoded_newest_first_and_unknown_items_are_zero(served):
