@@ -83,7 +83,7 @@ def agent(items: int, seed: int = 0, **settings: Any) -> Agent:
     """An agent that knows vocabulary ids 1..items, with weights of which no two are alike."""
     made = Agent(AgentSettings(**settings), seed=seed)
     made.grow(items)
-    made.online.response.own[1 : items + 1].normal_(generator=torch.Generator().manual_seed(seed))
+    made.online.response.own[1 : items + 1].normal_(std=0.3, generator=torch.Generator().manual_seed(seed))
     return made
 
 
