@@ -20,7 +20,7 @@ FRAGMENTED = """
 
     before = resident()
     freed, kept = [], []
-    for _ in range(1000):
+    for _ in range(2000):
         freed.append(b"x" * 100_000)
         kept.append(b"y" * 1000)
     freed.clear()
