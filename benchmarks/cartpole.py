@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import record
+from benchmarks.other_python import PeerMissing, arguments_without, said
 from learner import dqn
 from learner.agent import AgentSettings
 from learner.exploration import epsilon_greedy_slate
@@ -45,7 +44,8 @@ ENV: Final = "CartPole-v1"
 NUMBERS: Final = 4  # of an observation
 ACTIONS: Final = 2
 SOLVED: Final = 475.0
-PEER: Final = Path(__file__).parent / "peers" / "sb3_cartpole.py"
+PEER: Final = "benchmarks.peers.sb3_cartpole"
+NEEDS: Final = "stable-baselines3==2.9.2"
 
 
 @dataclass(frozen=True)
@@ -241,19 +241,6 @@ def ours(seed: int, steps: int, settings: Settings) -> dict[str, Any]:
     return {"score": mean_return(core, seed), "cpu_s": cpu_s, "updates": core.updates, "course": course}
 
 
-def peer(python: str, variant: str, seed: int, steps: int) -> dict[str, Any]:
-    """Stable-Baselines3's."""
-    command = [python, str(PEER), variant, str(seed), str(steps)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(
-            f"{python} cannot run Stable-Baselines3: {done.stderr.strip().splitlines()[-1]}; it needs "
-            "`pip install stable-baselines3==2.9.2` in a virtual environment of its own"
-        )
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
@@ -268,7 +255,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows.append({"agent": "ours", "seed": seed} | ours(seed, options.steps, settings))
         for variant in ("defaults", "zoo") if options.peers else ():
             name = f"stable-baselines3, {variant}"
-            rows.append({"agent": name, "seed": seed} | peer(options.peers, variant, seed, options.steps))
+            asked = [variant, str(seed), str(options.steps)]
+            rows.append({"agent": name, "seed": seed} | said(options.peers, PEER, asked, NEEDS))
         print(
             f"  seed {seed}: {[round(row['score'], 1) for row in rows if row['seed'] == seed]}",
             file=sys.stderr,
@@ -280,10 +268,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         solved = sum(row["score"] >= SOLVED for row in mine)
         cpu_s = np.mean([row["cpu_s"] for row in mine])
         print(f"| {agent} | {mean:.1f} ± {high - mean:.1f} | {solved} of {len(mine)} | {cpu_s:.0f} |")
-    given = ["PYTHON" if argument == options.peers else argument for argument in sys.argv[1:]]
-    record.append(options.json, "cartpole", given, {"settings": vars(settings), "rows": rows})
+    about = {"settings": vars(settings), "rows": rows}
+    record.append(options.json, "cartpole", arguments_without(options.peers), about)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except PeerMissing as error:
+        sys.exit(str(error))

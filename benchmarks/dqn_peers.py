@@ -18,9 +18,6 @@ Student's t over seeds.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -33,6 +30,7 @@ import torch
 from benchmarks import record
 from benchmarks.gym_bridge.product import InProcess, Setup, Shop
 from benchmarks.gym_bridge.storefront import Deed, Page
+from benchmarks.other_python import PeerMissing, arguments_without, said
 from benchmarks.shop_visits import FRESH, Clock, Task, online
 from learner.agent import AgentSettings
 from learner.learner import LearnerSettings
@@ -42,7 +40,7 @@ from simulator.policies import GreedyOracle, PlanningOracle, Popularity, Random,
 from simulator.shop import CART, CLICK, Events
 from streaming.rewards import EVENT_NAMES, RewardTable
 
-ROOT: Final = Path(__file__).parent.parent
+NEEDS: Final = "stable-baselines3==2.9.2 tianshou==2.0.1 gymnasium numba"
 # ours learns but once in a hundred transitions, by default: it was made for slates and a stream that never ends
 OURS: Final = {
     "defaults": Setup(),
@@ -55,10 +53,6 @@ BOUNDS: Final[dict[str, Callable[[ShopEnv], Recommender]]] = {
     "planning oracle": lambda env: PlanningOracle(env.shop, 1, decisions=4000),
 }
 PEERS: Final = {"stable-baselines3": "benchmarks.peers.sb3_dqn", "tianshou": "benchmarks.peers.tianshou_dqn"}
-
-
-class PeerMissing(RuntimeError):
-    """The peers' Python lacks them, or one of them failed; the message says which, and how to install them."""
 
 
 class OneItem:
@@ -168,18 +162,7 @@ def bound(task: Task) -> dict[str, Any]:
 
 def peer(python: str, package: str, task: Task) -> dict[str, dict[str, Any]]:
     """Its rows, "interactions" and "cpu". Raises: PeerMissing."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    command = [python, "-m", PEERS[package], task.sent()]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, check=False
-    )
-    if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
-        raise PeerMissing(
-            f"{python} cannot run {package}: {said}; it needs `pip install stable-baselines3==2.9.2 "
-            "tianshou==2.0.1 gymnasium numba` in a virtual environment of its own"
-        )
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = said(python, PEERS[package], [task.sent()], NEEDS)
     return {
         at: {**row, "score": float(np.mean(row.pop("earned"))), "version": found["version"]}
         for at, row in found["at"].items()
@@ -251,11 +234,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows.append(row)
             print(f"  seed {seed} {row['agent']}: {row['score']:.3f}", file=sys.stderr, flush=True)
     print("\n".join(table(rows)))
-    given = ["PYTHON" if argument == options.peers else argument for argument in sys.argv[1:]]
+    given = arguments_without(options.peers)
     settings = {name: {"agent": vars(s.agent), "learner": vars(s.learner)} for name, s in OURS.items()}
     record.append(options.json, "dqn_peers", given, {"ours": settings, "rows": rows})
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except PeerMissing as error:
+        sys.exit(str(error))

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import record
+from benchmarks.other_python import arguments_without
 from learner.estimators import (
     SLATE_MODELS,
     Estimator,
@@ -85,8 +86,8 @@ def main() -> int:
                 )
     largest = max(row["difference"] for row in rows)
     print(f"largest difference to obp {version}: {largest:.1e}")
-    arguments = ["PYTHON" if argument == options.obp else argument for argument in sys.argv[1:]]
-    record.append(options.json, "ope_peer", arguments, {"obp": version, "largest": largest, "rows": rows})
+    about = {"obp": version, "largest": largest, "rows": rows}
+    record.append(options.json, "ope_peer", arguments_without(options.obp), about)
     return int(not largest <= MOST)
 
 

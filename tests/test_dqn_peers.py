@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.dqn_peers import OneItem, PeerMissing, Visits, bound, ours, peer, table
+from benchmarks.dqn_peers import OneItem, Visits, bound, ours, peer, table
 from benchmarks.gym_bridge.product import Setup, Shop
+from benchmarks.other_python import PeerMissing
 from benchmarks.shop_visits import Clock, Exam, Metered, Task, judged, opened
 from serving import policy_pb2 as pb
 from simulator.gym_shop import ShopEnv
