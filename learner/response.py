@@ -82,32 +82,25 @@ class Fit:
         d, new = response.shared.shape[1], response.own.new_zeros
         self.information = new(len(response.own), 2)  # F of b_a and, summed over its numbers, of w_a
         self.at = new(len(response.own), dtype=torch.float64)  # passes when each row was last caught up
-        self.passes = 0.0  # over replay, in all
+        self.passes = self.looked = 0.0  # over replay, in all; and by batches that held slates
         self.shared_information = new(2)  # F of μ and M, summed over their numbers
         self.key_mean = new(d)
         self.state_cov, self.key_cov, self.item_cov = (new(d, d).fill_diagonal_(1.0) for _ in range(3))
-        self._prior = new(4) + 1 / torch.tensor(WIDTHS)
+        self._prior = 1 / response.own.new_tensor(WIDTHS)
         self._derive()
 
     @torch.no_grad()
     def catch_up(self, ids: Tensor | slice = slice(None)) -> None:
         """Let rows fade for as long as no batch has visited them."""
-        passed = self.passes - self.at[ids]  # [M]
-        fading = self._fading(self.information[ids]) * passed.float().unsqueeze(1)
-        self.response.own[ids] *= self._by_number(torch.exp(-PACE * fading))
-        self.information[ids] *= torch.exp(-passed).float().unsqueeze(1)
+        self.response.own[ids] *= self._kept(ids)
+        self.information[ids] *= torch.exp(self.at[ids] - self.passes).float().unsqueeze(1)
         self.at[ids] = self.passes
 
-    def own_now(self, rows: int) -> Tensor:
-        """The first rows of the table, caught up, [rows, d + 1]; the table stays as it is."""
-        passed = (self.passes - self.at[:rows]).float().unsqueeze(1)
-        fading = self._fading(self.information[:rows]) * passed
-        return self.response.own[:rows] * self._by_number(torch.exp(-PACE * fading))
-
-    def _by_number(self, of_groups: Tensor) -> Tensor:
-        """What holds for b and w, [M, 2], for each number of a row, [M, d + 1]."""
-        level, slope = of_groups[:, :1], of_groups[:, 1:]
-        return torch.cat((slope.expand(-1, self.response.own.shape[1] - 1), level), dim=1)
+    def _kept(self, ids: Tensor | slice) -> Tensor:
+        """Share of each number of these rows that has not faded by now, [M, d + 1]."""
+        passed = (self.passes - self.at[ids]).float().unsqueeze(1)
+        kept = torch.exp(-PACE * self._fading(self.information[ids]) * passed)  # [M, 2]
+        return torch.cat((kept[:, 1:].expand(-1, self.response.own.shape[1] - 1), kept[:, :1]), dim=1)
 
     def _fading(self, information: Tensor) -> Tensor:
         """Share of b and of w that their priors take back in a pass, [M, 2]."""
@@ -133,6 +126,7 @@ class Fit:
         self.passes += q
         if not bool((shown.weight > 0).any()):
             return
+        self.looked += q
         self._look(shown, q)
         response = self.response
         phi = (shown.phi - response.state_mean) / response.state_scale
@@ -148,7 +142,7 @@ class Fit:
 
     def _look(self, shown: Shown, q: float) -> None:
         """Moments of states, items and organic keys, over a pass."""
-        share, response = q / min(self.passes, 1.0), self.response
+        share, response = q / min(self.looked, 1.0), self.response
         slots = shown.weight / shown.weight.sum().clamp(min=1e-9)
         for vectors, weights, mean, cov in (
             (shown.phi, slots.sum(dim=1), response.state_mean, self.state_cov),
@@ -194,12 +188,13 @@ class Fit:
         mine = {name: getattr(self, name) for name in _STATE}
         mine |= {name: table[:rows] for name, table in mine.items() if name in _BY_ITEM}
         mine |= self.response.state_dict() | {"own": self.response.own[:rows]}
-        mine["passes"] = torch.tensor([self.passes], dtype=torch.float64)
+        mine["passes"] = torch.tensor([self.passes, self.looked], dtype=torch.float64)
         return {name: value.cpu().clone() for name, value in mine.items()}
 
     def served(self, rows: int) -> dict[str, Tensor]:
         """The layer's values as they stand now, of items the first rows. Copies, on the CPU."""
-        values = self.response.state_dict() | {"own": self.own_now(rows)}
+        first = slice(rows)
+        values = self.response.state_dict() | {"own": self.response.own[first] * self._kept(first)}
         return {name: value.cpu().clone() for name, value in values.items()}
 
     @torch.no_grad()
@@ -208,7 +203,7 @@ class Fit:
 
         Raises: ValueError when it is of another shape.
         """
-        self.passes = float(state["passes"][0])
+        self.passes, self.looked = state["passes"].tolist()
         self.at.fill_(self.passes)
         for name in (*_STATE, *self.response.state_dict()):
             mine = getattr(self if name in _STATE else self.response, name)

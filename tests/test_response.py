@@ -111,7 +111,7 @@ def test_rows_fade_alike_whether_they_are_read_often_or_once():
         often.learn(nobody.shown(often.response), 0.001)
         often.catch_up()
         once.learn(nobody.shown(once.response), 0.001)
-    expected = once.own_now(ITEMS)
+    expected = once.served(ITEMS)["own"]
     assert torch.equal(once.response.own, before)  # looking changes nothing
     once.catch_up()
     assert torch.equal(once.response.own, expected)
@@ -129,9 +129,25 @@ def test_a_batch_without_slates_teaches_nothing():
     nobody.weight = nobody.weight * 0.0
     fit.learn(nobody.shown(fit.response), 0.1)
     after = fit.state(ITEMS)
-    assert float(after.pop("passes")) == pytest.approx(float(before.pop("passes")) + 0.1)
+    (passes, looked), (passes_before, looked_before) = (x.pop("passes").tolist() for x in (after, before))
+    assert passes == pytest.approx(passes_before + 0.1)
+    assert looked == looked_before
     for name, value in before.items():
         assert torch.equal(after[name], value), name
+
+
+def test_the_first_slates_are_looked_at_with_fresh_eyes_however_long_there_were_none():
+    nobody, log = Log(6), Log(8)
+    nobody.weight = nobody.weight * 0.0
+    late, early = Fit(Response(D, ITEMS)), Fit(Response(D, ITEMS))
+    for _ in range(30):
+        late.learn(nobody.shown(late.response), 0.1)
+    for fit in (early, late):
+        fit.learn(log.shown(fit.response), 0.1)
+    mean = log.weight.sum(dim=1) @ log.phi / log.weight.sum()
+    torch.testing.assert_close(late.response.state_mean, mean)
+    for name, value in early.response.state_dict().items():
+        torch.testing.assert_close(late.response.state_dict()[name], value, msg=name)
 
 
 def test_it_grows_and_comes_back_as_it_was():
