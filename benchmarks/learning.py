@@ -40,6 +40,7 @@ from simulator.shop import HOUR_MS, PURCHASE, Outcome, Shop, ShopSettings, Turn,
 from streaming.interning import hash_string
 from streaming.joiner import Joiner, JoinSettings
 
+SLOTS = 6
 NAMES = ("random", "popularity", "greedy oracle", "history oracle", "planning oracle")
 
 
@@ -102,6 +103,11 @@ class Loop:
         self._explore, self._draw = np.random.default_rng([seed, 21]), np.random.default_rng([seed, 22])
         self._version = 0
         self._hour = -1
+        self.slates = np.zeros((0, SLOTS), np.int32)  # shown last, rows of the catalog
+
+    def catalog(self) -> ShopCatalog:
+        """What the agent is told of the items."""
+        return ShopCatalog.of(self._shop)
 
     def turn(self) -> tuple[Turn, Outcome]:
         """One turn: stock, slates, outcome, learning."""
@@ -109,9 +115,10 @@ class Loop:
         began = time.process_time()
         hour = int(turn.timestamp_ms.min()) // HOUR_MS
         if hour != self._hour:  # stock changes by the hour
-            self.agent.set_catalog(ShopCatalog.of(self._shop))
+            self.agent.set_catalog(self.catalog())
             self._hour = hour
         slates, propensity = self._slates(turn)
+        self.slates = slates
         self.cpu_s += time.process_time() - began
         outcome = self._shop.show(turn, slates)
         began = time.process_time()
@@ -162,9 +169,6 @@ class Loop:
             )
             replay.update_priorities(batch.index, agent.update(batch).td_error)
         self.updates_s += time.process_time() - began
-
-
-SLOTS = 6
 
 
 def histories(turn: Turn) -> Histories:
