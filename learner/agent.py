@@ -23,6 +23,7 @@ from learner.networks import (
     QNetwork,
     Queries,
     StateTensors,
+    matches,
     score_all,
 )
 from learner.replay import Batch, Histories
@@ -127,7 +128,8 @@ class Update(NamedTuple):
     loss: float
     td_error: npt.NDArray[np.float32]  # [B] target - Q(s, a): priorities
     mean_q: float  # of the batch's own actions
-    losses: dict[str, float]  # by part: choice, reward, prior, td, next_item, conservative
+    q_spread: float  # standard deviation of these
+    losses: dict[str, float]  # by part: choice, reward, td, next_item, conservative
 
 
 class _Aisle(NamedTuple):
@@ -177,6 +179,8 @@ class Agent:
             self.online = QNetwork(settings.network, 1024).to(self.device)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         self.target.response = self.online.response  # it is a mean already
+        self._unaided = torch.zeros(2, device=self.device)  # reward, continuation: see `_look_unaided`
+        self._unaided_looks = [0, 0]
         self._response = Fit(self.online.response)
         self._optimiser = self._new_optimiser()
         self._roomy_items = _unknown_items(1, settings.vector_dim, self.device)
@@ -269,8 +273,8 @@ class Agent:
         if rows.aisle is None:
             self._response.catch_up(slice(self.rows))
         error = (target - q).cpu().numpy()
-        values = torch.stack([loss, q.mean(), *losses.values()]).tolist()
-        return Update(values[0], error, values[1], dict(zip(losses, values[2:], strict=True)))
+        values = torch.stack([loss, q.mean(), q.std(correction=0), *losses.values()]).tolist()
+        return Update(values[0], error, values[1], values[2], dict(zip(losses, values[3:], strict=True)))
 
     def _keys(self, aisle: _Aisle | None) -> Keys:
         """The online network's keys of the rows, with a gradient."""
@@ -297,19 +301,20 @@ class Agent:
         organic = rows.organic.unsqueeze(1)
         chosen = rows.present & (organic | (rows.slate_reward != 0))
         each = rows.each
-        aside = online.aside * organic  # [B, 2]
-        earned = dqn.huber(reward + aside[:, :1], rows.slate_reward, settings.huber_delta)
+        unaided = self._unaided * organic  # [B, 2]
+        earned = dqn.huber(reward + unaided[:, :1], rows.slate_reward, settings.huber_delta)
+        self._look_unaided(0, rows.slate_reward - reward, each * organic)
         losses = {
             "choice": dqn.weighted_mean(
                 dqn.choice_loss(choice + self._position(rows), chosen), each * ~organic
             ),
             "reward": settings.reward_weight * dqn.weighted_mean(earned, each * chosen),
-            "prior": self._pull_prior() * rows.share / len(rows.weight),
         }
         if settings.gamma > 0:  # else nothing is to come
             later = dqn.continuation_target(target, rows.slate_reward[:, 0], settings.gamma)
-            ahead = queries.unchosen + ((continuation + aside[:, 1:]) * chosen).sum(dim=1)
-            error = dqn.huber(ahead, later, settings.huber_delta)
+            ahead = queries.unchosen + (continuation * chosen).sum(dim=1)
+            error = dqn.huber(ahead + unaided[:, 1], later, settings.huber_delta)
+            self._look_unaided(1, later - ahead, rows.weight * rows.organic)
             losses["td"] = settings.td_weight * dqn.weighted_mean(error, rows.weight)
         if settings.sqn_weight > 0:
             losses["next_item"] = settings.sqn_weight * self._next_item_loss(rows, keys, queries)
@@ -320,11 +325,16 @@ class Agent:
             losses["conservative"] = settings.cql_weight * dqn.weighted_mean(conservative, rows.weight)
         return losses
 
-    def _pull_prior(self) -> Tensor:
-        """-log of the prior of how choice follows a history's entries otherwise than interest does, but a constant."""
-        online = self.online
-        pulls = (online.copy.weight[:, 1], online.alike.weight[:, 1], online.share[:, 1])
-        return torch.stack([pull.square().sum() for pull in pulls]).sum() / (2 * PULL_WIDTH)
+    @torch.no_grad()
+    def _look_unaided(self, which: int, left_over: Tensor, weight: Tensor) -> None:
+        """Take in by how much what users choose unaided earns (0), or leads to (1), otherwise than chosen slots do: the
+        mean of what the heads leave over. Were it a parameter, the heads would chase it for as long as Adam moves it.
+        """
+        total = weight.sum()
+        if bool(total > 0):
+            self._unaided_looks[which] += 1
+            share = 1 / min(self._unaided_looks[which], UNAIDED_MEMORY)
+            self._unaided[which].lerp_((left_over * weight).sum() / total, share)
 
     def _position(self, rows: _Rows) -> Tensor:
         """Choice log-odds of the slots' places, [B, K]."""
@@ -334,6 +344,7 @@ class Agent:
     def _shown(self, rows: _Rows, keys: Keys, queries: Queries, choice: Tensor) -> Shown:
         """The slots of slates, for learner.response."""
         ids, d = rows.slate, self.settings.dim
+        same, alike = matches(queries.choice, keys.category, ids)
         return Shown(
             queries.organic.vector[:, :d].detach(),
             keys.tower.detach()[ids],
@@ -342,6 +353,10 @@ class Agent:
             rows.slate_reward != 0,
             torch.sigmoid(choice + self._position(rows)),
             rows.each * ~rows.organic.unsqueeze(1),
+            queries.kinds,
+            queries.share,
+            same & (rows.state.item > 0).unsqueeze(1),
+            alike & (queries.choice.category > 0).unsqueeze(1),
         )
 
     def _next_item_loss(self, rows: _Rows, keys: Keys, queries: Queries) -> Tensor:
@@ -497,7 +512,10 @@ class Agent:
                 kept = value[: self.rows] if name in BY_ITEM and value.ndim else value
                 out[f"adam.{key}.{name}"] = kept.cpu().numpy().copy()
         out["generator"] = self._generator.get_state().numpy().copy()
-        out["counters"] = np.array([self.updates, self.last_target_sync_update], np.int64)
+        out["unaided"] = self._unaided.cpu().numpy().copy()
+        out["counters"] = np.array(
+            [self.updates, self.last_target_sync_update, *self._unaided_looks], np.int64
+        )
         out["slots"] = np.array([self.slots])
         return out
 
@@ -541,7 +559,8 @@ class Agent:
             self._at = torch.zeros(capacity, dtype=torch.int64, device=self.device)
             self._at[: len(on_offer)] = torch.from_numpy(state["at"].copy()).to(self.device)
         self._generator.set_state(torch.from_numpy(state["generator"].copy()))
-        self.updates, self.last_target_sync_update = (int(n) for n in state["counters"])
+        _fill(self._unaided, state["unaided"], "unaided")
+        self.updates, self.last_target_sync_update, *self._unaided_looks = (int(n) for n in state["counters"])
         self.slots = float(state["slots"][0])
 
     @torch.no_grad()
@@ -663,8 +682,8 @@ class Agent:
 
 
 BOTH: Final = "both."  # prefix of what online and target network share
+UNAIDED_MEMORY: Final = 200  # updates over which what sets unaided choices apart is a mean
 BY_ITEM: Final = ("tower.id.weight",)  # tables with one row for each vocabulary id
-PULL_WIDTH: Final = 1e-4  # σ² of the pull on choice of one entry of a history; log-odds squared
 _EPS: Final = 1e-6  # of Adam
 
 

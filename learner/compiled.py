@@ -49,10 +49,10 @@ class _Layer(NamedTuple):
 class _Parameters(NamedTuple):
     """A network's, as arrays; C channels, H entries, d numbers an item."""
 
-    kind: Floats  # [NAMES * AGES, C] weight of an entry of this event type and recency
+    kind: Floats  # [KINDS, C] weight of an entry of this event type and recency
     place: Floats  # [H, C] likewise by place
-    copy: Floats  # [NAMES * AGES] pull of a history item on its own log-odds
-    alike: Floats  # [NAMES * AGES] likewise on those of its category
+    copy: Floats  # [KINDS] pull of a history item on its own log-odds
+    alike: Floats  # [KINDS] likewise on those of its category
     share: Floats  # [C] likewise by the entry's share of each channel
     tower: Floats  # [N, d] ψ(a)
     category: npt.NDArray[np.int64]  # [N] bucket, 0 unknown
@@ -101,15 +101,14 @@ def _parameters(network: QNetwork, shelf: Shelf) -> _Parameters:
     settings, encoder = network.settings, network.encoder
     entry = torch.zeros(1, settings.history_length)
     place = place_buckets(StateTensors(entry, entry, entry, entry))[0]
-    copy = network.copy.weight
-    alike, share = network.alike.weight, network.share
+    more = network.response
     first, last = cast(nn.Linear, network.unchosen[0]), cast(nn.Linear, network.unchosen[2])
     return _Parameters(
         kind=_array(torch.exp(encoder.name_weight.unsqueeze(1) + encoder.age_weight).flatten(0, 1)),
         place=_array(torch.exp(encoder.place_weight[place])),
-        copy=_array(network.prior * copy[:, 0] + copy[:, 1]),
-        alike=_array(network.prior * alike[:, 0] + alike[:, 1]),
-        share=_array(network.prior * share[:, 0] + share[:, 1]),
+        copy=_array(network.prior * network.copy + more.copy),
+        alike=_array(network.prior * network.alike + more.alike),
+        share=_array(network.prior * network.share + more.share),
         tower=_array(shelf.tower),
         category=shelf.category.numpy(),
         mix=_Layer(_array(encoder.mix.weight.T), np.zeros(settings.dim, np.float32)),
@@ -119,10 +118,10 @@ def _parameters(network: QNetwork, shelf: Shelf) -> _Parameters:
         gain=_layer(network.query),
         organic_key=_Layer(_array(network.organic_key.weight), _array(network.organic_key.bias)),
         gain_key=_Layer(_array(network.key.weight), _array(network.key.bias)),
-        shared=_array(network.response.shared / network.response.item_scale),
-        state_scale=np.float32(network.response.state_scale.item()),
-        state_mean=_array(network.response.state_mean),
-        item_mean=_array(network.response.item_mean),
+        shared=_array(more.shared / more.item_scale),
+        state_scale=np.float32(more.state_scale.item()),
+        state_mean=_array(more.state_mean),
+        item_mean=_array(more.item_mean),
         unchosen=_layer(first),
         unchosen_out=_layer(last),
         prior=np.float32(network.prior.item()),

@@ -39,6 +39,10 @@ class Metrics:
         )
         self.loss = gauge("learner_loss", "Loss of the last update; rising for long: divergence.")
         self.mean_q = gauge("learner_mean_q", "Mean Q(s, a) of the last update's actions, reward units.")
+        self.q_spread = gauge(
+            "learner_q_spread",
+            "Standard deviation of Q(s, a) over the last update's actions, reward units; 0 for long: they are dead.",
+        )
         self.updates_per_transition = gauge(
             "learner_updates_per_transition", "Gradient steps for each transition, since the first start."
         )

@@ -145,6 +145,8 @@ class Queries(NamedTuple):
     choice: Query
     gain: Tensor  # [B, 2v'] reward, then continuation
     unchosen: Tensor  # [B] V0(s)
+    kinds: Tensor  # [B, H] of the history's entries
+    share: Tensor  # [B, H, C] that each has of each of the encoder's channels
 
 
 def score_all(query: Query, keys: Tensor, category: Tensor) -> Tensor:
@@ -155,9 +157,15 @@ def score_all(query: Query, keys: Tensor, category: Tensor) -> Tensor:
 def score_at(query: Query, keys: Tensor, category: Tensor, ids: Tensor) -> Tensor:
     """Scores of chosen items. keys: [N, D] and category: [N] of the whole shelf; ids: [B, K] rows; returns [B, K]."""
     scores = torch.bmm(functional.embedding(ids, keys), query.vector.unsqueeze(2)).squeeze(2)
-    same = query.item.unsqueeze(1) == ids.unsqueeze(2)  # [B, K, H]
-    alike = query.category.unsqueeze(1) == category[ids].unsqueeze(2)
+    same, alike = matches(query, category, ids)
     return scores + (same * query.copy.unsqueeze(1) + alike * query.alike.unsqueeze(1)).sum(dim=2)
+
+
+def matches(query: Query, category: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Which entries of the histories are the items ids [B, K] themselves, and which are of their categories; [B, K, H]
+    bool twice. category: [N] of the whole shelf."""
+    same = query.item.unsqueeze(1) == ids.unsqueeze(2)
+    return same, query.category.unsqueeze(1) == category[ids].unsqueeze(2)
 
 
 def of_category(query: Query, category: Tensor) -> Tensor:
@@ -202,7 +210,7 @@ class ItemTower(nn.Module):
         return self.category(items.category) + self.brand(items.brand) + self.dense(dense)
 
 
-PULLS: Final = 2  # of a history's entries: on organic interest, and on choice besides
+KINDS: Final = NAMES * AGES  # of a history's entries
 PRICE_FEATURES: Final = 4
 
 
@@ -248,7 +256,7 @@ class HistoryEncoder(nn.Module):
 
         kinds: [B, H] of `entry_kinds`; tower: [N, d]; local: [B, H], its rows that the history's items are.
         """
-        table = torch.exp(self.name_weight.unsqueeze(1) + self.age_weight).flatten(0, 1)  # [NAMES * AGES, C]
+        table = torch.exp(self.name_weight.unsqueeze(1) + self.age_weight).flatten(0, 1)  # [KINDS, C]
         place = torch.exp(functional.embedding(place_buckets(state), self.place_weight))  # [1, H, C]
         real = (state.name > 0).unsqueeze(2)
         weight = functional.embedding(kinds, table) * place * real  # [B, H, C]
@@ -262,7 +270,7 @@ COUNTS: Final = 2 * NAMES + 5
 
 
 def entry_kinds(state: StateTensors) -> Tensor:
-    """[B, H] in 0..NAMES * AGES - 1: event type x recency bucket of each entry; of padding, event type 0."""
+    """[B, H] in 0..KINDS - 1: event type x recency bucket of each entry; of padding, event type 0."""
     ages = torch.zeros_like(state.name)
     for bound in AGE_BOUNDS_S:  # a few comparisons are quicker than a search
         ages += state.age_s >= bound
@@ -298,28 +306,25 @@ class QNetwork(nn.Module):
         d, v = settings.dim, settings.value_dim + 2
         self.tower = ItemTower(settings, items)
         self.encoder = HistoryEncoder(settings)
-        # weights of organic interest and of choice on an item that is in the history
-        self.copy = nn.Embedding(NAMES * AGES, PULLS)
-        # the same on items of its category: by count, and by share of each channel
-        self.alike = nn.Embedding(NAMES * AGES, PULLS)
-        self.share = nn.Parameter(torch.zeros(settings.channels, PULLS))
+        # what an entry of the history adds to organic interest in its item
+        self.copy = nn.Parameter(torch.zeros(KINDS))
+        # and in items of its category: by count, and by share of each channel
+        self.alike = nn.Parameter(torch.zeros(KINDS))
+        self.share = nn.Parameter(torch.zeros(settings.channels))
         self.prior = nn.Parameter(torch.tensor(0.3))  # β: how far choice follows organic interest
         self.organic_key = nn.Linear(d, d + 1)
-        self.response = Response(d, items)
+        self.response = Response(d, items, KINDS, settings.channels)
         self.lean = nn.Linear(d, 1)  # choice log-odds of whatever is shown
         self.query = nn.Linear(d, 2 * v)  # reward, continuation
         self.key = nn.Linear(d, 2 * v)
         self.unchosen = nn.Sequential(nn.Linear(d, settings.hidden), nn.ReLU(), nn.Linear(settings.hidden, 1))
         self.position = nn.Parameter(torch.zeros(MAX_SLOTS))  # choice log-odds by slot, against slot 0
-        self.aside = nn.Parameter(torch.zeros(2))  # reward, continuation: how organic choices differ
         self._start()
 
     @torch.no_grad()
     def _start(self) -> None:
         d, v = self.settings.dim, self.settings.value_dim + 2
-        nn.init.zeros_(self.copy.weight)
-        nn.init.zeros_(self.alike.weight)
-        self.share[2 % len(self.share), 0] = 2.0  # unaided, a visit goes on where it began
+        self.share[2 % len(self.share)] = 2.0  # unaided, a visit goes on where it began
         for module in self.modules():
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -387,23 +392,22 @@ class QNetwork(nn.Module):
         kinds, category = entry_kinds(state), shelf.category[item]
         phi, share = self.encoder(state, kinds, shelf.tower, item)
         # the unknown item (0) and padding must not pull on anything
-        copy = self.copy(kinds) * (state.item > 0).unsqueeze(2)  # [B, H, 2]
-        alike = (self.alike(kinds) + share @ self.share) * (category > 0).unsqueeze(2)  # [B, H, 2]
+        named, sorted_ = state.item > 0, category > 0
+        copy = self.copy[kinds] * named  # [B, H]
+        alike = (self.alike[kinds] + share @ self.share) * sorted_
+        more = self.response
+        more_copy = more.copy[kinds] * named
+        more_alike = (more.alike[kinds] + share.detach() @ more.share) * sorted_
         organic = torch.cat((phi, phi.new_ones(len(phi), 1)), dim=1)
         still = phi.detach()  # returns are noise beside choices: they must not bend what choice is read from
         choice = torch.cat((organic, self.lean(phi)), dim=1)
-        first, second = (part.unbind(dim=2) for part in (copy, alike))
         return Queries(
-            Query(organic, first[0], item, second[0], category),
-            Query(
-                choice,
-                self.prior * first[0] + first[1],
-                item,
-                self.prior * second[0] + second[1],
-                category,
-            ),
+            Query(organic, copy, item, alike, category),
+            Query(choice, self.prior * copy + more_copy, item, self.prior * alike + more_alike, category),
             self.query(still),
             self.unchosen(still).squeeze(1),
+            kinds,
+            share.detach(),
         )
 
     def q_all(self, queries: Queries, keys: Keys) -> Tensor:

@@ -3,9 +3,10 @@
 Users click on one slot in a hundred, so that most of what a network can fit there is noise. What interest tells (the
 organic head) is a good first guess; how each item departs from it is learnt here, as far as the data bear it out:
 
-    response(s, a) = b_a + w_a · φ̄(s) + (μ + M'φ̄(s)) · ψ̄(a)          φ̄, ψ̄: φ(s), ψ(a), centred, of unit size
+    response(s, a) = b_a + w_a · φ̄(s) + (μ + M'φ̄(s)) · ψ̄(a) + pulls(s, a)      φ̄, ψ̄: φ(s), ψ(a), centred, of unit size
 
-b_a and w_a are the item's own; μ and M are shared, what its features (and so its like) make of it. All have Gaussian
+b_a and w_a are the item's own; μ and M are shared, what its features (and so its like) make of it; pulls are what the
+history's entries of the item itself, and of its category, add by event type and age. All have Gaussian
 priors around zero; those of w and M follow the covariance C of organic keys, since an item that departs from interest
 in itself follows, more likely than not, interest in others. So nothing departs from interest before the log says so,
 and everything may once it does.
@@ -14,7 +15,7 @@ The mode of the posterior is tracked by stochastic Newton steps, with one precis
 a matrix: an optimiser with one step size for all would let every item walk as far as its luck. Where a batch visits a
 share q of replay, and F is the Fisher information of what all of replay says of a number,
 
-    b_a ← b_a + k [Σ_batch (y - p) - q b_a / σ_b²] / (F_a + 1/σ_b²)                 and so w, μ and M
+    b_a ← b_a + k [Σ_batch (y - p) - q b_a / σ_b²] / (F_a + 1/σ_b²)         and so w, μ, M and the pulls
 
 which rests where the posterior has its mode, Σ_replay (y - p) = b / σ²: a Laplace approximation, on line (Spiegelhalter
 & Lauritzen 1990), over a shared representation (NeuralLinear: Riquelme et al. 2018). Items that a batch does not visit
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 WIDTHS: Final = (0.01, 0.02, 0.002, 0.002)  # σ² of b, w, μ and M: log-odds squared
+PULL_WIDTH: Final = 1e-4  # σ² of what one entry of a history adds
 PACE: Final = 1.0  # k: passes over replay go this much further than one online pass would
 _RIDGE: Final = 1e-3
 
@@ -41,15 +43,22 @@ class Response(nn.Module):
 
     own: Tensor
     shared: Tensor
+    copy: Tensor
+    alike: Tensor
+    share: Tensor
     state_mean: Tensor
     item_mean: Tensor
     state_scale: Tensor
     item_scale: Tensor
 
-    def __init__(self, d: int, items: int) -> None:
+    def __init__(self, d: int, items: int, kinds: int = 1, channels: int = 1) -> None:
+        """kinds: of history entries; channels: of the encoder."""
         super().__init__()
         self.register_buffer("own", torch.zeros(items, d + 1))  # w_a, b_a
         self.register_buffer("shared", torch.zeros(d + 1, d))  # M, μ
+        self.register_buffer("copy", torch.zeros(kinds))  # of an entry on its item ...
+        self.register_buffer("alike", torch.zeros(kinds))  # ... on items of its category, by count ...
+        self.register_buffer("share", torch.zeros(channels))  # ... and by share of each channel
         self.register_buffer("state_mean", torch.zeros(d))
         self.register_buffer("item_mean", torch.zeros(d))
         self.register_buffer("state_scale", torch.ones(1))  # root of the mean square of φ - its mean
@@ -72,6 +81,10 @@ class Shown(NamedTuple):
     chosen: Tensor  # [B, K] bool
     chance: Tensor  # [B, K] p, as fitted
     weight: Tensor  # [B, K] 0: no such slot
+    kinds: Tensor  # [B, H] of the history's entries
+    share: Tensor  # [B, H, C] that each has of each channel
+    same: Tensor  # [B, K, H] bool: it is the slot's item
+    alike: Tensor  # [B, K, H] bool: it is of the slot's category
 
 
 class Fit:
@@ -84,6 +97,9 @@ class Fit:
         self.at = new(len(response.own), dtype=torch.float64)  # passes when each row was last caught up
         self.passes = self.looked = 0.0  # over replay, in all; and by batches that held slates
         self.shared_information = new(2)  # F of μ and M, summed over their numbers
+        # F of each pull: what its row of the information matrix sums to, so that all may move at once
+        self.copy_information, self.alike_information = (new(len(response.copy)) for _ in range(2))
+        self.share_information = new(len(response.share))
         self.key_mean = new(d)
         self.state_cov, self.key_cov, self.item_cov = (new(d, d).fill_diagonal_(1.0) for _ in range(3))
         self._prior = 1 / response.own.new_tensor(WIDTHS)
@@ -139,6 +155,7 @@ class Fit:
         pulled = (gradient.unsqueeze(2) * psi).sum(dim=1)  # [B, d]
         told = torch.stack(((told * length).sum(), (told * length * size).sum()))
         self._move_shared(torch.vstack((towards.T @ pulled, pulled.sum(dim=0))), told, q)
+        self._move_pulls(shown, gradient, shown.weight * shown.chance * (1 - shown.chance), q)
 
     def _look(self, shown: Shown, q: float) -> None:
         """Moments of states, items and organic keys, over a pass."""
@@ -173,6 +190,26 @@ class Fit:
         for which, rows in ((1, slice(None, -1)), (0, slice(-1, None))):
             self.response.shared[rows] *= torch.exp(-PACE * q * prior[which] / precision[which])
             self.response.shared[rows] += PACE * gradient[rows] / precision[which]
+
+    def _move_pulls(self, shown: Shown, gradient: Tensor, told: Tensor, q: float) -> None:
+        """What entries of histories add. gradient, told: [B, K]."""
+        kinds = shown.kinds.flatten()
+        for name, match in (("copy", shown.same), ("alike", shown.alike)):
+            match = match.float()
+            each = torch.stack((gradient, told * match.sum(dim=2)), dim=1) @ match  # [B, 2, H]
+            by_kind = gradient.new_zeros(len(getattr(self.response, name)), 2)
+            by_kind.index_add_(0, kinds, each.transpose(1, 2).flatten(0, 1))
+            self._move_pull(name, by_kind[:, 0], by_kind[:, 1], q)
+        by_channel = shown.alike.float() @ shown.share  # [B, K, C]
+        size = by_channel.sum(dim=2)
+        each = torch.stack((gradient, told * size)).flatten(1) @ by_channel.flatten(0, 1)  # [2, C]
+        self._move_pull("share", each[0], each[1], q)
+
+    def _move_pull(self, name: str, gradient: Tensor, told: Tensor, q: float) -> None:
+        values, information = getattr(self.response, name), getattr(self, f"{name}_information")
+        information.mul_(math.exp(-q)).add_(told)
+        precision = information + 1 / PULL_WIDTH
+        values.mul_(torch.exp(-PACE * q / (PULL_WIDTH * precision))).add_(PACE * gradient / precision)
 
     # --- room and state
 
@@ -216,4 +253,8 @@ class Fit:
 
 
 _BY_ITEM: Final = ("information", "at")
-_STATE: Final = (*_BY_ITEM, "shared_information", "key_mean", "state_cov", "key_cov", "item_cov")
+_STATE: Final = (
+    *_BY_ITEM,
+    *("shared_information", "copy_information", "alike_information", "share_information"),
+    *("key_mean", "state_cov", "key_cov", "item_cov"),
+)

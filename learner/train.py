@@ -452,6 +452,7 @@ class Trainer:
         if last is not None:
             metrics.loss.set(last.loss)
             metrics.mean_q.set(last.mean_q)
+            metrics.q_spread.set(last.q_spread)
 
     def _end(self) -> None:
         """A last version and a last checkpoint, waited for."""

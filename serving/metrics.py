@@ -39,6 +39,18 @@ EMPTY_SLATES = Counter(
     "Answers without an item, because none was eligible: an empty catalog, or exclusions that leave nothing.",
     registry=REGISTRY,
 )
+COVERAGE = Gauge(
+    "serving_shown_coverage",
+    "Share of the items on offer (or of 10,000, where there are more) among the last 10,000 slots given by learnt "
+    "values; falling for long: a few items take it all.",
+    registry=REGISTRY,
+)
+GINI = Gauge(
+    "serving_shown_gini",
+    "How unequally those slots fell on the items on offer: Gini coefficient, 0 all alike, 1 all on one; rising for "
+    "long: popularity feeds on itself.",
+    registry=REGISTRY,
+)
 DECISIONS = Counter(
     "serving_decisions",
     "Decision records by fate: queued (written, unless it is lost later), dropped (the queue was full), lost (queued, "

@@ -52,6 +52,7 @@ class Ranker:
         self._view = view
         self._rng = rng
         self._shelf = _Shelf(view)
+        self.on_offer = 0  # items that may be shown, by the weights used last
 
     def rank(self, queries: Sequence[Query]) -> list[Answer]:
         """One answer for each query, all from one version of the weights."""
@@ -66,6 +67,7 @@ class Ranker:
         whole = [i for i, query in enumerate(queries) if not query.candidates]
         q = dict(zip(whole, _finite(policy.q(_rows(states, whole))), strict=True)) if whole else {}
         eligible = self._shelf.eligible(policy)
+        self.on_offer = self._shelf.on_offer
         answers = []
         for i, query in enumerate(queries):
             if i in q:
@@ -140,6 +142,7 @@ class _Shelf:
         self._rows = np.zeros(1, np.int32)  # view's vocabulary id → policy's, 0: unknown to it
         self._eligible_at: tuple[Policy, int, int] | None = None
         self._eligible: Mask = np.zeros(1, np.bool_)
+        self.on_offer = 0  # how many are eligible
 
     def off(self, items: int) -> Mask:
         """[items + 1] by the view's vocabulary id: out of stock, or gone. Not to be changed."""
@@ -161,6 +164,7 @@ class _Shelf:
             self._eligible = policy.on_offer.copy()
             self._eligible[rows[known]] = ~off[known]
             self._eligible[0] = False
+            self.on_offer = int(self._eligible.sum())
             self._eligible_at = at
         return self._eligible
 

@@ -18,6 +18,7 @@ from serving.batching import Batcher, DeadlinePassed
 from serving.decisions import DecisionWriter
 from serving.ranking import Answer, Query, Ranker
 from serving.requests import Invalid, check_batch, check_recommend, parse
+from serving.variety import Variety
 from serving.view import View
 from serving.weights import Served, WeightsFollower
 
@@ -54,6 +55,9 @@ class Service:
         self._instance = instance
         self._now_ms = now_ms
         self._batcher: Batcher[Query, Answer] = Batcher(ranker.rank, _MAX_BATCH, time.monotonic)
+        variety = self._variety = Variety()
+        metrics.COVERAGE.set_function(lambda: variety.coverage(ranker.on_offer))
+        metrics.GINI.set_function(lambda: variety.gini(ranker.on_offer))
         self._numbers = count(1)  # next() on it is atomic
         self._streams = threading.Semaphore(max_streams)
         self.draining = False  # set by the server: streams end after the answer in hand
@@ -181,8 +185,11 @@ class Service:
             metrics.EMPTY_SLATES.inc()  # and no decision: there was nothing to decide
         elif request.unlogged:
             metrics.DECISIONS.labels("unlogged").inc()
-        elif self._decisions is not None:
-            self._decisions.write(_decision(recommendation_id, request, query, answer))
+        else:
+            if answer.policy_version:
+                self._variety.saw(answer.item_ids)
+            if self._decisions is not None:
+                self._decisions.write(_decision(recommendation_id, request, query, answer))
         return pb.RecommendResponse(
             recommendation_id=recommendation_id,
             slate=[

@@ -141,13 +141,30 @@ def test_how_items_answer_to_being_shown_is_learnt_of_those_that_were(exact_item
     assert torch.nonzero(own.any(dim=1)).flatten().tolist() == shown[shown > 0].tolist()
 
 
+def test_that_unaided_choices_earn_otherwise_says_nothing_of_the_items_they_went_to():
+    agent = new_agent()
+    for seed in range(150):
+        told = batch(seed)
+        told.organic[:] = np.arange(16) < 14  # nearly all, and they went to a few items
+        told.slate[:14, 1:], told.slate[:14, 0] = 0, 1 + np.arange(14) % 3
+        told.slate_reward[:14], told.slate_reward[14:] = 0.0, told.slate_reward[14:] > 0
+        told.action[:], told.slot_reward[:] = told.slate[:, 0], told.slate_reward[:, 0]
+        told.reward[:], told.discount[:], told.slots[:14] = told.slot_reward, 0.0, 1
+        agent.update(told)
+    with torch.no_grad():
+        keys = agent.online.keys(agent.items)
+        queries = agent.online.queries(agent._state(batch(99).state), keys)
+        earns = agent.online.parts_at(queries, keys, torch.arange(1, ITEMS + 1).expand(16, -1))[1]
+    assert (earns - 1).abs().max() < 0.15  # a click earns one, whatever it is on
+
+
 def test_what_an_entry_does_to_choice_beside_interest_takes_many_clicks_to_say():
     few, many = new_agent(), new_agent()
     for _ in range(300):
         few.update(batch(1))
-        many.update(batch(1), kept=10_000_000)
-    pulls = [agent.online.copy.weight[:, 1].detach().abs().max() for agent in (few, many)]
-    assert pulls[0] < 0.02 < 0.2 < pulls[1]
+        many.update(batch(1), kept=300 * 16)
+    pulls = [agent.online.response.copy.abs().max() for agent in (few, many)]
+    assert 0 < 5 * pulls[0] < pulls[1], pulls
 
 
 def test_scores_at_items_are_those_of_the_whole_shelf():

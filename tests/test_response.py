@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from learner.response import PACE, WIDTHS, Fit, Response, Shown
+from learner.response import PACE, PULL_WIDTH, WIDTHS, Fit, Response, Shown
 
 D, ITEMS, STEPS, SLOTS = 4, 6, 80, 3
+ENTRIES, KINDS, CHANNELS = 5, 3, 2
 
 
 class Log:
@@ -23,19 +24,31 @@ class Log:
         self.ids[:20, 1:], self.weight[:20, 1:] = 0, 0.0
         self.log_odds = torch.randn(STEPS, SLOTS, generator=generator) - 2.0  # without the layer
         self.chosen = torch.rand(STEPS, SLOTS, generator=generator) < 0.3
+        self.kinds = torch.randint(KINDS, (STEPS, ENTRIES), generator=generator)
+        self.share = torch.rand(STEPS, ENTRIES, CHANNELS, generator=generator)
+        self.same = torch.rand(STEPS, SLOTS, ENTRIES, generator=generator) < 0.2
+        self.alike = self.same | (torch.rand(STEPS, SLOTS, ENTRIES, generator=generator) < 0.4)
 
     def shown(self, response):
         """As the network would see it, with the layer as it stands."""
         keys = response.keys(self.tower, response.own)[self.ids]  # [B, K, d + 1]
         query = torch.cat((self.phi, torch.ones(STEPS, 1)), dim=1)
-        chance = torch.sigmoid(self.log_odds + torch.einsum("bkd,bd->bk", keys, query))
+        pulls = self.same * response.copy[self.kinds].unsqueeze(1)
+        pulls = pulls + self.alike * (response.alike[self.kinds] + self.share @ response.share).unsqueeze(1)
+        log_odds = self.log_odds + torch.einsum("bkd,bd->bk", keys, query) + pulls.sum(dim=2)
         return Shown(
-            self.phi, self.tower[self.ids], self.organic[self.ids], self.ids, self.chosen, chance, self.weight
+            *(self.phi, self.tower[self.ids], self.organic[self.ids], self.ids),
+            *(self.chosen, torch.sigmoid(log_odds), self.weight),
+            *(self.kinds, self.share, self.same, self.alike),
         )
 
 
+def layer(d=D, items=ITEMS):
+    return Response(d, items, KINDS, CHANNELS)
+
+
 def fitted(log, passes, share=1.0):
-    fit = Fit(Response(D, ITEMS))
+    fit = Fit(layer())
     for _ in range(round(passes / share)):
         fit.learn(log.shown(fit.response)._replace(weight=log.weight * share), share)
         fit.catch_up()
@@ -56,6 +69,12 @@ def test_it_rests_where_each_number_is_what_its_prior_and_the_whole_replay_make_
         for k in range(SLOTS):
             level[log.ids[b, k]] += WIDTHS[0] * error[b, k]
             slope[log.ids[b, k]] += WIDTHS[1] * error[b, k] * towards[b]
+    copy, alike = torch.zeros(KINDS), torch.zeros(KINDS)
+    for kind in range(KINDS):
+        entries = (log.kinds == kind).float()
+        copy[kind] = PULL_WIDTH * torch.einsum("bk,bkh,bh->", error, log.same.float(), entries)
+        alike[kind] = PULL_WIDTH * torch.einsum("bk,bkh,bh->", error, log.alike.float(), entries)
+    channel = PULL_WIDTH * torch.einsum("bk,bkh,bhc->c", error, log.alike.float(), log.share)
     mean = WIDTHS[2] * torch.einsum("bk,bkj->j", error, psi)
     product = WIDTHS[3] * torch.einsum("bk,bi,bkj->ij", error, towards, psi)
     for name, rests, mode in (
@@ -63,8 +82,11 @@ def test_it_rests_where_each_number_is_what_its_prior_and_the_whole_replay_make_
         ("w", response.own[:, :-1], slope),
         ("μ", response.shared[-1], mean),
         ("M", response.shared[:-1], product),
+        ("copy", response.copy, copy),
+        ("alike", response.alike, alike),
+        ("share", response.share, channel),
     ):
-        assert mode.abs().max() > 1e-3
+        assert mode.abs().max() > (1e-5 if len(mode) <= KINDS else 1e-3)
         # a step takes its share of the prior after its gradient, so that it rests a little beside the mode
         torch.testing.assert_close(rests, mode, rtol=share, atol=share * float(mode.abs().max()), msg=name)
 
@@ -73,10 +95,11 @@ def test_one_click_more_or_less_moves_an_item_little_and_a_thousand_move_it_far(
     log = Log(2)
     log.log_odds[:] = -2.0
     log.ids[:], log.weight[:] = 1, 1.0
+    log.same[:], log.alike[:] = False, False
 
     def level(clicks, times):
         log.chosen[:] = torch.arange(STEPS * SLOTS).reshape(STEPS, SLOTS) < clicks
-        fit = Fit(Response(D, ITEMS))
+        fit = Fit(layer())
         log.phi[:] = 1.0  # all users alike
         for _ in range(400):
             fit.learn(log.shown(fit.response)._replace(weight=log.weight * times * 0.1), 0.1)
@@ -139,7 +162,7 @@ def test_a_batch_without_slates_teaches_nothing():
 def test_the_first_slates_are_looked_at_with_fresh_eyes_however_long_there_were_none():
     nobody, log = Log(6), Log(8)
     nobody.weight = nobody.weight * 0.0
-    late, early = Fit(Response(D, ITEMS)), Fit(Response(D, ITEMS))
+    late, early = Fit(layer()), Fit(layer())
     for _ in range(30):
         late.learn(nobody.shown(late.response), 0.1)
     for fit in (early, late):
@@ -157,9 +180,9 @@ def test_it_grows_and_comes_back_as_it_was():
     assert torch.equal(fit.response.own[:ITEMS], own)
     assert not fit.response.own[ITEMS:].any()
     assert (fit.at == fit.passes).all()  # nothing to fade yet
-    again = Fit(Response(D, 30))
+    again = Fit(layer(D, 30))
     again.restore(fit.state(20))
     for name, value in fit.state(20).items():
         assert torch.equal(again.state(20)[name], value), name
     with pytest.raises(ValueError, match="settings differ"):
-        Fit(Response(D + 1, 30)).restore(fit.state(20))
+        Fit(layer(D + 1, 30)).restore(fit.state(20))

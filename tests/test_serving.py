@@ -728,15 +728,18 @@ def test_metrics_are_there_for_prometheus(world: World) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with world.server("--metrics-port", str(port)) as server, server.client() as client:
-        client.recommend(ask())
+        client.recommend(ask(slate_size=len(ITEMS) // 2))
+        client.recommend(ask(unlogged=True, slate_size=len(ITEMS)))  # shown to nobody
         refused(lambda: client.recommend(ask("")))
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as response:
             text = response.read().decode()
     for line in (
-        'serving_requests_total{code="OK",rpc="Recommend"} 1.0',
+        'serving_requests_total{code="OK",rpc="Recommend"} 2.0',
         'serving_requests_total{code="INVALID_ARGUMENT",rpc="Recommend"} 1.0',
         'serving_decisions_total{fate="queued"} 1.0',
         "serving_policy_version 1.0",
+        "serving_shown_coverage 1.0",  # as many items as there were slots
+        "serving_shown_gini 0.5",  # half of the items have all
     ):
         assert line in text
 
