@@ -392,12 +392,12 @@ class QNetwork(nn.Module):
         kinds, category = entry_kinds(state), shelf.category[item]
         phi, share = self.encoder(state, kinds, shelf.tower, item)
         # the unknown item (0) and padding must not pull on anything
-        named, sorted_ = state.item > 0, category > 0
-        copy = self.copy[kinds] * named  # [B, H]
-        alike = (self.alike[kinds] + share @ self.share) * sorted_
+        has_item, has_category = state.item > 0, category > 0
+        copy = self.copy[kinds] * has_item  # [B, H]
+        alike = (self.alike[kinds] + share @ self.share) * has_category
         more = self.response
-        more_copy = more.copy[kinds] * named
-        more_alike = (more.alike[kinds] + share.detach() @ more.share) * sorted_
+        more_copy = more.copy[kinds] * has_item
+        more_alike = (more.alike[kinds] + share.detach() @ more.share) * has_category
         organic = torch.cat((phi, phi.new_ones(len(phi), 1)), dim=1)
         still = phi.detach()  # returns are noise beside choices: they must not bend what choice is read from
         choice = torch.cat((organic, self.lean(phi)), dim=1)
