@@ -27,7 +27,7 @@ from benchmarks import record
 from benchmarks.learning import SLOTS, Loop, LoopSettings, ShopCatalog
 from learner.agent import AgentSettings
 from simulator.figures import over_seeds
-from simulator.policies import GreedyOracle, Popularity, Random, Recommender
+from simulator.policies import GreedyOracle, Popularity, Random, Recommender, play
 from simulator.shop import Shop, ShopSettings
 
 FIRST: Final = 100  # impressions of each new item
@@ -97,16 +97,13 @@ def spent(policy: Recommender, seed: int, after_ms: int, end_ms: int) -> dict[st
     """Figures of a policy that serves the same shoppers on the same days."""
     shop = Shop(SHOP, seed)
     release_ms = shop.goods.release_ms
-    seen, now_ms = FirstImpressions(release_ms, after_ms), 0
-    while now_ms < end_ms:
-        turn = shop.next_turn()
-        policy.observe(turn.events)
-        slates = policy.recommend(shop, turn, SLOTS)
-        outcome = shop.show(turn, slates)
-        policy.observe(outcome.events)
+    seen = FirstImpressions(release_ms, after_ms)
+    for turn, slates, outcome in play(shop, policy, SLOTS, sys.maxsize):
         now_ms = int(turn.timestamp_ms.min())
         if now_ms > after_ms:
             seen.add(slates, outcome.clicked)
+        if now_ms >= end_ms:
+            break
     return seen.figures(end_ms, release_ms)
 
 

@@ -51,7 +51,7 @@ class Response(nn.Module):
     state_scale: Tensor
     item_scale: Tensor
 
-    def __init__(self, d: int, items: int, kinds: int = 1, channels: int = 1) -> None:
+    def __init__(self, d: int, items: int, kinds: int, channels: int) -> None:
         """kinds: of history entries; channels: of the encoder."""
         super().__init__()
         self.register_buffer("own", torch.zeros(items, d + 1))  # w_a, b_a
