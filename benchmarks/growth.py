@@ -24,10 +24,10 @@ import numpy as np
 import torch
 
 from benchmarks.ingest import START_MS, traffic
-from benchmarks.joining import batch
 from benchmarks.record import append
 from learner.agent import AgentSettings
 from learner.learner import Learner, LearnerSettings
+from streaming.chunks import batch_of
 from streaming.interning import hash_string
 from streaming.join_settings import JoinSettings
 from streaming.log import RecordBatch
@@ -79,7 +79,7 @@ def batches(
             mine = np.flatnonzero(partition == p)
             offset[mine] = np.arange(ends[p], ends[p] + len(mine))
             ends[p] += len(mine)
-        found.append(RecordBatch(partition, offset, *tuple(batch(values[start:stop], 0))[2:]))
+        found.append(RecordBatch(partition, offset, *tuple(batch_of(values[start:stop]))[2:]))
     return found
 
 

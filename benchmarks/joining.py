@@ -21,6 +21,7 @@ import numpy as np
 from benchmarks.ingest import BATCH, traffic
 from benchmarks.record import append, show
 from learner.retelling import plain_rows
+from streaming.chunks import batch_of
 from streaming.columns import Columns
 from streaming.commandline import Parser
 from streaming.decoder import Decoder
@@ -54,7 +55,7 @@ def measure(records: int) -> dict[str, float]:
         encode[kind](record) for kind, record in traffic(records, USERS, ITEMS, np.random.default_rng(0))
     ]
     edges = [*range(0, len(values), BATCH), len(values)]
-    batches = [batch(values[start:stop], start) for start, stop in pairwise(edges)]
+    batches = [batch_of(values[start:stop], start) for start, stop in pairwise(edges)]
     ours(codec, batches[:1])  # compiled, or read from numba's cache
     runs = [ours(codec, batches) for _ in range(RUNS)]
     decode_s, join_s, transitions, first = min(runs, key=lambda run: run[0] + run[1])
@@ -93,20 +94,6 @@ def timed(do: Callable[[], T]) -> tuple[float, T]:
     start = time.process_time()
     done = do()
     return time.process_time() - start, done
-
-
-def batch(values: list[bytes], first: int) -> RecordBatch:
-    """Records of one partition as a log's reader gives them."""
-    n = len(values)
-    return RecordBatch(
-        partition=np.zeros(n, np.int32),
-        offset=np.arange(first, first + n),
-        timestamp_ms=np.zeros(n, np.int64),
-        data=np.frombuffer(b"".join(values), np.uint8),
-        bounds=np.cumsum([0, *map(len, values)]),
-        null=np.zeros(n, np.bool_),
-        keys=None,
-    )
 
 
 if __name__ == "__main__":

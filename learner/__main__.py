@@ -38,6 +38,7 @@ from learner.progress import ProgressLine
 from learner.publishing import WeightPublisher
 from learner.replay import ReplayError
 from learner.train import TrainConfig, Trainer, offsets_to_start, open_store
+from learner.warm_up import warm_up
 from learner.watch import LogWatch
 from learner.weights import WeightsError, WeightStore
 from streaming.chunks import Chunker
@@ -204,6 +205,9 @@ def _train(
         # before the name is claimed: a second start by mistake, which finds the port taken, must not stop the first
         metrics = Metrics()
         metrics.serve(config.metrics_port)
+        warm_up(settings, agent, join)
+        if stop.is_set():
+            return
         _, checkpoints, store = open_store(config, f"{socket.gethostname()}, pid {os.getpid()}")
         topic_id = log.identity(config.topic)  # before anything else is asked of it
         watch = LogWatch(log, config.topic, config.catalog_topic, group_of(config), LOOK_S)

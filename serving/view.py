@@ -19,6 +19,7 @@ from learner.policy import Entry
 from serving import metrics
 from serving.user_state import UserState
 from streaming.catalog import Catalog
+from streaming.chunks import batch_of
 from streaming.columns import Kind
 from streaming.decoder import Decoder
 from streaming.interning import Vocabulary, hash_string
@@ -177,22 +178,9 @@ def compile_view(config: ViewConfig) -> None:
     decision = {"recommendation_id": "r", "user_id": "u", "timestamp": timestamp, "slate": [slot]}
     codec = Codec()
     view = View(replace(config, max_users=1), codec)
-    view.absorb(_batch([codec.encode_event(event), codec.encode_decision(decision)]))
+    view.absorb(batch_of([codec.encode_event(event), codec.encode_decision(decision)]))
     view.history("u")
     view.bought("u", timestamp)
-
-
-def _batch(values: Sequence[bytes]) -> RecordBatch:
-    n = len(values)
-    return RecordBatch(
-        partition=np.zeros(n, np.int32),
-        offset=np.arange(n),
-        timestamp_ms=np.zeros(n, np.int64),
-        data=np.frombuffer(b"".join(values), np.uint8),
-        bounds=np.cumsum([0, *map(len, values)]),
-        null=np.zeros(n, np.bool_),
-        keys=None,
-    )
 
 
 class Follower:

@@ -55,6 +55,8 @@ FOLDER: Final = Path(".bellwether/demo")
 PARTITIONS: Final = 8
 _MARKER: Final = "demo.json"  # a folder that holds it is a demo's, and may be replaced
 _LOOK_S: Final = 0.25
+_START_S: Final = 900.0  # longest wait for the two processes: two busy cores may compile for minutes
+_READS: Final = "beginning with the"  # what the learner says once it reads
 _PROBE_S, _MARK_S = 0.05, 1.0  # between looks at what is served, and at where the log ends
 _CATCH_UP_S: Final = 10.0  # longest wait, after the traffic, for weights that have seen all of it
 
@@ -67,7 +69,9 @@ class DemoConfig:
         default=(1,),
         metadata={"help": "played one after the other, each another shop and another learner; >= 0"},
     )
-    minutes: float = field(default=4.75, metadata={"help": "from start to report; minutes, 0.4..1440"})
+    minutes: float = field(
+        default=4.75, metadata={"help": "from the first visit to the report; minutes, 0.4..1440"}
+    )
     rate: float = field(default=500.0, metadata={"help": "recommendations a second, 1..100000"})
     epsilon: float = field(
         default=0.05, metadata={"help": "share of slots explored until the last third, 0..1"}
@@ -111,12 +115,17 @@ class Clock:
     """Times of one run, in seconds since it began."""
 
     def __init__(self, minutes: float) -> None:
-        self._began = time.monotonic()
-        self.traffic_ends_s = 60 * minutes - min(15.0, 6 * minutes)  # the rest is for the report
-        self.exam_s = math.inf
+        self._began, self._minutes = time.monotonic(), minutes
+        self.opened_s = self.traffic_ends_s = self.exam_s = math.inf
 
     def now_s(self) -> float:
         return time.monotonic() - self._began
+
+    def opening(self) -> None:
+        """The shop opens now."""
+        self.opened_s, minutes = self.now_s(), self._minutes
+        # the rest is for the report
+        self.traffic_ends_s = self.opened_s + 60 * minutes - min(15.0, 6 * minutes)
 
     def learning(self) -> None:
         """The first weights are served now: the last third from here on, at most three minutes, is the exam."""
@@ -280,7 +289,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     namespace = parser.parse_args(arguments)
     given = {} if namespace.seed is None else {"seeds": (namespace.seed,)}
     config = build(DemoConfig, namespace, **given)
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    # SIGINT too: a shell's background job starts with it ignored
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     return run(lambda: _demo(config, namespace))
 
@@ -398,7 +408,7 @@ class Loop:
         shop = Shop(self._settings, self._seed)
         publisher = self._stock(log, shop)
         self._start_parts()
-        target = self._await_server()
+        target = self._await_parts()
         rivals = Rivals(self._settings, self._seed, self._config.slate_size)
         self._closing.callback(rivals.close)
         rivals.start()
@@ -444,20 +454,22 @@ class Loop:
                 flags += ["--" + flag.replace("_", "-"), getattr(self._namespace, flag)]
         return flags
 
-    def _await_server(self) -> str:
-        """host:port of the policy server, once it answers."""
+    def _await_parts(self) -> str:
+        """host:port of the policy server, once that answers and the learner reads."""
         self._screen.told(
-            "starting the policy server and the learner; the first time, they compile for a minute"
+            "starting the policy server and the learner; the first time, they compile for a minute or two"
         )
         while True:
             self._parts.check()
-            found = re.search(r"serving on ([\d.]+:\d+)", self._parts.said("serving"))
-            if found:
-                self._screen.told("the policy server answers; without weights it recommends best sellers")
-                return found.group(1)
-            if self._clock.now_s() > self._clock.traffic_ends_s:
-                raise Broken(f"the policy server was not up in time; see {self._folder}/serving.log")
-            self._screen.now("the policy server is starting ...")
+            address = re.search(r"serving on ([\d.]+:\d+)", self._parts.said("serving"))
+            if address and _READS in self._parts.said("learner"):
+                self._clock.opening()
+                self._screen.told("the shop opens; without weights the server recommends best sellers")
+                return address.group(1)
+            waiting = "learner is" if address else "policy server and the learner are"
+            if self._clock.now_s() > _START_S:
+                raise Broken(f"the {waiting} not up in {_START_S:.0f} s; see the logs in {self._folder}")
+            self._screen.now(f"the {waiting} starting ...")
             time.sleep(_LOOK_S)
 
     def _stock(self, log: Log, shop: Shop) -> Publisher:
@@ -509,7 +521,7 @@ class Loop:
                 **rivals.visits(shoppers.status.event_ms - HOUR_MS // 2),
                 "learned": shoppers.visits,
             }
-            table.tell(self._clock.now_s(), accounts, shoppers.status, observer)
+            table.tell(self._clock.now_s() - self._clock.opened_s, accounts, shoppers.status, observer)
             self._screen.now(_now(shoppers.status, observer))
             time.sleep(_LOOK_S)
 
@@ -577,10 +589,10 @@ class Table:
         self._since_ms = start_ms
         self._next_s = -math.inf
 
-    def tell(self, now_s: float, accounts: dict[str, Visits], status: Status, observer: Observer) -> None:
-        """Show a row if it is time to, and there is something to show."""
+    def tell(self, open_s: float, accounts: dict[str, Visits], status: Status, observer: Observer) -> None:
+        """Show a row if it is time to, and there is something to show. open_s: seconds since the shop opened."""
         until_ms = status.event_ms - HOUR_MS
-        if now_s < self._next_s or "popularity" not in accounts or until_ms <= self._since_ms:
+        if open_s < self._next_s or "popularity" not in accounts or until_ms <= self._since_ms:
             return
         paired = same_visits(accounts, self._since_ms, until_ms)
         if not len(paired["learned"].visit):
@@ -596,7 +608,7 @@ class Table:
                 observer.learnt_from,
             )
         )
-        self._since_ms, self._next_s = until_ms, now_s + min(10.0, 3.0 + now_s / 10)
+        self._since_ms, self._next_s = until_ms, open_s + min(10.0, 3.0 + open_s / 10)
 
 
 HEADER: Final = """
@@ -623,7 +635,7 @@ def _now(status: Status, observer: Observer) -> str:
     learner = (
         f"learning, {behind:,} records behind"
         if observer.policy.policy_version
-        else "the learner is starting (it compiles at first)"
+        else "the learner waits for its first events"
     )
     served = (
         f"{status.decisions:,} recommendations by {status.strategy.lower()}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -131,6 +131,20 @@ class Chunker:
                 held.appendleft(rows(part, inside, len(part.offset)))
                 break
         return concatenate(parts) if parts else empty_batch()
+
+
+def batch_of(values: Sequence[bytes], first: int = 0) -> RecordBatch:
+    """These records, of partition 0 from offset `first` on."""
+    n = len(values)
+    return RecordBatch(
+        partition=np.zeros(n, np.int32),
+        offset=np.arange(first, first + n),
+        timestamp_ms=np.zeros(n, np.int64),
+        data=np.frombuffer(b"".join(values), np.uint8),
+        bounds=np.cumsum([0, *map(len, values)]),
+        null=np.zeros(n, np.bool_),
+        keys=None,
+    )
 
 
 def empty_batch() -> RecordBatch:

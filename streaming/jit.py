@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar, cast
 
-from numba import njit
+from numba import njit, types
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -25,7 +25,18 @@ def part(function: F) -> F:
     """A piece of a compiled loop, called by compiled functions only: part of its callers, not cached by itself."""
     # the wrappers would take longer to compile than the pieces
     options: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-    return cast(F, njit(nogil=True, error_model="numpy", **options)(function))
+    dispatcher: Any = njit(nogil=True, error_model="numpy", **options)(function)
+    exact = dispatcher.get_call_template
+    dispatcher.get_call_template = lambda args, kws: exact(
+        tuple(map(_wide, args)), {name: _wide(kind) for name, kind in kws.items()}
+    )
+    return cast(F, dispatcher)
+
+
+def _wide(kind: types.Type) -> types.Type:
+    """What a piece takes an argument as: integers that int64 holds, constants too, as int64, so that it is compiled
+    once for them all and not once for each mix of widths."""
+    return types.int64 if isinstance(kind, types.Integer) and kind != types.uint64 else kind
 
 
 def digest(*modules: ModuleType) -> int:

@@ -36,7 +36,7 @@ def eventually(check, timeout_s):
 
 
 class Run:
-    """`python -m simulator.demo` in a folder of its own; killed when left."""
+    """`python -m simulator.demo` in a folder of its own; killed when left, with all that it started."""
 
     def __init__(self, tmp_path, *arguments):
         self.folder = tmp_path / "demo"
@@ -51,6 +51,10 @@ class Run:
         self.process.kill()
         self.process.wait()
         self._out.close()
+        lock = self.folder.with_name("demo.lock")
+        for pid in map(int, lock.read_text().split() if lock.exists() else ()):
+            if not gone(pid):
+                os.kill(pid, signal.SIGKILL)
 
     def said(self):
         self._out.seek(0)
@@ -103,7 +107,14 @@ def test_a_part_that_is_killed_ends_the_demo_with_a_line_that_names_it(tmp_path,
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_ends_all_processes(tmp_path, number):
+@pytest.mark.parametrize("ignored", [False, True], ids=["", "background job"])
+def test_ctrl_c_ends_all_processes(tmp_path, number, ignored):
+    if ignored:  # as a shell starts a background job
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            run = Run(tmp_path).__enter__()
+        finally:
+            signal.signal(signal.SIGINT, before)
     with Run(tmp_path) as run:
         pids = run.pids()
         run.process.send_signal(number)
