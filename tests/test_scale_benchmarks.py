@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from benchmarks import checkpoint, growth, replay, soak
+from benchmarks import checkpoint, growth, replay, soak, updates
 
 
 def test_replay_is_measured_beside_the_ring():
@@ -107,3 +107,28 @@ def test_a_slope_has_an_interval_that_holds_it():
         found = soak.slope(at_s, 1e8 + 3e6 * at_s / 3600 + rng.normal(0, 2e6, len(at_s)))
         held += found.low <= 3.0 <= found.high
     assert 180 <= held <= 200  # 95 % of 200, give or take
+
+
+def test_updates_are_measured_beside_the_eager_loop_and_stages_add_up(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(updates, "RECORDS", 3000)
+    monkeypatch.setattr(updates, "USERS", 100)
+    monkeypatch.setattr(updates, "STORED", 400)
+    kept = tmp_path / "updates.jsonl"
+    size = ["--items", "50", "--batches", "32", "--updates", "3", "--turns", "1"]
+    assert updates.main([*size, "--json", str(kept)]) == 0
+    (row,) = json.loads(kept.read_text())["rows"]
+    assert row["ours_per_s"] > 0
+    assert row["ratio_to_eager"] == pytest.approx(row["ours_per_s"] / row["eager_per_s"])
+    assert sum(row["stages"].values()) == pytest.approx(1)
+    assert min(row["stages"].values()) > 0
+    assert "TorchRL" in capsys.readouterr().out
+
+
+def test_a_python_without_torchrl_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(updates, "RECORDS", 2000)
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\necho no module named torchrl >&2\nexit 1\n")
+    broken.chmod(0o755)
+    size = ["--items", "50", "--batches", "32", "--updates", "1", "--turns", "1"]
+    assert updates.main([*size, "--torchrl", str(broken)]) == 1
+    assert "no module named torchrl" in capsys.readouterr().err

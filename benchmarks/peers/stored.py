@@ -1,0 +1,75 @@
+"""What the peers of `benchmarks.updates` share: the transitions that it stored for them, and the product's network."""
+
+from __future__ import annotations
+
+import json
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from learner.networks import ItemTensors, NetworkSettings, QNetwork, StateTensors
+
+STATE: Final = StateTensors._fields
+WARM_UP: Final = 5  # updates before what is timed
+
+
+def asked() -> Namespace:
+    """What `benchmarks.updates` wants: FILE --batch B --updates N --threads N --device D."""
+    parser = ArgumentParser()
+    parser.add_argument("file")
+    parser.add_argument("--batch", type=int, required=True)
+    parser.add_argument("--updates", type=int, required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--device", required=True)
+    wanted = parser.parse_args()
+    torch.set_num_threads(wanted.threads)
+    return wanted
+
+
+def columns(file: str) -> dict[str, Tensor]:
+    """M transitions: STATE and next_STATE fields [M, H]; action, reward, discount [M]; items: their count."""
+    with np.load(file) as stored:
+        return {name: torch.from_numpy(stored[name]) for name in stored.files}
+
+
+class QOfAll(nn.Module):
+    """The product's network as a textbook has it: a state in, Q of all items out."""
+
+    def __init__(self, items: int) -> None:
+        super().__init__()
+        settings = NetworkSettings()
+        self.network = QNetwork(settings, items)
+        nothing = torch.zeros(items, dtype=torch.int64)
+        known = ItemTensors(
+            nothing,
+            nothing.clone(),
+            torch.full((items,), -1.0),
+            torch.zeros(items, settings.vector_dim),
+            torch.ones(items, dtype=torch.bool),
+        )
+        for name, column in known._asdict().items():
+            self.register_buffer(f"of_items_{name}", column)
+
+    def forward(self, item: Tensor, name: Tensor, age_s: Tensor, value: Tensor) -> Tensor:
+        """[B, H] each; returns [B, N]."""
+        items = ItemTensors(*(getattr(self, f"of_items_{field}") for field in ItemTensors._fields))
+        keys = self.network.keys(items)
+        state = StateTensors(item.long(), name.long(), age_s, value)
+        return self.network.q_all(self.network.queries(state, keys), keys)
+
+
+def tell(wanted: Namespace, update: Callable[[], Any], version: str) -> None:
+    """Time the updates, and print what came of it as JSON."""
+    seconds = []
+    for _ in range(WARM_UP + wanted.updates):
+        began = time.perf_counter()
+        update()
+        if wanted.device != "cpu":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    print(json.dumps({"seconds": seconds[WARM_UP:], "version": version}))
