@@ -83,7 +83,10 @@ class LoopSettings:
     min_replay: int = field(default=1000, metadata={"help": "transitions before the first update"})
     capacity: int = field(default=1_000_000, metadata={"help": "transitions kept"})
     alpha: float = field(default=0.0, metadata={"help": "of prioritised replay; 0: uniform"})
-    beta: float = field(default=0.4, metadata={"help": "how far importance weights undo the priorities"})
+    beta: float = field(default=1.0, metadata={"help": "how far importance weights undo how rows are drawn"})
+    chosen_share: float = field(
+        default=0.25, metadata={"help": "least share of a batch in which something was chosen from a slate"}
+    )
 
 
 class Loop:
@@ -96,7 +99,7 @@ class Loop:
         self._shop, self._feed = shop, Feed(shop)
         self._joiner = Joiner(JoinSettings(gamma=agent.gamma, history_length=agent.history_length), [0])
         self._replay = Replay(
-            loop.capacity, agent.history_length, prioritised=loop.alpha > 0, alpha=loop.alpha
+            loop.capacity, agent.history_length, alpha=loop.alpha, chosen_share=loop.chosen_share
         )
         self._band = Band(0.0, loop.updates_per_transition, loop.min_replay)
         self._batch = empty_batch(agent.batch_size, agent.history_length)

@@ -23,6 +23,7 @@ from learner.networks import (
     QNetwork,
     Queries,
     StateTensors,
+    first_rows,
     matches,
     score_all,
 )
@@ -234,6 +235,9 @@ class Agent:
         """Note which items the catalog has a vector of, which tells it from others of its category; [N] bool."""
         self._described = (self._items.vector != 0).any(dim=1)
         self._any_described = bool(self._described.any())
+        told_apart = self._described & ~self._items.seen
+        for network in (self.online, self.target):
+            network.tower.id.weight.detach()[: self.rows][told_apart] = 0.0
 
     def set_catalog(self, catalog: CatalogArrays) -> None:
         """Take over the catalog as it stands: features, and what may be recommended. Grows as needed."""
@@ -538,9 +542,11 @@ class Agent:
         self._roomy_offer = on_offer.to(self.device)
         self._show(len(on_offer))
         self._describe()
+        fresh = first_rows(len(on_offer), self.online.tower.id.num_embeddings, self.settings.dim)
         for prefix, network in (("online", self.online), ("target", self.target)):
             for name, parameter in network.named_parameters():
                 _fill(parameter, state[f"{prefix}.{name}"], name)
+            network.tower.id.weight.detach()[len(on_offer) :] = fresh.to(self.device)
         self._optimiser = self._new_optimiser()
         for name, parameter in self.online.named_parameters():
             keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"adam.{key}.{name}" in state]
@@ -660,14 +666,14 @@ class Agent:
         self.online.tower.id.weight[: self.rows].mul_(keep.unsqueeze(1))
 
     def _reserve(self, capacity: int) -> None:
-        """Grow the tables by id to this many rows; new rows start at zero, what was learnt stays."""
+        """Grow the tables by id to this many rows; what was learnt stays."""
         before = dict(self._optimiser.state)
         renamed: dict[Tensor, Tensor] = {}
         for network in (self.online, self.target):
             table = network.tower.id
             old = table.weight
-            weight = torch.zeros(capacity, old.shape[1], device=self.device)
-            weight[: len(old)] = old.detach()
+            fresh = first_rows(len(old), capacity, self.settings.dim).to(self.device)
+            weight = torch.cat((old.detach(), fresh))
             table.num_embeddings = capacity
             table.weight = torch.nn.Parameter(weight, requires_grad=old.requires_grad)
             renamed[old] = table.weight

@@ -57,7 +57,10 @@ class LearnerSettings:
     )
     prioritised: bool = _setting(True, "draw transitions by their TD error, else uniformly")
     priority_alpha: float = _setting(0.0, "how far priorities count; 0..1, 0: uniform")
-    priority_beta: float = _setting(0.4, "how far importance weights undo the priorities; 0..1")
+    priority_beta: float = _setting(1.0, "how far importance weights undo how rows are drawn; 0..1")
+    chosen_share: float = _setting(
+        0.25, "least share of a batch in which something was chosen from a slate; 0..1, 1 excluded"
+    )
     min_replay: int = _setting(1000, "transitions before the first update; >= 1")
     updates_low: float = _setting(0.0, "fewer updates per transition than this hold up reading; >= 0")
     updates_high: float = _setting(0.01, "no more updates per transition than this; > 0")
@@ -68,6 +71,7 @@ class LearnerSettings:
             "replay_capacity": (2, 1 << 30),
             "priority_alpha": (0, 1),
             "priority_beta": (0, 1),
+            "chosen_share": (0, 0.999999),
             "min_replay": (1, 1 << 30),
             "updates_low": (0, 1e6),
             "updates_high": (1e-9, 1e6),
@@ -115,6 +119,7 @@ class Learner:
             agent.history_length,
             prioritised=settings.prioritised,
             alpha=settings.priority_alpha,
+            chosen_share=settings.chosen_share,
         )
         self.agent = Agent(agent, device, settings.seed)
         self.band = Band(settings.updates_low, settings.updates_high, settings.min_replay)

@@ -179,8 +179,9 @@ def of_category(query: Query, category: Tensor) -> Tensor:
 class ItemTower(nn.Module):
     """ψ: id embedding + hashed category + hashed brand + price + dense vector → d; and a bias by id.
 
-    An id starts at zero and learns what its features do not say; ids never trained share one learnt row, so that
-    a new item scores from its features from its first second.
+    An id's own row learns what its features do not say; ids never trained share one learnt row, so that a new item
+    scores from its features from its first second. Rows start small and random (`first_rows`): where all start at zero,
+    histories look alike to the encoder, so that there is nothing to learn rows from either.
     """
 
     def __init__(self, settings: NetworkSettings, items: int) -> None:
@@ -191,7 +192,8 @@ class ItemTower(nn.Module):
         self.brand = nn.Embedding(settings.brand_buckets, d)
         self.dense = nn.Linear(PRICE_FEATURES + settings.vector_dim, d)
         self.new = nn.Parameter(torch.zeros(d + 1))
-        nn.init.zeros_(self.id.weight)
+        with torch.no_grad():
+            self.id.weight.copy_(first_rows(0, items, d))
         nn.init.normal_(self.category.weight, std=d**-0.5)
         nn.init.normal_(self.brand.weight, std=0.5 * d**-0.5)
         nn.init.normal_(self.dense.weight, std=0.2 * d**-0.5)
@@ -210,6 +212,18 @@ class ItemTower(nn.Module):
         return self.category(items.category) + self.brand(items.brand) + self.dense(dense)
 
 
+def first_rows(start: int, stop: int, d: int) -> Tensor:
+    """What the rows of ids start..stop - 1 of the table by id start from, [stop - start, d + 1]; the same at every
+    start. The last number, the bias, is zero."""
+    first = start // _BLOCK
+    seeds = range(first, -(-stop // _BLOCK))
+    blocks = [torch.randn(_BLOCK, d, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    rows = torch.cat((torch.zeros(0, d), *blocks))[start - first * _BLOCK : stop - first * _BLOCK]
+    return functional.pad(rows * (ID_SIZE * d**-0.5), (0, 1))
+
+
+_BLOCK: Final = 1024
+ID_SIZE: Final = 0.5  # of a row, where items' features are of size one
 KINDS: Final = NAMES * AGES  # of a history's entries
 PRICE_FEATURES: Final = 4
 

@@ -23,6 +23,7 @@ from streaming.pinned import pin
 from streaming.transitions import Amendments, Joined, States, Transitions
 
 SEGMENT: Final = 8192  # rows of a checkpoint part: what one change makes the next checkpoint write again
+MOST_ODDS: Final = 1000.0  # of chosen rows: where there is one, it is not all that is drawn
 PRIORITY_SEGMENTS: Final = 8  # priorities change everywhere all the time: fewer parts, so many times as large
 MAX_PARTITION: Final = 1 << 15
 MAX_OFFSET: Final = 1 << 48
@@ -161,8 +162,9 @@ class _Store(NamedTuple):
     cursor: npt.NDArray[np.int64]  # [7]
     stamps: npt.NDArray[np.int64]  # [5, segments] the clock at the last change; 0: never
     sizes: npt.NDArray[np.int64]  # [5] rows of a segment
-    tree: Tree  # priority**alpha of each row; empty where uniform
-    top: npt.NDArray[np.float64]  # [1] the largest value ever put into the tree
+    tree: Tree  # what each row is drawn in proportion to: priority**alpha, times `_odds`; empty where uniform
+    top: npt.NDArray[np.float64]  # [1] the largest priority**alpha ever
+    chosen: npt.NDArray[np.float64]  # [2] share wanted of chosen rows in a batch; how many are kept
 
 
 _CHAIN_FIELDS: Final = (
@@ -296,12 +298,29 @@ def _complete(store: _Store, states: States, transitions: Transitions, t: int, k
 
 
 @jit
+def _is_chosen(store: _Store, step: int) -> bool:
+    """Something was chosen from this step's slate."""
+    return bool(store.steps[step].total != 0.0 and not store.steps[step].organic)
+
+
+@jit
+def _odds(store: _Store, step: int) -> float:
+    """How many times as often as others this step's rows should be drawn now."""
+    share, chosen = store.chosen
+    others = store.cursor[_HEAD] - store.cursor[_TAIL] - chosen
+    if share == 0.0 or not _is_chosen(store, step):
+        return 1.0
+    return max(1.0, min(share / (1.0 - share) * others / max(chosen, 1.0), MOST_ODDS))
+
+
+@jit
 def _append(store: _Store, transitions: Transitions, t: int, step: int, clock: int) -> None:
     """Row t enters the ring; the oldest transition makes room."""
     rows, steps, cursor = store.rows, store.steps, store.cursor
     capacity = len(rows)
     if cursor[_HEAD] - cursor[_TAIL] == capacity:
         oldest = int(rows[cursor[_TAIL] % capacity].step)
+        store.chosen[1] -= 1 if _is_chosen(store, oldest) else 0
         cursor[_TAIL] += 1
         _release(store, oldest, clock)
     at = cursor[_HEAD] % capacity
@@ -311,12 +330,19 @@ def _append(store: _Store, transitions: Transitions, t: int, step: int, clock: i
     rows[at].action = transitions.action[t]
     rows[at].propensity = transitions.propensity[t]
     rows[at].reward = transitions.reward[t]
-    steps[step].total += transitions.reward[t]
     steps[step].slots += 1
     steps[step].last_slot = transitions.slot[t]
     steps[step].refs += 1
     _stamp(store, _ROWS, at, clock)
     _stamp(store, _REWARDS, at, clock)
+
+
+@jit
+def _sum(values: npt.NDArray[np.float32], start: int, end: int) -> float:
+    total = 0.0
+    for i in range(start, end):
+        total += values[i]
+    return total
 
 
 @jit
@@ -340,6 +366,10 @@ def _insert(unpinned: _Store, new_states: States, new: Transitions, clock: int) 
             store.cursor[_DUPLICATES] += end - t
         else:
             step = _complete(store, states, transitions, t, known, clock)
+            steps = store.steps
+            steps[step].total += _sum(transitions.reward, t, end)
+            if _is_chosen(store, step):
+                store.chosen[1] += end - t
             for row in range(t, end):
                 _append(store, transitions, row, step, clock)
             _release(store, step, clock)
@@ -350,7 +380,7 @@ def _insert(unpinned: _Store, new_states: States, new: Transitions, clock: int) 
 
 @jit
 def _prioritise_range(store: _Store, start: int, end: int, clock: int) -> None:
-    """Sequence numbers start..end, at most a ring's length of them, get the highest priority there is."""
+    """Sequence numbers start..end, at most a ring's length of them, get the highest priority, times `_odds`."""
     if start == end:
         return
     capacity = len(store.rows)
@@ -365,6 +395,11 @@ def _prioritise_range(store: _Store, start: int, end: int, clock: int) -> None:
 @jit
 def _prioritise_rows(store: _Store, low: int, high: int, clock: int) -> None:
     tree_fill(store.tree, low, high, store.top[0])
+    if store.chosen[0] > 0.0:
+        for at in range(low, high):
+            odds = _odds(store, store.rows[at].step)
+            if odds != 1.0:
+                tree_set(store.tree, at, store.top[0] * odds)
     size = store.sizes[_PRIORITIES]
     for segment in range(low // size, (high - 1) // size + 1):
         store.stamps[_PRIORITIES, segment] = clock
@@ -397,7 +432,10 @@ def _amend(unpinned: _Store, new: Amendments, clock: int) -> None:
         if n == -2:
             store.cursor[_UNKNOWN] += 1
             continue
+        before = _is_chosen(store, step)
         store.steps[step].total += amendments.reward[a]
+        if _is_chosen(store, step) != before:
+            _choose(store, step, not before, clock)
         store.cursor[_AMENDED] += 1
         _stamp(store, _CHAIN, step, clock)
         if n >= 0:
@@ -405,8 +443,21 @@ def _amend(unpinned: _Store, new: Amendments, clock: int) -> None:
             store.rows[at].reward += amendments.reward[a]
             _stamp(store, _REWARDS, at, clock)
             if len(store.tree) > 0:
-                tree_set(store.tree, at, store.top[0])
+                tree_set(store.tree, at, store.top[0] * _odds(store, step))
                 _stamp(store, _PRIORITIES, at, clock)
+
+
+@jit
+def _choose(store: _Store, step: int, is_now: bool, clock: int) -> None:
+    """Something was chosen from this step's slate after all, or not any more: all its rows are drawn accordingly."""
+    capacity = len(store.rows)
+    first, end = store.steps[step].first, store.steps[step].first + store.steps[step].slots
+    kept = max(first, store.cursor[_TAIL])
+    store.chosen[1] += (end - kept) * (1 if is_now else -1)
+    if len(store.tree) > 0 and store.chosen[0] > 0.0:
+        for n in range(kept, end):
+            tree_set(store.tree, n % capacity, store.top[0] * _odds(store, step))
+            _stamp(store, _PRIORITIES, n % capacity, clock)
 
 
 @jit
@@ -596,7 +647,8 @@ def _reprioritise(
     for b in range(len(index)):
         if store.cursor[_TAIL] <= index[b] < store.cursor[_HEAD]:
             store.top[0] = max(store.top[0], value[b])
-            tree_set(store.tree, index[b] % capacity, value[b])
+            odds = _odds(store, store.rows[index[b] % capacity].step)
+            tree_set(store.tree, index[b] % capacity, value[b] * odds)
             _stamp(store, _PRIORITIES, index[b] % capacity, clock)
             done += 1
     return done
@@ -612,6 +664,9 @@ class Replay:
     history_length: entries of a state, H.
     prioritised: draw in proportion to (|TD error| + PRIORITY_FLOOR)**alpha, else uniformly.
     alpha: in [0, 1]; 0 is uniform.
+    chosen_share: rows of steps in which something was chosen from a slate are drawn that much oftener that they are
+        this share of a batch, where they would be less; in [0, 1), where prioritised. Choices are few, and nearly all
+        the noise of a gradient is in which of them a batch holds: weights undo it (beta 1), the noise goes.
     segment: rows that a checkpoint writes again when one of them has changed.
     reserve: steps that there is room for from the start, if the capacity asks for them; room that nothing has touched
         costs no memory, and moving to more of it holds up the stream for seconds.
@@ -624,6 +679,7 @@ class Replay:
         *,
         prioritised: bool = True,
         alpha: float = 0.6,
+        chosen_share: float = 0.0,
         segment: int = SEGMENT,
         reserve: int = RESERVED_STEPS,
     ) -> None:
@@ -633,12 +689,15 @@ class Replay:
             raise ReplayError(f"history_length must be in 1..1024, not {history_length}")
         if not 0.0 <= alpha <= 1.0:
             raise ReplayError(f"alpha must be in [0, 1], not {alpha}")
+        if not 0.0 <= chosen_share < 1.0:
+            raise ReplayError(f"chosen_share must be in [0, 1), not {chosen_share}")
         if segment < 1:
             raise ReplayError(f"segment must be >= 1 rows, not {segment}")
         self.capacity = capacity
         self.history_length = history_length
         self.prioritised = prioritised
         self.alpha = alpha
+        self.chosen_share = chosen_share if prioritised else 0.0
         self._segment = segment
         self._reserve = reserve
         self._clock = 1
@@ -830,7 +889,15 @@ class Replay:
 
     def _with_room(self, steps: int, old: _Store | None = None) -> _Store:
         room = max(steps, min(2 * self.capacity, self._reserve))
-        return _new_store(self.capacity, self.history_length, room, self.prioritised, self._segment, old)
+        return _new_store(
+            self.capacity,
+            self.history_length,
+            room,
+            self.prioritised,
+            self.chosen_share,
+            self._segment,
+            old,
+        )
 
     def _load_segments(self, parts: Mapping[str, Arrays], capacity: int, segment: int) -> None:
         """Put what was saved, in segments of a ring of this capacity, where it belongs in ours."""
@@ -860,6 +927,7 @@ def _new_store(
     history_length: int,
     steps: int,
     prioritised: bool,
+    chosen_share: float,
     segment: int,
     old: _Store | None = None,
 ) -> _Store:
@@ -882,6 +950,7 @@ def _new_store(
         sizes=np.array([segment, segment, segment, segment, PRIORITY_SEGMENTS * segment]),
         tree=(tree_new(capacity) if prioritised else np.zeros(0)) if old is None else old.tree,
         top=np.ones(1) if old is None else old.top,
+        chosen=np.array([chosen_share, 0.0]) if old is None else old.chosen,
     )
     if old is not None:
         used = int(old.cursor[_USED])
@@ -931,8 +1000,10 @@ def _derive(unpinned: _Store) -> None:
     store = pin(unpinned)
     steps, cursor = store.steps, store.cursor
     capacity = len(store.rows)
+    store.chosen[1] = 0.0
     for n in range(cursor[_TAIL], cursor[_HEAD]):
         steps[store.rows[n % capacity].step].refs += 1
+        store.chosen[1] += 1.0 if _is_chosen(store, store.rows[n % capacity].step) else 0.0
     for slot in range(cursor[_USED]):
         if steps[slot].key >= 0 and steps[slot].next >= 0:
             steps[steps[slot].next].refs += 1

@@ -32,10 +32,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-WIDTHS: Final = (0.01, 0.02, 0.002, 0.002)  # σ² of b, w, μ and M: log-odds squared
+WIDTHS: Final = (0.01, 0.05, 0.002, 0.002)  # σ² of b, w, μ and M: log-odds squared
 PULL_WIDTH: Final = 1e-4  # σ² of what one entry of a history adds
-PACE: Final = 1.0  # k: passes over replay go this much further than one online pass would
+# k: steps go so far that replay, passed over but once or twice, is done justice to; noise grows with it, which drawing
+# choices oftener (learner.replay) has made small
+PACE: Final = 3.0
 _RIDGE: Final = 1e-3
+
+
+def _pace(q: float) -> float:
+    """k, for a batch that visits so much of replay: no step goes further than what all of replay asks for."""
+    return min(PACE, 1 / q)
 
 
 class Response(nn.Module):
@@ -151,7 +158,7 @@ class Fit:
         size, length = (towards * phi).sum(dim=1, keepdim=True), psi.square().sum(dim=2)  # means of one
         gradient = shown.weight * (shown.chosen.float() - shown.chance)  # [B, K]
         told = shown.weight * shown.chance * (1 - shown.chance)
-        self._move_own(shown.ids, gradient, torch.stack((told, told * size), dim=2), towards)
+        self._move_own(shown.ids, gradient, torch.stack((told, told * size), dim=2), towards, q)
         pulled = (gradient.unsqueeze(2) * psi).sum(dim=1)  # [B, d]
         told = torch.stack(((told * length).sum(), (told * length * size).sum()))
         self._move_shared(torch.vstack((towards.T @ pulled, pulled.sum(dim=0))), told, q)
@@ -173,12 +180,12 @@ class Fit:
         response.item_scale.fill_(self.item_cov.trace().sqrt())
         self._derive()
 
-    def _move_own(self, ids: Tensor, gradient: Tensor, told: Tensor, towards: Tensor) -> None:
+    def _move_own(self, ids: Tensor, gradient: Tensor, told: Tensor, towards: Tensor, q: float) -> None:
         """Rows of items shown: by their gradient; what takes them back is left to `catch_up`."""
         flat = ids.flatten()
         self.information.index_add_(0, flat, told.flatten(0, 1))
         precision = self.information[flat] / self.dimensions[:2] + self._prior[:2]  # [B * K, 2]
-        step = PACE * gradient.flatten().unsqueeze(1) / precision
+        step = _pace(q) * gradient.flatten().unsqueeze(1) / precision
         slope = towards.repeat_interleave(ids.shape[1], dim=0) * step[:, 1:]
         self.response.own.index_add_(0, flat, torch.cat((slope, step[:, :1]), dim=1))
 
@@ -189,7 +196,7 @@ class Fit:
         precision = self.shared_information / self.dimensions[2:] + prior
         for which, rows in ((1, slice(None, -1)), (0, slice(-1, None))):
             self.response.shared[rows] *= torch.exp(-PACE * q * prior[which] / precision[which])
-            self.response.shared[rows] += PACE * gradient[rows] / precision[which]
+            self.response.shared[rows] += _pace(q) * gradient[rows] / precision[which]
 
     def _move_pulls(self, shown: Shown, gradient: Tensor, told: Tensor, q: float) -> None:
         """What entries of histories add. gradient, told: [B, K]."""
@@ -209,7 +216,7 @@ class Fit:
         values, information = getattr(self.response, name), getattr(self, f"{name}_information")
         information.mul_(math.exp(-q)).add_(told)
         precision = information + 1 / PULL_WIDTH
-        values.mul_(torch.exp(-PACE * q / (PULL_WIDTH * precision))).add_(PACE * gradient / precision)
+        values.mul_(torch.exp(-PACE * q / (PULL_WIDTH * precision))).add_(_pace(q) * gradient / precision)
 
     # --- room and state
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from learner.agent import Agent, AgentSettings
-from learner.networks import score_all
+from learner.networks import first_rows, score_all
 from learner.replay import empty_batch
 
 SETTINGS = AgentSettings(
@@ -109,6 +109,34 @@ def test_only_the_ids_of_items_that_a_vector_describes_are_drawn_to_zero():
             assert torch.equal(parameter, before[name]), name
 
 
+def test_ids_start_apart_where_no_vector_tells_them_apart_and_at_zero_where_one_does():
+    agent = new_agent()
+    agent._items.vector[2] = 1.0
+    agent._describe()
+    for network in (agent.online, agent.target):
+        rows = network.tower.id.weight.detach()
+        assert not rows[2].any()
+        assert torch.cdist(rows[[1, 3, 4]], rows[[1, 3, 4]]).fill_diagonal_(1.0).min() > 0.1
+        assert not rows[:, -1].any()  # no item is better liked than others before anything is known
+    agent._items.seen[5] = True  # was learnt of
+    agent._items.vector[5] = 1.0
+    agent._describe()
+    assert agent.online.tower.id.weight[5].abs().sum() > 0
+
+
+def test_what_ids_start_from_does_not_depend_on_when_room_was_made_for_them():
+    at_once, bit_by_bit = new_agent(), new_agent()
+    at_once.grow(5000)
+    for items in (1500, 2100):
+        bit_by_bit.grow(items)
+    again = new_agent()
+    again.restore(bit_by_bit.state())
+    for agent in (bit_by_bit, again):
+        agent.grow(5000)
+        assert_same(agent, at_once)
+    torch.testing.assert_close(first_rows(0, 3000, 8)[1000:2500], first_rows(1000, 2500, 8))
+
+
 def test_only_items_that_a_vector_describes_are_now_and_then_treated_as_new():
     agent = new_agent(replace(SETTINGS, forget=1.0))
     assert not agent._forgotten().any()
@@ -143,7 +171,7 @@ def test_how_items_answer_to_being_shown_is_learnt_of_those_that_were(exact_item
 
 def test_that_unaided_choices_earn_otherwise_says_nothing_of_the_items_they_went_to():
     agent = new_agent()
-    for seed in range(150):
+    for seed in range(300):
         told = batch(seed)
         told.organic[:] = np.arange(16) < 14  # nearly all, and they went to a few items
         told.slate[:14, 1:], told.slate[:14, 0] = 0, 1 + np.arange(14) % 3

@@ -415,6 +415,59 @@ def test_alpha_bends_priorities_and_beta_0_weighs_all_alike():
     assert (replay.sample(2, np.random.default_rng(0), beta=0.0).weight == 1).all()
 
 
+def chosen_and_not(share=0.5, **more):
+    """Rows 0..31 of slates of two, of which offset 3's (rows 6, 7) had a choice, and 32, 33 went somewhere unaided."""
+    replay = Replay(64, H, alpha=0.0, chosen_share=share, **more)
+    replay.insert(joined([Step(offset, [0.0, float(offset == 3)]) for offset in range(16)]))
+    replay.insert(joined([Step(offset, [1.0], organic=True) for offset in (90, 91)]))
+    return replay
+
+
+def drawn_from(replay, size=32, batches=600):
+    rng = np.random.default_rng(3)
+    found = [replay.sample(size, rng, beta=1.0) for _ in range(batches)]
+    return np.concatenate([each.index for each in found]), found
+
+
+def test_steps_with_a_choice_are_drawn_oftener_all_their_rows_and_weighted_back():
+    index, batches = drawn_from(chosen_and_not())
+    counts = np.bincount(index, minlength=34)
+    np.testing.assert_allclose(counts[[6, 7]].sum() / len(index), 0.5, atol=0.02)
+    others = np.delete(counts, [6, 7])
+    np.testing.assert_allclose(others / len(index), 0.5 / 32, atol=0.004)
+    for batch in batches[:20]:
+        each = batch.weight / np.where(np.isin(batch.index, [6, 7]), 1.0, 15.0)
+        np.testing.assert_allclose(each, each[0], rtol=1e-6)
+
+
+def test_where_choices_are_many_or_uniform_draws_are_asked_for_all_are_drawn_alike():
+    replay = Replay(64, H, alpha=0.0, chosen_share=0.25)
+    replay.insert(joined([Step(offset, [float(offset % 2), 0.0]) for offset in range(16)]))
+    assert (replay.sample(16, np.random.default_rng(0)).weight == 1).all()
+    uniform, _ = drawn_from(chosen_and_not(prioritised=False))
+    assert np.isin(uniform, [6, 7]).mean() < 0.08
+
+
+def test_a_choice_that_comes_later_counts_and_one_that_is_taken_back_does_not():
+    replay = chosen_and_not()
+    replay.insert(joined(amendments=[(0, 3, 1, -1.0), (0, 5, 1, 2.0)]))
+    index, _ = drawn_from(replay)
+    np.testing.assert_allclose(np.isin(index, [10, 11]).mean(), 0.5, atol=0.02)
+    assert np.isin(index, [6, 7]).mean() < 0.1
+
+
+def test_how_many_choices_are_kept_is_known_after_rows_have_gone_and_after_a_restart():
+    replay = Replay(8, H, alpha=0.0, chosen_share=0.25)
+    for start in range(0, 30, 3):
+        steps = [Step(start + n, [float(n == 1), 0.0]) for n in range(3)]
+        replay.insert(joined(steps, amendments=[(0, start - 3, 0, 1.0)] if start % 2 else ()))
+        kept = everything(replay)
+        assert replay._store.chosen[1] == ((kept.step_reward != 0) & ~kept.organic).sum()
+    again = Replay(8, H, alpha=0.0, chosen_share=0.25)
+    again.restore(replay.snapshot()[1])
+    assert again._store.chosen.tolist() == replay._store.chosen.tolist()
+
+
 def test_new_and_amended_transitions_get_the_highest_priority():
     replay = Replay(8, H, alpha=1.0)
     replay.insert(joined([Step(1, [0.0, 0.0])]))
