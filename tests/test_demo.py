@@ -38,13 +38,22 @@ def eventually(check, timeout_s):
 class Run:
     """`python -m simulator.demo` in a folder of its own; killed when left, with all that it started."""
 
-    def __init__(self, tmp_path, *arguments):
+    def __init__(self, tmp_path, *arguments, ignored=False):
+        """ignored: it starts with SIGINT ignored, as a shell's background jobs do."""
+        self._ignored = ignored
         self.folder = tmp_path / "demo"
         self._arguments = [sys.executable, "-m", "simulator.demo", "--folder", str(self.folder), *arguments]
         self._out = (tmp_path / "out").open("w+")
 
     def __enter__(self):
-        self.process = subprocess.Popen(self._arguments, cwd=ROOT, stdout=self._out, stderr=subprocess.STDOUT)
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN) if self._ignored else None
+        try:
+            self.process = subprocess.Popen(
+                self._arguments, cwd=ROOT, stdout=self._out, stderr=subprocess.STDOUT
+            )
+        finally:
+            if self._ignored:
+                signal.signal(signal.SIGINT, before)
         return self
 
     def __exit__(self, *_):
@@ -109,13 +118,7 @@ def test_a_part_that_is_killed_ends_the_demo_with_a_line_that_names_it(tmp_path,
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("ignored", [False, True], ids=["", "background job"])
 def test_ctrl_c_ends_all_processes(tmp_path, number, ignored):
-    if ignored:  # as a shell starts a background job
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
-            run = Run(tmp_path).__enter__()
-        finally:
-            signal.signal(signal.SIGINT, before)
-    with Run(tmp_path) as run:
+    with Run(tmp_path, ignored=ignored) as run:
         pids = run.pids()
         run.process.send_signal(number)
         assert run.process.wait(60) == 130
