@@ -32,6 +32,7 @@ from benchmarks import record
 from benchmarks.growth import Shape, batches, introduction
 from benchmarks.ingest import traffic
 from benchmarks.other_python import PeerMissing, arguments_without, said
+from benchmarks.peers.stored import WARM_UP, timed
 from learner.agent import AgentSettings
 from learner.learner import Learner, LearnerSettings
 from learner.replay import Histories
@@ -43,7 +44,6 @@ PEERS: Final = {"torchrl": "benchmarks.peers.torchrl_dqn", "eager": "benchmarks.
 RECORDS: Final = 60_000
 USERS: Final = 5_000
 STORED: Final = 40_000  # transitions that the peers get
-WARM_UP: Final = 5  # updates before what is timed
 STAGES: Final = {  # of an update: whose method
     "sample": ("replay", "sample"),
     "to tensors": ("agent", "_rows"),
@@ -85,18 +85,6 @@ def store(learner: Learner, file: Path) -> None:
         found["action"].append(batch.action.astype(np.int64))
     whole = {name: np.concatenate(columns)[:STORED] for name, columns in found.items()}
     np.savez(file, items=np.int64(learner.agent.rows), **whole)  # type: ignore[arg-type]
-
-
-def timed(update: Callable[[], object], count: int, device: str) -> list[float]:
-    """Seconds of each update."""
-    seconds = []
-    for _ in range(count):
-        began = time.perf_counter()
-        update()
-        if device != "cpu":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
-    return seconds
 
 
 def stages(learner: Learner, count: int, device: str) -> dict[str, float]:
@@ -147,10 +135,10 @@ def measure(items: int, batch: int, options: argparse.Namespace, folder: Path) -
             rates[name].append(batch / median(each))
     found: dict[str, Any] = {"items": items, "batch": batch}
     found |= {f"{name}_per_s": median(of_turns) for name, of_turns in rates.items()}
-    for peer in rates.keys() - {"ours"}:
-        found[f"ratio_to_{peer}"] = median(
-            ours / theirs for ours, theirs in zip(rates["ours"], rates[peer], strict=True)
-        )
+    for peer in PEERS:
+        if peer in rates:
+            paired = zip(rates["ours"], rates[peer], strict=True)
+            found[f"ratio_to_{peer}"] = median(ours / theirs for ours, theirs in paired)
     return found | {"stages": stages(learner, options.updates, options.device)}
 
 

@@ -177,7 +177,9 @@ class Agent:
         self._generator = torch.Generator().manual_seed(seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.online = QNetwork(settings.network, 1024).to(self.device)
+            self.online = QNetwork(settings.network, _FIRST_ROOM)
+        self.online.tower.id.weight.detach().copy_(first_rows(0, _FIRST_ROOM, settings.dim))
+        self.online.to(self.device)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         self.target.response = self.online.response  # it is a mean already
         self._unaided = torch.zeros(2, device=self.device)  # reward, continuation: see `_look_unaided`
@@ -232,7 +234,9 @@ class Agent:
         self._catalog_copy = None
 
     def _describe(self) -> None:
-        """Note which items the catalog has a vector of, which tells it from others of its category; [N] bool."""
+        """Note which items the catalog has a vector of, which tells it from others of its category; [N] bool. Their ids
+        have nothing to tell apart before they are learnt of, and start from zero.
+        """
         self._described = (self._items.vector != 0).any(dim=1)
         self._any_described = bool(self._described.any())
         told_apart = self._described & ~self._items.seen
@@ -669,10 +673,10 @@ class Agent:
         """Grow the tables by id to this many rows; what was learnt stays."""
         before = dict(self._optimiser.state)
         renamed: dict[Tensor, Tensor] = {}
+        fresh = first_rows(len(self.online.tower.id.weight), capacity, self.settings.dim).to(self.device)
         for network in (self.online, self.target):
             table = network.tower.id
             old = table.weight
-            fresh = first_rows(len(old), capacity, self.settings.dim).to(self.device)
             weight = torch.cat((old.detach(), fresh))
             table.num_embeddings = capacity
             table.weight = torch.nn.Parameter(weight, requires_grad=old.requires_grad)
@@ -691,6 +695,7 @@ BOTH: Final = "both."  # prefix of what online and target network share
 UNAIDED_MEMORY: Final = 200  # updates over which what sets unaided choices apart is a mean
 BY_ITEM: Final = ("tower.id.weight",)  # tables with one row for each vocabulary id
 _EPS: Final = 1e-6  # of Adam
+_FIRST_ROOM: Final = 1024  # rows of the tables by id
 
 
 def _padded(value: Tensor, like: Tensor) -> Tensor:

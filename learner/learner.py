@@ -55,7 +55,9 @@ class LearnerSettings:
     replay_capacity: int = _setting(
         1_000_000, "transitions kept, the oldest go first; transitions, 2..1073741824"
     )
-    prioritised: bool = _setting(True, "draw transitions by their TD error, else uniformly")
+    prioritised: bool = _setting(
+        True, "draw transitions by their TD error and --chosen-share, else uniformly"
+    )
     priority_alpha: float = _setting(0.0, "how far priorities count; 0..1, 0: uniform")
     priority_beta: float = _setting(1.0, "how far importance weights undo how rows are drawn; 0..1")
     chosen_share: float = _setting(

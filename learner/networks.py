@@ -180,8 +180,7 @@ class ItemTower(nn.Module):
     """ψ: id embedding + hashed category + hashed brand + price + dense vector → d; and a bias by id.
 
     An id's own row learns what its features do not say; ids never trained share one learnt row, so that a new item
-    scores from its features from its first second. Rows start small and random (`first_rows`): where all start at zero,
-    histories look alike to the encoder, so that there is nothing to learn rows from either.
+    scores from its features from its first second. Whoever learns lets rows start from `first_rows`.
     """
 
     def __init__(self, settings: NetworkSettings, items: int) -> None:
@@ -192,8 +191,7 @@ class ItemTower(nn.Module):
         self.brand = nn.Embedding(settings.brand_buckets, d)
         self.dense = nn.Linear(PRICE_FEATURES + settings.vector_dim, d)
         self.new = nn.Parameter(torch.zeros(d + 1))
-        with torch.no_grad():
-            self.id.weight.copy_(first_rows(0, items, d))
+        nn.init.zeros_(self.id.weight)
         nn.init.normal_(self.category.weight, std=d**-0.5)
         nn.init.normal_(self.brand.weight, std=0.5 * d**-0.5)
         nn.init.normal_(self.dense.weight, std=0.2 * d**-0.5)
@@ -213,8 +211,10 @@ class ItemTower(nn.Module):
 
 
 def first_rows(start: int, stop: int, d: int) -> Tensor:
-    """What the rows of ids start..stop - 1 of the table by id start from, [stop - start, d + 1]; the same at every
-    start. The last number, the bias, is zero."""
+    """What the rows of ids start..stop - 1 of the table by id start from, [stop - start, d + 1]: small and random, and
+    the same in every process. Were all zero, histories would look alike to the encoder, and there would be nothing to
+    learn rows from either. The last number, the bias, is zero.
+    """
     first = start // _BLOCK
     seeds = range(first, -(-stop // _BLOCK))
     blocks = [torch.randn(_BLOCK, d, generator=torch.Generator().manual_seed(seed)) for seed in seeds]

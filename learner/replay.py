@@ -842,7 +842,8 @@ class Replay:
     def restore(self, parts: Mapping[str, Arrays]) -> int:
         """Become what was snapshot; other parts in the mapping are left alone. Returns the token for `snapshot`.
 
-        Another capacity keeps the newest transitions that fit; another alpha starts with equal priorities.
+        Another capacity keeps the newest transitions that fit; another alpha starts with equal priorities; another
+        chosen_share counts for each row from when it is next drawn or amended.
         Raises: ReplayError when the histories have another length.
         """
         saved = parts["replay/state"]

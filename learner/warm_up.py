@@ -22,7 +22,7 @@ _START_MS: Final = 946_684_800_000
 def warm_up(settings: LearnerSettings, agent: AgentSettings, join: JoinSettings) -> None:
     """Read, learn and remember a few made-up records, by a learner that is thrown away.
 
-    Tens of seconds of CPU where the cache is empty, which is said; else a fraction of one.
+    Tens of seconds of CPU where the cache is empty, which is said; else what loading takes, now and not later.
     """
     said = threading.Timer(
         _SAY_AFTER_S, logger.info, ["compiling the loops, once on a machine: about a minute"]

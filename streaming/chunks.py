@@ -133,7 +133,9 @@ class Chunker:
         return concatenate(parts) if parts else empty_batch()
 
 
-def batch_of(values: Sequence[bytes], first: int = 0) -> RecordBatch:
+def batch_of(
+    values: Sequence[bytes], first: int = 0, keys: Sequence[bytes | None] | None = None
+) -> RecordBatch:
     """These records, of partition 0 from offset `first` on."""
     n = len(values)
     return RecordBatch(
@@ -143,18 +145,10 @@ def batch_of(values: Sequence[bytes], first: int = 0) -> RecordBatch:
         data=np.frombuffer(b"".join(values), np.uint8),
         bounds=np.cumsum([0, *map(len, values)]),
         null=np.zeros(n, np.bool_),
-        keys=None,
+        keys=keys,
     )
 
 
 def empty_batch() -> RecordBatch:
     """No records."""
-    return RecordBatch(
-        partition=np.empty(0, np.int32),
-        offset=np.empty(0, np.int64),
-        timestamp_ms=np.empty(0, np.int64),
-        data=np.empty(0, np.uint8),
-        bounds=np.zeros(1, np.int64),
-        null=np.empty(0, np.bool_),
-        keys=None,
-    )
+    return batch_of([])

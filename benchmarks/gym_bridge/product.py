@@ -26,8 +26,8 @@ from serving.server import ServingConfig
 from serving.service import Service
 from serving.view import View, ViewConfig
 from serving.weights import Served
+from streaming.chunks import batch_of
 from streaming.join_settings import JoinSettings
-from streaming.log import RecordBatch
 from streaming.rewards import HISTORY_NAMES
 from streaming.schemas import Codec
 
@@ -199,8 +199,8 @@ class InProcess:
         items = [codec.encode_item(item) for item in storefront.catalog()]
         keys = [item["item_id"].encode() for item in storefront.catalog()]
         if items:
-            self.learner.take_catalog(_batch(items, 0, keys))
-            self._view.absorb_catalog(_batch(items, 0, keys))
+            self.learner.take_catalog(batch_of(items, 0, keys))
+            self._view.absorb_catalog(batch_of(items, 0, keys))
         self._service.warm_up()
 
     def publish(self, user_id: str, record: bytes) -> None:
@@ -230,7 +230,7 @@ class InProcess:
     def _learn(self) -> None:
         """One chunk: into view and replay, as many updates as the band allows, a new version."""
         self._view_waiting()
-        self.learner.take(_batch(self._waiting, self._taken))
+        self.learner.take(batch_of(self._waiting, self._taken))
         self._taken += len(self._waiting)
         self._viewed = 0
         self._waiting.clear()
@@ -241,7 +241,7 @@ class InProcess:
     def _view_waiting(self) -> None:
         """What waits, into the view. A server's own is as fresh."""
         if self._viewed < len(self._waiting):
-            self._view.absorb(_batch(self._waiting[self._viewed :], self._taken + self._viewed))
+            self._view.absorb(batch_of(self._waiting[self._viewed :], self._taken + self._viewed))
             self._viewed = len(self._waiting)
 
     def renew(self) -> None:
@@ -280,17 +280,3 @@ class _Weights:
         weights = Weights(manifest, tensors, self._vocabulary)
         policy = Policy.from_weights(weights, self.network, before.policy if before else None)
         self.served = Served(manifest, policy)
-
-
-def _batch(values: Sequence[bytes], first: int, keys: Sequence[bytes] | None = None) -> RecordBatch:
-    """Records of partition 0 from this offset on."""
-    n = len(values)
-    return RecordBatch(
-        partition=np.zeros(n, np.int32),
-        offset=np.arange(first, first + n),
-        timestamp_ms=np.zeros(n, np.int64),
-        data=np.frombuffer(b"".join(values), np.uint8),
-        bounds=np.cumsum([0, *map(len, values)]),
-        null=np.zeros(n, np.bool_),
-        keys=keys,
-    )

@@ -10,8 +10,6 @@ from torch.nn import functional
 
 from benchmarks.peers.stored import STATE, QOfAll, asked, columns, tell
 
-GAMMA = 0.97
-
 
 def main() -> None:
     """van Hasselt et al. 2016, Huber loss, Adam, Polyak's mean as target."""

@@ -6,7 +6,7 @@ import json
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
@@ -63,13 +63,19 @@ class QOfAll(nn.Module):
         return self.network.q_all(self.network.queries(state, keys), keys)
 
 
-def tell(wanted: Namespace, update: Callable[[], Any], version: str) -> None:
-    """Time the updates, and print what came of it as JSON."""
+def timed(update: Callable[[], object], count: int, device: str) -> list[float]:
+    """Seconds of each update."""
     seconds = []
-    for _ in range(WARM_UP + wanted.updates):
+    for _ in range(count):
         began = time.perf_counter()
         update()
-        if wanted.device != "cpu":
+        if device != "cpu":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+def tell(wanted: Namespace, update: Callable[[], object], version: str) -> None:
+    """Time the updates, and print what came of it as JSON."""
+    seconds = timed(update, WARM_UP + wanted.updates, wanted.device)
     print(json.dumps({"seconds": seconds[WARM_UP:], "version": version}))
