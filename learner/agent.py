@@ -26,6 +26,7 @@ from learner.networks import (
     first_rows,
     matches,
     score_all,
+    unknown_items,
 )
 from learner.replay import Batch, Histories
 from learner.response import Fit, Shown
@@ -186,7 +187,7 @@ class Agent:
         self._unaided_looks = [0, 0]
         self._response = Fit(self.online.response)
         self._optimiser = self._new_optimiser()
-        self._roomy_items = _unknown_items(1, settings.vector_dim, self.device)
+        self._roomy_items = unknown_items(1, settings.vector_dim, self.device)
         self._roomy_offer = torch.zeros(1, dtype=torch.bool, device=self.device)
         self._at: Tensor | None = (
             None  # the update after which each row stands as it lies there; None: all do now
@@ -219,7 +220,7 @@ class Agent:
         if rows > len(self._roomy_offer):
             # by doubling: new items come in every batch, and each must not cost a copy of all that are known
             more = self.online.tower.id.num_embeddings - len(self._roomy_offer)
-            fresh = _unknown_items(more, self.settings.vector_dim, self.device)
+            fresh = unknown_items(more, self.settings.vector_dim, self.device)
             self._roomy_items = ItemTensors(
                 *(torch.cat(pair) for pair in zip(self._roomy_items, fresh, strict=True))
             )
@@ -718,18 +719,6 @@ def _fill(tensor: Tensor, array: npt.NDArray[Any], name: str) -> None:
         tensor[: len(array)] = torch.from_numpy(array.copy())
     else:
         tensor.copy_(torch.from_numpy(np.array(array)))
-
-
-def _unknown_items(count: int, vector_dim: int, device: torch.device) -> ItemTensors:
-    """Items of which nothing is known."""
-    nothing = torch.zeros(count, dtype=torch.int64, device=device)
-    return ItemTensors(
-        nothing,
-        nothing.clone(),
-        torch.full((count,), -1.0, device=device),
-        torch.zeros(count, vector_dim, device=device),
-        torch.zeros(count, dtype=torch.bool, device=device),
-    )
 
 
 def bucket(hashes: npt.NDArray[np.uint64], buckets: int) -> Tensor:

@@ -26,10 +26,12 @@ from learner.networks import (
     COUNTS,
     NAMES,
     SESSION_AGES,
+    NetworkSettings,
     QNetwork,
     Shelf,
     StateTensors,
     place_buckets,
+    unknown_items,
 )
 from learner.replay import Histories
 from streaming.jit import jit
@@ -95,6 +97,20 @@ class CompiledQ:
         log_odds += torch.from_numpy(alike).index_select(1, self._category)
         log_odds.scatter_add_(1, torch.from_numpy(states.item.astype(np.int64)), torch.from_numpy(copy))
         return log_odds.sigmoid_().mul_(gain).add_(torch.from_numpy(value))
+
+
+def compile_q() -> None:
+    """Have the loops compiled, for a network that is thrown away: else the first weights would wait for it, and whoever
+    is answering meanwhile."""
+    settings = NetworkSettings()
+    network, shape = QNetwork(settings, 1), (1, settings.history_length)
+    with torch.inference_mode():
+        q = CompiledQ(network, network.shelf(unknown_items(1, settings.vector_dim)))
+        q.q(
+            Histories(
+                np.zeros(shape, np.int32), np.zeros(shape, np.uint8), *np.zeros((2, *shape), np.float32)
+            )
+        )
 
 
 def _parameters(network: QNetwork, shelf: Shelf) -> _Parameters:

@@ -102,6 +102,18 @@ class ItemTensors(NamedTuple):
     seen: Tensor  # [N] bool: was learnt from; others share the "new item" vector
 
 
+def unknown_items(count: int, vector_dim: int, device: torch.device | str = "cpu") -> ItemTensors:
+    """Items of which nothing is known."""
+    nothing = torch.zeros(count, dtype=torch.int64, device=device)
+    return ItemTensors(
+        nothing,
+        nothing.clone(),
+        torch.full((count,), -1.0, device=device),
+        torch.zeros(count, vector_dim, device=device),
+        torch.zeros(count, dtype=torch.bool, device=device),
+    )
+
+
 class Shelf(NamedTuple):
     """N items before any head looks at them."""
 

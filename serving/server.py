@@ -16,6 +16,7 @@ from google.protobuf import descriptor_pool
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from learner.compiled import compile_q
 from learner.policy import use_threads
 from serving import metrics
 from serving.decisions import DecisionWriter
@@ -158,6 +159,7 @@ class PolicyServer:
         """
         if self._config.metrics_port:
             metrics.expose(self._config.metrics_port + self._instance.index, self._config.host)
+        compile_q()
         self._weights.start()
         if self._log is not None:
             compile_view(self._view_config)

@@ -1,48 +1,73 @@
-"""What is compiled before a learner claims its name is all that it needs later."""
+"""What learner and server compile before anybody waits for them is all that they need later."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from learner.weights import WeightStore
+from streaming.log import open_log
+from tests.serving_process import publish
+from tests.shop_log import write_shop
+
 ROOT = Path(__file__).parent.parent
 
-SCRIPT = """
+COMPILED = """
 import gc
 from numba.core.dispatcher import Dispatcher
-from learner.agent import AgentSettings
-from learner.learner import LearnerSettings
-from learner.warm_up import warm_up
-from streaming.join_settings import JoinSettings
-from tests import test_learner
-from tests.shop_log import write_shop
-from streaming.log import open_log
 
 def compiled():
     found = [each for each in gc.get_objects() if issubclass(type(each), Dispatcher)]
     return {(each.py_func.__qualname__, str(signature)) for each in found for signature in each.overloads}
+"""
+LEARNER = """
+from learner.agent import AgentSettings
+from learner.learner import LearnerSettings
+from learner.warm_up import warm_up
+from streaming.join_settings import JoinSettings
+from streaming.log import open_log
+from tests import test_learner
 
 warm_up(LearnerSettings(), AgentSettings(), JoinSettings())
 before = compiled()
 assert len(before) > 10, before
-log = open_log("sqlite:///log.db")
-write_shop(log, 300, partitions=2, items=60, shoppers=40)
-reader = log.reader("events", {0: 0, 1: 0})
-simulators = {name for name, _ in compiled() - before}
+reader = open_log("sqlite:///log.db").reader("events", {0: 0, 1: 0})
 learner = test_learner.new_learner()
 while len(batch := reader.poll(400, 1.0)):
     learner.take(batch)
     learner.train(5)
 learner.advance({0: 2_000_000_000_000}, {0: 10**6})
 learner.snapshot()
-print(sorted((name, signature) for name, signature in compiled() - before if name not in simulators))
+print(sorted(compiled() - before))
+"""
+SERVER = """
+from learner.compiled import compile_q
+from learner.policy import Policy
+from learner.weights import WeightStore
+
+compile_q()
+before = compiled()
+assert before
+Policy.from_weights(WeightStore("weights").load(1)).check()
+print(sorted(compiled() - before))
 """
 
 
-def test_nothing_is_left_to_compile_once_records_come(tmp_path):
+@pytest.mark.parametrize("script", [LEARNER, SERVER], ids=["learner", "server"])
+def test_nothing_is_left_to_compile_once_records_and_weights_come(tmp_path, script):
+    log = open_log(f"sqlite:///{tmp_path / 'log.db'}")
+    write_shop(log, 300, partitions=2, items=60, shoppers=40)
+    log.close()
+    publish(WeightStore(str(tmp_path / "weights")), ["a", "b", "c"])
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], cwd=tmp_path, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", COMPILED + script],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"

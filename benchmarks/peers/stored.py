@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from learner.networks import ItemTensors, NetworkSettings, QNetwork, StateTensors
+from learner.networks import ItemTensors, NetworkSettings, QNetwork, StateTensors, unknown_items
 
 STATE: Final = StateTensors._fields
 WARM_UP: Final = 5  # updates before what is timed
@@ -44,14 +44,7 @@ class QOfAll(nn.Module):
         super().__init__()
         settings = NetworkSettings()
         self.network = QNetwork(settings, items)
-        nothing = torch.zeros(items, dtype=torch.int64)
-        known = ItemTensors(
-            nothing,
-            nothing.clone(),
-            torch.full((items,), -1.0),
-            torch.zeros(items, settings.vector_dim),
-            torch.ones(items, dtype=torch.bool),
-        )
+        known = unknown_items(items, settings.vector_dim)._replace(seen=torch.ones(items, dtype=torch.bool))
         for name, column in known._asdict().items():
             self.register_buffer(f"of_items_{name}", column)
 
