@@ -99,7 +99,7 @@ class Core:
         state, following = (torch.from_numpy(part.value) for part in (batch.state, batch.next_state))
         action = torch.from_numpy(batch.action).long().unsqueeze(1) - 1
         with torch.no_grad():
-            best = dqn.double_q_choice(self.online(following)[1], self._on_offer, slots=1)
+            best = dqn.best_items(self.online(following)[1], self._on_offer, slots=1)
             then = self.target.q_at(following, best)
         target = dqn.n_step_target(torch.from_numpy(batch.reward), torch.from_numpy(batch.discount), then)
         q = self.online.q_at(state, action)

@@ -38,7 +38,7 @@ from simulator.feed import Feed
 from simulator.figures import figures, over_seeds, same_visits
 from simulator.shop import HOUR_MS, PURCHASE, Outcome, Shop, ShopSettings, Turn, Visits
 from streaming.interning import hash_string
-from streaming.joiner import Joiner, JoinSettings
+from streaming.joiner import Joined, Joiner, JoinSettings
 
 SLOTS = 6
 NAMES = ("random", "popularity", "greedy oracle", "history oracle", "planning oracle")
@@ -126,7 +126,7 @@ class Loop:
         outcome = self._shop.show(turn, slates)
         began = time.process_time()
         columns = self._feed.columns(turn, slates, propensity, outcome, self._version, self.settings.epsilon)
-        self._replay.insert(self._joiner.push(columns))
+        self._take(self._joiner.push(columns))
         self._learn()
         self.cpu_s += time.process_time() - began
         return turn, outcome
@@ -160,6 +160,10 @@ class Loop:
             np.stack([slate.ids for slate in slates]).astype(np.int32) - 1,
             np.stack([slate.propensity for slate in slates]),
         )
+
+    def _take(self, joined: Joined) -> None:
+        """What the joiner made of a turn."""
+        self._replay.insert(joined)
 
     def _learn(self) -> None:
         """As many updates as the band allows."""
@@ -284,10 +288,19 @@ def _interval(values: list[float], one: dict[str, Any] | None, scale: float, for
 
 
 def changed(settings: Any, changes: Sequence[str]) -> Any:
-    """The settings with `name=value` applied where they have that name."""
+    """The settings with `name=value` applied where they have that name. Raises: ValueError for a value that is none."""
     types = {f.name: type(f.default) for f in fields(settings)}
     pairs = dict(change.split("=", 1) for change in changes)
-    return replace(settings, **{name: types[name](pairs[name]) for name in pairs if name in types})
+    read = {name: _value(types[name], text) for name, text in pairs.items() if name in types}
+    return replace(settings, **read)
+
+
+def _value(kind: type, text: str) -> Any:
+    if kind is not bool:
+        return kind(text)
+    if text.lower() not in ("true", "false"):
+        raise ValueError(f"{text!r}: must be true or false")
+    return text.lower() == "true"
 
 
 def main() -> int:

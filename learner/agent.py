@@ -43,6 +43,11 @@ class AgentSettings:
     gamma: float = _setting(0.97, "discount for each further step; 0..1, 1 excluded")
     n_step: int = _setting(3, "steps of reward counted before bootstrapping; 1..32")
     batch_size: int = _setting(128, "transitions in one update; 1..65536")
+    double: bool = _setting(
+        True,
+        "next items are chosen by the online network and valued by the target network (double DQN); "
+        "else both by the target network (DQN)",
+    )
     learning_rate: float = _setting(0.002, "of Adam; > 0")
     target_tau: float = _setting(
         0.005, "share of the way that the target network goes to the online one at each update; 0..1, 0: none"
@@ -382,19 +387,23 @@ class Agent:
 
     @torch.no_grad()
     def _next_value(self, rows: _Rows, keys: Keys) -> Tensor:
-        """V(s'), [B], by double DQN: the online network chooses, the target network judges; 0 where nothing follows."""
+        """V(s'), [B], by double DQN: the online network chooses, the target network judges; 0 where nothing follows.
+        Without `double` the target network does both."""
         value = torch.zeros(len(rows.discount), device=self.device)
         goes_on = torch.nonzero(rows.discount > 0).squeeze(1)
         if not len(goes_on) or not bool(rows.on_offer.any()):
             return value
         state, there = rows.next_state.rows(goes_on), rows.there[goes_on]
-        queries = self.online.queries(state, keys, there)
-        slots = min(self.settings.slate_size or round(self.slots), int(rows.on_offer.sum()))
-        best = dqn.double_q_choice(self.online.advantage_all(queries, keys), rows.on_offer, slots)
         judge = self._judge(rows.aisle)
-        queries = self.target.queries(state, judge, there)
+        judged = self.target.queries(state, judge, there)
+        if self.settings.double:
+            advantage = self.online.advantage_all(self.online.queries(state, keys, there), keys)
+        else:
+            advantage = self.target.advantage_all(judged, judge)
+        slots = min(self.settings.slate_size or round(self.slots), int(rows.on_offer.sum()))
+        best = dqn.best_items(advantage, rows.on_offer, slots)
         value[goes_on] = dqn.slate_value(
-            self.target.value(queries), self.target.advantage_at(queries, judge, best)
+            self.target.value(judged), self.target.advantage_at(judged, judge, best)
         )
         return value
 

@@ -11,13 +11,14 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def double_q_choice(q_online: Tensor, on_offer: Tensor, slots: int) -> Tensor:
-    """The `slots` best next actions by the online network, [B, K] ids: the arg max of double DQN.
+def best_items(q: Tensor, on_offer: Tensor, slots: int) -> Tensor:
+    """The `slots` best next actions, [B, K] ids: with q of the online network the arg max of double DQN (van Hasselt et
+    al. 2016, equation 4), with the target network's that of DQN (Mnih et al. 2015).
 
-    van Hasselt et al. 2016, equation 4. q_online: [B, N]; on_offer: [N] bool. The mask touches the selection only:
+    q: [B, N]; on_offer: [N] bool. The mask touches the selection only:
     -inf in an evaluated value would make -inf * 0 = NaN of an ended session.
     """
-    masked = q_online.masked_fill(~on_offer, -torch.inf)
+    masked = q.masked_fill(~on_offer, -torch.inf)
     if slots == 1:
         return masked.argmax(dim=1, keepdim=True)
     return masked.topk(min(slots, masked.shape[1]), dim=1).indices

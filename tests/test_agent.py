@@ -238,6 +238,37 @@ def test_without_a_future_only_what_a_choice_earns_at_once_counts():
         torch.testing.assert_close(agent.online.q_at(queries, keys, ids), torch.sigmoid(choice) * reward)
 
 
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("slots", [1, 3])
+def test_the_next_value_is_the_best_slate_of_the_network_that_chooses_by_the_one_that_judges(double, slots):
+    agent = trained(
+        range(3), new_agent(replace(SETTINGS, double=double, slate_size=slots, target_sync_updates=100))
+    )
+    with torch.no_grad():  # networks that disagree
+        for network, seed in ((agent.online, 1), (agent.target, 2)):
+            for parameter in network.parameters():
+                parameter += 0.5 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+    told = batch(7)
+    told.discount[:4] = 0.0
+    rows = agent._rows(told, 1.0)
+    values = agent._next_value(rows, agent._keys(None))
+    agree = 0
+    with torch.no_grad():
+        q = {}
+        for network in (agent.online, agent.target):
+            keys = network.keys(agent.items)
+            queries = network.queries(agent._state(told.next_state), keys)
+            q[network] = network.value(queries), network.advantage_all(queries, keys)
+        chooser = q[agent.online if double else agent.target][1]
+        unchosen, judge = q[agent.target]
+        for b in range(16):
+            best = sorted(range(1, ITEMS + 1), key=lambda i, b=b: -float(chooser[b, i]))[:slots]
+            expected = float(unchosen[b]) + sum(float(judge[b, i]) for i in best)
+            assert float(values[b]) == pytest.approx(expected if b >= 4 else 0.0, abs=1e-5)
+            agree += best == sorted(range(1, ITEMS + 1), key=lambda i, b=b: -float(judge[b, i]))[:slots]
+    assert (agree == 16) is not double
+
+
 FEW = replace(SETTINGS, exact_items=1, candidates=1, target_tau=0.1)
 
 

@@ -18,20 +18,20 @@ def q_learning(q_next):
 
 def test_double_dqn_with_equal_networks_is_q_learning():
     q = torch.tensor([[1.0, 3.0, 2.0], [0.0, -1.0, -2.0]])
-    best = dqn.double_q_choice(q, ALL, slots=1)
+    best = dqn.best_items(q, ALL, slots=1)
     value = dqn.slate_value(torch.zeros(2, 1), q.gather(1, best))
     assert value.tolist() == q_learning(q).tolist() == [3.0, 0.0]
 
 
 def test_the_target_network_judges_what_the_online_network_chooses():
     online, target = torch.tensor([[1.0, 3.0, 2.0]]), torch.tensor([[9.0, 4.0, 8.0]])
-    best = dqn.double_q_choice(online, ALL, slots=1)
+    best = dqn.best_items(online, ALL, slots=1)
     assert dqn.slate_value(torch.zeros(1, 1), target.gather(1, best)).tolist() == [4.0]
 
 
 def test_the_mask_touches_the_selection_only():
     q = torch.tensor([[1.0, 3.0, 2.0]])
-    best = dqn.double_q_choice(q, torch.tensor([True, False, True]), slots=1)
+    best = dqn.best_items(q, torch.tensor([True, False, True]), slots=1)
     assert best.tolist() == [[2]]
     ended = dqn.n_step_target(torch.tensor([5.0]), torch.tensor([0.0]), q.gather(1, best).squeeze(1))
     assert ended.tolist() == [5.0]  # -inf * 0 would be NaN
@@ -40,13 +40,13 @@ def test_the_mask_touches_the_selection_only():
 
 def test_a_slate_is_worth_its_slots_together():
     q = torch.tensor([[1.0, 3.0, 2.0]])
-    best = dqn.double_q_choice(q, ALL, slots=2)
+    best = dqn.best_items(q, ALL, slots=2)
     assert best.tolist() == [[1, 2]]
     assert dqn.slate_value(torch.tensor([[10.0]]), q.gather(1, best)).tolist() == [15.0]
 
 
 def test_more_slots_than_items_take_them_all():
-    assert sorted(dqn.double_q_choice(torch.zeros(1, 3), ALL, slots=8)[0].tolist()) == [0, 1, 2]
+    assert sorted(dqn.best_items(torch.zeros(1, 3), ALL, slots=8)[0].tolist()) == [0, 1, 2]
 
 
 def test_the_target_is_reward_and_the_discounted_value():
@@ -88,4 +88,4 @@ def test_rows_without_weight_do_not_pull():
 
 def test_targets_and_choices_carry_no_gradient_into_the_chooser():
     q = torch.tensor([[1.0, 3.0]], requires_grad=True)
-    assert not dqn.double_q_choice(q, torch.tensor([True, True]), slots=1).requires_grad
+    assert not dqn.best_items(q, torch.tensor([True, True]), slots=1).requires_grad

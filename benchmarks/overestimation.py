@@ -1,0 +1,150 @@
+"""Does Q promise more than then comes? Q(s, a) as served, beside the Monte-Carlo returns of the same slots.
+
+    python -m benchmarks.overestimation [--seeds 1 2] [--decisions 20000 60000 130000] [--set ...] [--json FILE]
+
+An agent learns the simulated shop as in benchmarks.learning. At each of the asked numbers of decisions learning stops
+for `--window` decisions, and as many more for their visits to end and their purchases to come in. Each slot that was
+shown in the window then has its return: what it earned itself, and gamma for every further step of the visit, as the
+learner counts them. Beside it stands Q(s, a) of the network that served, at the state that it was shown in: means over
+slots, their ratio, and the slope of returns over Q (1: slots differ by as much as Q says; less: it exaggerates).
+Intervals are 95 %, Student's t over seeds.
+
+Max over noisy values is what makes Q-learning promise too much (van Hasselt et al. 2016, figure 2, measure it in this
+way).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from benchmarks import record
+from benchmarks.learning import Loop, LoopSettings, changed
+from learner.agent import AgentSettings
+from learner.networks import StateTensors
+from learner.replay import Batch, Replay
+from simulator.figures import over_seeds
+from simulator.shop import Shop, ShopSettings
+from streaming.joiner import Joined
+
+LONGEST: Final = 1024  # steps of a visit
+DRAWN: Final = 40_000  # slots, with replacement
+FIGURES: Final = ("mean_q", "mean_return", "ratio", "slope")
+
+
+class Watched(Loop):
+    """A loop that can stop learning, and keeps what came since it did."""
+
+    watch: Replay | None = None  # None: it learns
+
+    def _take(self, joined: Joined) -> None:
+        super()._take(joined)
+        if self.watch is not None:
+            self.watch.insert(joined)
+
+    def _learn(self) -> None:
+        if self.watch is None:
+            super()._learn()
+
+    def serve(self, decisions: int) -> None:
+        """Serve so many more."""
+        served = 0
+        while served < decisions:
+            served += len(self.turn()[0].shopper)
+
+
+def look(seed: int, decisions: Sequence[int], window: int, changes: Sequence[str]) -> list[dict[str, float]]:
+    """One seed's figures at each number of decisions."""
+    agent = changed(AgentSettings(), changes)
+    loop = Watched(Shop(ShopSettings(), seed), agent, changed(LoopSettings(), changes), seed)
+    served, found = 0, []
+    for goal in sorted(decisions):
+        loop.serve(goal - served)
+        loop.watch = Replay(1 << 22, agent.history_length, prioritised=False)
+        loop.serve(window)
+        shown = loop.watch.inserted
+        loop.serve(window)
+        found.append({"decisions": goal, **compare(loop, loop.watch, shown, np.random.default_rng(seed))})
+        loop.watch, served = None, goal + 2 * window
+        print(f"  seed {seed}: {goal} decisions", file=sys.stderr, flush=True)
+    return found
+
+
+def compare(loop: Loop, watch: Replay, shown: int, rng: np.random.Generator) -> dict[str, float]:
+    """Q and returns of the first so many rows: of those that were shown, and whose visits are over."""
+    gamma = loop.agent.settings.gamma
+    batch = watch.sample(min(DRAWN, len(watch)), rng, n_step=LONGEST, gamma=gamma)
+    kept = (batch.index < shown) & (batch.discount == 0.0) & ~batch.organic
+    q, returned = q_of(loop, batch)[kept], batch.reward[kept].astype(np.float64)
+    return {
+        "slots": int(kept.sum()),
+        "mean_q": float(q.mean()),
+        "mean_return": float(returned.mean()),
+        "ratio": float(q.mean() / returned.mean()),
+        "slope": float(np.cov(q, returned)[0, 1] / q.var(ddof=1)),
+    }
+
+
+@torch.no_grad()
+def q_of(loop: Loop, batch: Batch) -> npt.NDArray[np.float64]:
+    """Q(s, a) of each row's own action by the network that is served, [B]."""
+    network, past = loop.agent.target, batch.state
+    keys = network.keys(loop.agent.items)
+    parts = []
+    for rows in np.array_split(np.arange(len(batch.action)), max(1, len(batch.action) // 1000)):
+        state = StateTensors(
+            torch.from_numpy(past.item[rows].astype(np.int64)),
+            torch.from_numpy(past.name[rows].astype(np.int64)),
+            torch.from_numpy(past.age_s[rows]),
+            torch.from_numpy(past.value[rows]),
+        )
+        ids = torch.from_numpy(batch.action[rows].astype(np.int64)).unsqueeze(1)
+        parts.append(network.q_at(network.queries(state, keys), keys, ids).squeeze(1).double().numpy())
+    return np.concatenate(parts)
+
+
+def table(seeds: Sequence[Sequence[dict[str, float]]]) -> Iterator[str]:
+    """A Markdown table, a row for each number of decisions."""
+    yield "| decisions | mean Q | mean return | Q / return | slope of returns over Q |"
+    yield "|---|---|---|---|---|"
+    for at in zip(*seeds, strict=True):
+        cells = []
+        for name in FIGURES:
+            mean, _, high = over_seeds([each[name] for each in at])
+            cells.append(f"{mean:.3f}" + (f" ± {high - mean:.3f}" if len(at) > 1 else ""))
+        yield f"| {at[0]['decisions']:,} | {' | '.join(cells)} |"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command's exit status."""
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.overestimation", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2], help="shops [1 2]")
+    parser.add_argument(
+        "--decisions", type=int, nargs="+", default=[20_000, 60_000, 130_000], help="learnt from"
+    )
+    parser.add_argument(
+        "--window", type=int, default=8000, help="decisions whose returns are looked at [8000]"
+    )
+    parser.add_argument(
+        "--set", nargs="*", default=[], help="NAME=VALUE of the agent or of the loop around it"
+    )
+    parser.add_argument("--json", type=Path, help="append one line of JSON here")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    seeds = [look(seed, options.decisions, options.window, options.set) for seed in options.seeds]
+    print("\n".join(table(seeds)))
+    record.append(options.json, "overestimation", sys.argv[1:], {"seeds": seeds})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

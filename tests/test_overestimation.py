@@ -1,0 +1,90 @@
+"""Returns are those of the visits, of slots that were shown and whose visits are over; nothing is learnt meanwhile."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from benchmarks import overestimation
+from benchmarks.learning import LoopSettings
+from learner.agent import AgentSettings
+from learner.replay import Replay
+from simulator.shop import Shop, ShopSettings
+from streaming.join_settings import JoinSettings
+from streaming.joiner import Joiner
+from streaming.rewards import RewardTable
+from tests.rows import columns, decision, event, logged
+
+GAMMA = 0.9
+CLICK = RewardTable.parse("select_item=1.5")
+RETURNS = {3: 1.5 + GAMMA * 1.5, 4: GAMMA * 1.5, 5: 0.0, 6: 1.5}
+HOUR = 3600.0
+
+
+def visits(users: int, at: float):
+    """Two slates each, one click on either; an unaided view before, of an item that must not be counted."""
+    rows = []
+    for k in range(users):
+        user, start = f"user {k}", at + 200.0 * k
+        rows += [
+            event("view_item", 8, at=start, user=user),
+            decision(f"first {at} {k}", 3, 4, at=start + 20, user=user),
+            event("select_item", 3, at=start + 30, user=user, recommendation=f"first {at} {k}"),
+            decision(f"second {at} {k}", 5, 6, at=start + 60, user=user),
+            event("select_item", 6, at=start + 70, user=user, recommendation=f"second {at} {k}"),
+        ]
+    return rows
+
+
+def test_a_perfect_q_is_found_to_be_perfect(monkeypatch):
+    joiner = Joiner(JoinSettings(rewards=CLICK, gamma=GAMMA, history_length=4), partitions=[0])
+    watch = Replay(1000, 4, prioritised=False)
+    watch.insert(joiner.push(columns(logged(visits(50, 0.0)))))
+    # over for good once a stranger comes much later, whose own visit is not: its slates have no return yet
+    stranger = [decision(f"last {k}", 9, 9, at=30 * HOUR + 60 * k, user="stranger") for k in range(3)]
+    late = columns(logged(stranger))
+    late.offset[:] += 250  # the same log
+    watch.insert(joiner.push(late))
+    shown = watch.inserted
+    monkeypatch.setattr(
+        overestimation,
+        "q_of",
+        lambda _, batch: np.array([RETURNS.get(int(a), math.nan) for a in batch.action]),
+    )
+    loop = SimpleNamespace(agent=SimpleNamespace(settings=SimpleNamespace(gamma=GAMMA)))
+    found = overestimation.compare(loop, watch, shown, np.random.default_rng(0))
+    assert found["slots"] > 50
+    assert found["ratio"] == pytest.approx(1.0)
+    assert found["slope"] == pytest.approx(1.0)
+    assert found["mean_return"] == pytest.approx(np.mean(list(RETURNS.values())), rel=0.2)
+    none = overestimation.compare(loop, watch, shown // 2, np.random.default_rng(0))
+    assert 0 < none["slots"] < found["slots"]  # of the first half of the rows alone
+
+
+def test_nothing_is_learnt_while_it_is_watched_and_learning_goes_on_afterwards():
+    agent = AgentSettings()
+    loop = overestimation.Watched(Shop(ShopSettings(items=100, shoppers=300), 1), agent, LoopSettings(), 1)
+    loop.serve(600)
+    updates = loop.agent.updates
+    assert updates > 0
+    loop.watch = Replay(1 << 16, agent.history_length, prioritised=False)
+    loop.serve(300)
+    assert loop.agent.updates == updates
+    assert loop.watch.inserted > 300
+    loop.watch = None
+    loop.serve(100)
+    assert loop.agent.updates > updates + 0.01 * 300
+
+
+def test_q_is_that_of_the_network_that_serves():
+    agent = AgentSettings()
+    loop = overestimation.Watched(Shop(ShopSettings(items=100, shoppers=300), 1), agent, LoopSettings(), 1)
+    loop.serve(600)
+    loop.watch = Replay(1 << 16, agent.history_length, prioritised=False)
+    loop.serve(300)
+    batch = loop.watch.sample(200, np.random.default_rng(0), n_step=overestimation.LONGEST, gamma=agent.gamma)
+    served = loop.policy().q(batch.state)[np.arange(200), batch.action]
+    assert overestimation.q_of(loop, batch) == pytest.approx(served, abs=1e-4)
