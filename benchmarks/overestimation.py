@@ -28,7 +28,7 @@ import torch
 from benchmarks import record
 from benchmarks.learning import Loop, LoopSettings, changed
 from learner.agent import AgentSettings
-from learner.networks import StateTensors
+from learner.networks import MAX_SLOTS, StateTensors
 from learner.replay import Batch, Replay
 from simulator.figures import over_seeds
 from simulator.shop import Shop, ShopSettings
@@ -94,7 +94,7 @@ def compare(loop: Loop, watch: Replay, shown: int, rng: np.random.Generator) -> 
 
 @torch.no_grad()
 def q_of(loop: Loop, batch: Batch) -> npt.NDArray[np.float64]:
-    """Q(s, a) of each row's own action by the network that is served, [B]."""
+    """Q(s, a) of each row's own action, where it was shown, by the network that is served, [B]."""
     network, past = loop.agent.target, batch.state
     keys = network.keys(loop.agent.items)
     parts = []
@@ -106,7 +106,9 @@ def q_of(loop: Loop, batch: Batch) -> npt.NDArray[np.float64]:
             torch.from_numpy(past.value[rows]),
         )
         ids = torch.from_numpy(batch.action[rows].astype(np.int64)).unsqueeze(1)
-        parts.append(network.q_at(network.queries(state, keys), keys, ids).squeeze(1).double().numpy())
+        slot = torch.from_numpy(batch.slot[rows].astype(np.int64)).clamp(0, MAX_SLOTS - 1).unsqueeze(1)
+        q = network.q_at(network.queries(state, keys), keys, ids, slot)
+        parts.append(q.squeeze(1).double().numpy())
     return np.concatenate(parts)
 
 

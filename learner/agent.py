@@ -281,7 +281,11 @@ class Agent:
         parts = self.online.parts_at(queries, keys, rows.slate)
         losses = self._losses(rows, keys, queries, target, *parts)
         shown = self._shown(rows, keys, queries, parts[0])
-        q = self._q(queries, *(part[:, 0] for part in parts))
+        q = self._q(
+            queries,
+            parts[0][:, 0] + self.online.position_of(rows.slot[:, 0]),
+            *(part[:, 0] for part in parts[1:]),
+        )
         loss = self._step(losses, rows.aisle)
         self._response.learn(shown, rows.share)
         if rows.aisle is None:
@@ -320,7 +324,7 @@ class Agent:
         self._look_unaided(0, rows.slate_reward - reward, each * organic)
         losses = {
             "choice": dqn.weighted_mean(
-                dqn.choice_loss(choice + self._position(rows), chosen), each * ~organic
+                dqn.choice_loss(choice + self.online.position_of(rows.slot), chosen), each * ~organic
             ),
             "reward": settings.reward_weight * dqn.weighted_mean(earned, each * chosen),
         }
@@ -350,10 +354,6 @@ class Agent:
             share = 1 / min(self._unaided_looks[which], UNAIDED_MEMORY)
             self._unaided[which].lerp_((left_over * weight).sum() / total, share)
 
-    def _position(self, rows: _Rows) -> Tensor:
-        """Choice log-odds of the slots' places, [B, K]."""
-        return self.online.position[rows.slot] * (rows.slot > 0)
-
     @torch.no_grad()
     def _shown(self, rows: _Rows, keys: Keys, queries: Queries, choice: Tensor) -> Shown:
         """The slots of slates, for learner.response."""
@@ -365,7 +365,7 @@ class Agent:
             keys.organic.detach()[ids, :d],
             ids if rows.aisle is None else rows.aisle.ids[ids],
             rows.slate_reward != 0,
-            torch.sigmoid(choice + self._position(rows)),
+            torch.sigmoid(choice + self.online.position_of(rows.slot)),
             rows.each * ~rows.organic.unsqueeze(1),
             queries.kinds,
             queries.share,
@@ -402,8 +402,9 @@ class Agent:
             advantage = self.target.advantage_all(judged, judge)
         slots = min(self.settings.slate_size or round(self.slots), int(rows.on_offer.sum()))
         best = dqn.best_items(advantage, rows.on_offer, slots)
+        place = torch.arange(slots, device=self.device)  # the best comes first, and is looked at most
         value[goes_on] = dqn.slate_value(
-            self.target.value(judged), self.target.advantage_at(judged, judge, best)
+            self.target.value(judged), self.target.advantage_at(judged, judge, best, place)
         )
         return value
 

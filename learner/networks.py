@@ -440,9 +440,9 @@ class QNetwork(nn.Module):
         """Q(s, a) of all N items, [B, N]; the equation of this module's head."""
         return self.value(queries) + self.advantage_all(queries, keys)
 
-    def q_at(self, queries: Queries, keys: Keys, ids: Tensor) -> Tensor:
-        """Q(s, a) at ids [B, K] (rows of the keys), [B, K]."""
-        return self.value(queries) + self.advantage_at(queries, keys, ids)
+    def q_at(self, queries: Queries, keys: Keys, ids: Tensor, slot: Tensor | None = None) -> Tensor:
+        """Q(s, a) at ids [B, K] (rows of the keys), [B, K]. slot: see `advantage_at`."""
+        return self.value(queries) + self.advantage_at(queries, keys, ids, slot)
 
     def value(self, queries: Queries) -> Tensor:
         """γ V0(s), [B, 1]: what is to come if nothing is chosen."""
@@ -465,7 +465,13 @@ class QNetwork(nn.Module):
         choice = score_all(queries.choice, keys.choice, keys.category)
         return torch.sigmoid(choice) * self.gain_all(queries, keys)
 
-    def advantage_at(self, queries: Queries, keys: Keys, ids: Tensor) -> Tensor:
-        """p · (m + γ g) at ids [B, K], [B, K]."""
+    def advantage_at(self, queries: Queries, keys: Keys, ids: Tensor, slot: Tensor | None = None) -> Tensor:
+        """p · (m + γ g) at ids [B, K], [B, K]. slot: [K] or [B, K], where in the slate each is shown; None: first."""
         choice, reward, continuation = self.parts_at(queries, keys, ids)
+        if slot is not None:
+            choice = choice + self.position_of(slot)
         return torch.sigmoid(choice) * (reward + self.settings.gamma * continuation)
+
+    def position_of(self, slot: Tensor) -> Tensor:
+        """Choice log-odds of places in a slate, against the first; of the shape of `slot`, 0..MAX_SLOTS - 1."""
+        return self.position[slot] * (slot > 0)

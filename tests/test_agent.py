@@ -258,12 +258,24 @@ def test_the_next_value_is_the_best_slate_of_the_network_that_chooses_by_the_one
         for network in (agent.online, agent.target):
             keys = network.keys(agent.items)
             queries = network.queries(agent._state(told.next_state), keys)
-            q[network] = network.value(queries), network.advantage_all(queries, keys)
+            p = score_all(queries.choice, keys.choice, keys.category)
+            q[network] = (
+                network.value(queries),
+                network.advantage_all(queries, keys),
+                p,
+                network.gain_all(queries, keys),
+            )
         chooser = q[agent.online if double else agent.target][1]
-        unchosen, judge = q[agent.target]
+        unchosen, judge, log_odds, gain = q[agent.target]
+        place = [
+            0.0,
+            *agent.target.position[1:slots].tolist(),
+        ]  # what is shown further down is looked at less
         for b in range(16):
             best = sorted(range(1, ITEMS + 1), key=lambda i, b=b: -float(chooser[b, i]))[:slots]
-            expected = float(unchosen[b]) + sum(float(judge[b, i]) for i in best)
+            odds = [float(log_odds[b, i]) + place[k] for k, i in enumerate(best)]
+            worth = [float(gain[b, i]) / (1 + np.exp(-at)) for i, at in zip(best, odds, strict=True)]
+            expected = float(unchosen[b]) + sum(worth)
             assert float(values[b]) == pytest.approx(expected if b >= 4 else 0.0, abs=1e-5)
             agree += best == sorted(range(1, ITEMS + 1), key=lambda i, b=b: -float(judge[b, i]))[:slots]
     assert (agree == 16) is not double
