@@ -22,7 +22,8 @@ import torch
 from benchmarks import record
 from benchmarks.learning import SLOTS, Loop, LoopSettings, changed, histories
 from learner.agent import AgentSettings
-from learner.networks import StateTensors, score_all
+from learner.networks import score_all
+from learner.policy import state_tensors
 from simulator.policies import HistoryOracle, PlanningOracle, infer_minds, top, worth
 from simulator.shop import Floats, Shop, ShopSettings, Turn
 
@@ -95,13 +96,8 @@ def of_turn(shop: Shop, planner: PlanningOracle, loop: Loop, turn: Turn) -> dict
 @torch.no_grad()
 def learnt(loop: Loop, turn: Turn) -> tuple[Floats, Floats]:
     """p and m + γ g by the network that is served, each [B, N]."""
-    agent, past = loop.agent, histories(turn)
-    state = StateTensors(
-        torch.from_numpy(past.item.astype(np.int64)),
-        torch.from_numpy(past.name.astype(np.int64)),
-        torch.from_numpy(past.age_s),
-        torch.from_numpy(past.value),
-    )
+    agent = loop.agent
+    state = state_tensors(histories(turn))
     keys = agent.target.keys(agent.items)
     queries = agent.target.queries(state, keys)
     log_odds = score_all(queries.choice, keys.choice, keys.category)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -28,7 +29,8 @@ import torch
 from benchmarks import record
 from benchmarks.learning import Loop, LoopSettings, changed
 from learner.agent import AgentSettings
-from learner.networks import MAX_SLOTS, StateTensors
+from learner.networks import MAX_SLOTS
+from learner.policy import state_tensors
 from learner.replay import Batch, Replay
 from simulator.figures import over_seeds
 from simulator.shop import Shop, ShopSettings
@@ -95,16 +97,11 @@ def compare(loop: Loop, watch: Replay, shown: int, rng: np.random.Generator) -> 
 @torch.no_grad()
 def q_of(loop: Loop, batch: Batch) -> npt.NDArray[np.float64]:
     """Q(s, a) of each row's own action, where it was shown, by the network that is served, [B]."""
-    network, past = loop.agent.target, batch.state
+    network, states = loop.agent.target, state_tensors(batch.state)
     keys = network.keys(loop.agent.items)
     parts = []
     for rows in np.array_split(np.arange(len(batch.action)), max(1, len(batch.action) // 1000)):
-        state = StateTensors(
-            torch.from_numpy(past.item[rows].astype(np.int64)),
-            torch.from_numpy(past.name[rows].astype(np.int64)),
-            torch.from_numpy(past.age_s[rows]),
-            torch.from_numpy(past.value[rows]),
-        )
+        state = states.rows(torch.from_numpy(rows))
         ids = torch.from_numpy(batch.action[rows].astype(np.int64)).unsqueeze(1)
         slot = torch.from_numpy(batch.slot[rows].astype(np.int64)).clamp(0, MAX_SLOTS - 1).unsqueeze(1)
         q = network.q_at(network.queries(state, keys), keys, ids, slot)
@@ -141,6 +138,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", type=Path, help="append one line of JSON here")
     options = parser.parse_args(arguments)
+    near = [after - goal for goal, after in pairwise(sorted(options.decisions))]
+    if near and min(near) < 2 * options.window:
+        parser.error(
+            f"--decisions: must lie 2 x --window = {2 * options.window} apart, in which nothing is learnt"
+        )
     torch.set_num_threads(1)
     seeds = [look(seed, options.decisions, options.window, options.set) for seed in options.seeds]
     print("\n".join(table(seeds)))

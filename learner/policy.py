@@ -182,7 +182,7 @@ class Policy:
         """Q(s, a) of one user's candidates, [M]; items never seen score by the features that come with them."""
         with torch.inference_mode():
             keys, ids = self._candidate_keys(candidates)
-            queries = self._network.queries(_tensors(state), self._shelf)
+            queries = self._network.queries(state_tensors(state), self._shelf)
             choice = queries.choice
             log_odds = choice.vector @ keys.choice.T
             same = (choice.item == ids.unsqueeze(1)) & (ids > 0).unsqueeze(1)  # [M, H]
@@ -251,7 +251,7 @@ class Policy:
         )
         with torch.inference_mode():
             keys = self._network.keys(self._items, ids)
-            queries = self._network.queries(_tensors(states), keys, here)
+            queries = self._network.queries(state_tensors(states), keys, here)
             said = self._network.q_at(queries, keys, rows).numpy()
         apart = np.abs(np.take_along_axis(q, some, axis=1) - said).max()
         if apart > 1e-3 * max(1.0, np.abs(said).max()):  # rounding is a hundredth of that
@@ -307,7 +307,8 @@ def _rows(rows: Iterable[int]) -> Tensor:
     return torch.tensor(list(rows), dtype=torch.int64)
 
 
-def _tensors(states: Histories) -> StateTensors:
+def state_tensors(states: Histories) -> StateTensors:
+    """As the network reads them, on the CPU."""
     return StateTensors(
         torch.from_numpy(states.item.astype(np.int64)),
         torch.from_numpy(states.name.astype(np.int64)),

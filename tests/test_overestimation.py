@@ -97,3 +97,9 @@ def test_q_is_that_of_the_network_that_serves():
     assert 10 < first.sum() < 100
     assert found[first] == pytest.approx(served[first], abs=1e-4)
     assert (found[~first] < served[~first] - 1e-3).all()
+
+
+def test_decisions_that_lie_too_near_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        overestimation.main(["--decisions", "1000", "1500", "--window", "300"])
+    assert "must lie 2 x --window = 600 apart" in capsys.readouterr().err
