@@ -78,7 +78,7 @@ class Network(nn.Module):
     def q_at(self, state: Tensor, action: Tensor) -> Tensor:
         """Q(s, a), [B]; action: [B, 1]."""
         value, advantage = self(state)
-        return dqn.slate_value(value, advantage.gather(1, action))
+        return dqn.slate_value(value, advantage.gather(1, action)).squeeze(1)
 
 
 class Core:

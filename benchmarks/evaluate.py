@@ -119,7 +119,7 @@ def log_of(world: World, early: Policy, late: Policy, seed: int, runs: int, hour
     turn = shop.next_turn(LIMIT)
     while turn.timestamp_ms.min() < end_ms:
         eligible = can_be_shown(shop, turn)
-        q = early.q(histories(turn)), late.q(histories(turn))
+        q = [policy.q(histories(turn, policy.history_length)) for policy in (early, late)]
         slates, propensity = drawn(q[0], eligible, world.slots, world.epsilon, rng)
         # enough of them: the truth is known far better than any run can tell it
         some = np.flatnonzero(turn.shopper % 4 == 0)

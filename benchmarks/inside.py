@@ -84,6 +84,7 @@ def of_turn(shop: Shop, planner: PlanningOracle, loop: Loop, turn: Turn) -> dict
         "true_p_learnt_gain": score(true_p * gain),
         "true_p_true_gain": score(true_p * true_gain),
         "learnt_p_alone": score(p),
+        "at_random": score(np.random.default_rng(len(p)).random(p.shape)),
         "reward_alone": score(true_p * worth(shop, minds.stage)),
         "history_rule": score(planner.score(shop, infer_minds(shop, turn))),
         "correlation_of_log_odds": _within(np.log(p / (1 - p)), np.log(true_p / (1 - true_p))),
@@ -97,12 +98,12 @@ def of_turn(shop: Shop, planner: PlanningOracle, loop: Loop, turn: Turn) -> dict
 def learnt(loop: Loop, turn: Turn) -> tuple[Floats, Floats]:
     """p and m + γ g by the network that is served, each [B, N]."""
     agent = loop.agent
-    state = state_tensors(histories(turn))
+    state = state_tensors(histories(turn, agent.settings.history_length))
     keys = agent.target.keys(agent.items)
     queries = agent.target.queries(state, keys)
     log_odds = score_all(queries.choice, keys.choice, keys.category)
     gain = agent.target.gain_all(queries, keys)
-    return _array(torch.sigmoid(log_odds.double())), _array(gain.double())
+    return _array(torch.sigmoid(log_odds.double())), _array(agent.unit * gain.double())
 
 
 def _array(scores: torch.Tensor) -> Floats:

@@ -30,6 +30,7 @@ import torch
 from benchmarks import record
 from benchmarks.shop import policies
 from learner.agent import Agent, AgentSettings
+from learner.exploration import GREEDY, Exploration
 from learner.pacing import Band
 from learner.policy import Policy
 from learner.replay import Histories, Replay, empty_batch
@@ -77,6 +78,9 @@ class LoopSettings:
     """What is around the agent."""
 
     epsilon: float = field(default=0.05, metadata={"help": "share of slots explored"})
+    exploration: str = field(
+        default=GREEDY.kind, metadata={"help": "of the slots that epsilon does not draw"}
+    )
     updates_per_transition: float = field(
         default=0.01, metadata={"help": "gradient steps for each transition"}
     )
@@ -104,6 +108,7 @@ class Loop:
         self._band = Band(0.0, loop.updates_per_transition, loop.min_replay)
         self._batch = empty_batch(agent.batch_size, agent.history_length)
         self._explore, self._draw = np.random.default_rng([seed, 21]), np.random.default_rng([seed, 22])
+        self._exploration = Exploration(loop.exploration)  # type: ignore[arg-type]
         self._version = 0
         self._hour = -1
         self.slates = np.zeros((0, SLOTS), np.int32)  # shown last, rows of the catalog
@@ -151,11 +156,13 @@ class Loop:
         """[B, 6] rows of the catalog and their propensities; what was bought lately is left out, as at a server."""
         self._version += 1
         policy, past = self.policy(), turn.history
-        states = histories(turn)
+        states = histories(turn, self.agent.settings.history_length)
         eligible = np.repeat(np.append(False, turn.available)[None], len(turn.shopper), axis=0)
         b, h = np.nonzero(past.name == PURCHASE)
         eligible[b, past.item[b, h] + 1] = False
-        slates = policy.recommend(states, SLOTS, self.settings.epsilon, self._explore, eligible)
+        slates = policy.recommend(
+            states, SLOTS, self.settings.epsilon, self._explore, eligible, self._exploration
+        )
         return (
             np.stack([slate.ids for slate in slates]).astype(np.int32) - 1,
             np.stack([slate.propensity for slate in slates]),
@@ -178,12 +185,13 @@ class Loop:
         self.updates_s += time.process_time() - began
 
 
-def histories(turn: Turn) -> Histories:
-    """The turn's histories as states: what `Policy.encode` makes of the same entries."""
+def histories(turn: Turn, length: int) -> Histories:
+    """The turn's histories as states: what `Policy.encode` makes of their newest `length` entries."""
     past = turn.history
     age_s = np.maximum(turn.timestamp_ms[:, None] - past.timestamp_ms, 0) / 1000.0
     real = past.item >= 0
-    return Histories(past.item + np.int32(1), past.name, (age_s * real).astype(np.float32), past.value)
+    whole = Histories(past.item + np.int32(1), past.name, (age_s * real).astype(np.float32), past.value)
+    return Histories(*(np.ascontiguousarray(column[:, :length]) for column in whole))
 
 
 class Learnt(NamedTuple):

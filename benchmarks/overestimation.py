@@ -105,7 +105,7 @@ def q_of(loop: Loop, batch: Batch) -> npt.NDArray[np.float64]:
         ids = torch.from_numpy(batch.action[rows].astype(np.int64)).unsqueeze(1)
         slot = torch.from_numpy(batch.slot[rows].astype(np.int64)).clamp(0, MAX_SLOTS - 1).unsqueeze(1)
         q = network.q_at(network.queries(state, keys), keys, ids, slot)
-        parts.append(q.squeeze(1).double().numpy())
+        parts.append(loop.agent.unit * q.squeeze(1).double().numpy())
     return np.concatenate(parts)
 
 

@@ -59,9 +59,16 @@ class AgentSettings:
     )
     sqn_weight: float = _setting(1.0, "weight of the next-item loss; >= 0")
     reward_weight: float = _setting(0.1, "weight of the loss on what a choice earns; >= 0")
+    quantiles: int = _setting(
+        1,
+        "of the distribution of what is to come, learnt by quantile regression (QR-DQN); 1: its mean; 1..200",
+    )
     td_weight: float = _setting(0.1, "weight of the temporal-difference loss; >= 0")
     cql_weight: float = _setting(0.0, "weight of the conservative loss; >= 0, 0: off")
-    huber_delta: float = _setting(20.0, "error beyond which losses grow linearly; reward units, > 0")
+    huber_delta: float = _setting(
+        20.0, "error beyond which losses grow linearly; in units of what a choice earns on average, > 0"
+    )
+    quantile_delta: float = _setting(1.0, "the same of quantiles, where there are more than one; > 0")
     weight_decay: float = _setting(
         1.0, "decoupled, of what ids add to their features, of items that a vector describes; 0..1"
     )
@@ -88,9 +95,11 @@ class AgentSettings:
             "slate_size": (0, MAX_SLOTS),
             "sqn_weight": (0, 1e6),
             "reward_weight": (0, 1e6),
+            "quantiles": (1, 200),
             "td_weight": (0, 1e6),
             "cql_weight": (0, 1e6),
             "huber_delta": (1e-6, 1e6),
+            "quantile_delta": (1e-6, 1e6),
             "weight_decay": (0, 1),
             "forget": (0, 1),
             "exact_items": (1, 10**7),
@@ -113,6 +122,7 @@ class AgentSettings:
             hidden=self.hidden,
             history_length=self.history_length,
             vector_dim=self.vector_dim,
+            quantiles=self.quantiles,
             gamma=self.gamma,
         )
 
@@ -133,7 +143,7 @@ class Update(NamedTuple):
     """What one update did."""
 
     loss: float
-    td_error: npt.NDArray[np.float32]  # [B] target - Q(s, a): priorities
+    td_error: npt.NDArray[np.float32]  # [B] target - Q(s, a), in units of `Agent.unit`: priorities
     mean_q: float  # of the batch's own actions
     q_spread: float  # standard deviation of these
     losses: dict[str, float]  # by part: choice, reward, td, next_item, conservative
@@ -160,8 +170,8 @@ class _Rows(NamedTuple):
     slate: Tensor  # [B, K] the step's items; the batch's own action first
     present: Tensor  # [B, K] bool: there is such a slot
     slot: Tensor  # [B, K]
-    slate_reward: Tensor  # [B, K]
-    reward: Tensor  # [B]
+    slate_reward: Tensor  # [B, K] in units of `Agent.unit`
+    reward: Tensor  # [B] likewise
     discount: Tensor  # [B]
     weight: Tensor  # [B] mean 1
     each: Tensor  # [B, K] of the slots: shares of the step's
@@ -190,6 +200,8 @@ class Agent:
         self.target.response = self.online.response  # it is a mean already
         self._unaided = torch.zeros(2, device=self.device)  # reward, continuation: see `_look_unaided`
         self._unaided_looks = [0, 0]
+        self.unit = 1.0  # of value, in reward units: see `_look_unit`
+        self._unit_looks = 0
         self._response = Fit(self.online.response)
         self._optimiser = self._new_optimiser()
         self._roomy_items = unknown_items(1, settings.vector_dim, self.device)
@@ -277,7 +289,9 @@ class Agent:
         rows = self._rows(batch, len(batch.action) / max(kept or 0, len(batch.action)))
         keys = self._keys(rows.aisle)
         queries = self.online.queries(rows.state, keys, rows.here)
-        target = dqn.n_step_target(rows.reward, rows.discount, self._next_value(rows, keys))
+        target = dqn.n_step_target(
+            rows.reward.unsqueeze(1), rows.discount.unsqueeze(1), self._next_value(rows, keys)
+        )
         parts = self.online.parts_at(queries, keys, rows.slate)
         losses = self._losses(rows, keys, queries, target, *parts)
         shown = self._shown(rows, keys, queries, parts[0])
@@ -290,7 +304,8 @@ class Agent:
         self._response.learn(shown, rows.share)
         if rows.aisle is None:
             self._response.catch_up(slice(self.rows))
-        error = (target - q).cpu().numpy()
+        error = (target.mean(dim=1) - q).cpu().numpy()
+        q = q * self.unit
         values = torch.stack([loss, q.mean(), q.std(correction=0), *losses.values()]).tolist()
         return Update(values[0], error, values[1], values[2], dict(zip(losses, values[3:], strict=True)))
 
@@ -313,7 +328,8 @@ class Agent:
         """Each part's weighted loss; every one is learnt from just the slots that speak of it.
 
         All slots of a sampled transition's step count for one: the mean over them is what drawing one of them at
-        random would give, with less noise and for one state's encoding. choice, reward, continuation: [B, K].
+        random would give, with less noise and for one state's encoding. target: [B, quantiles]; choice, reward,
+        continuation: [B, K].
         """
         settings, online = self.settings, self.online
         organic = rows.organic.unsqueeze(1)
@@ -329,10 +345,11 @@ class Agent:
             "reward": settings.reward_weight * dqn.weighted_mean(earned, each * chosen),
         }
         if settings.gamma > 0:  # else nothing is to come
-            later = dqn.continuation_target(target, rows.slate_reward[:, 0], settings.gamma)
-            ahead = queries.unchosen + (continuation * chosen).sum(dim=1)
-            error = dqn.huber(ahead + unaided[:, 1], later, settings.huber_delta)
-            self._look_unaided(1, later - ahead, rows.weight * rows.organic)
+            later = dqn.continuation_target(target, rows.slate_reward[:, :1], settings.gamma)
+            ahead = queries.unchosen + (continuation * chosen).sum(dim=1, keepdim=True)
+            delta = settings.huber_delta if settings.quantiles == 1 else settings.quantile_delta
+            error = dqn.quantile_huber(ahead + unaided[:, 1:], later, delta)
+            self._look_unaided(1, (later - ahead).mean(dim=1), rows.weight * rows.organic)
             losses["td"] = settings.td_weight * dqn.weighted_mean(error, rows.weight)
         if settings.sqn_weight > 0:
             losses["next_item"] = settings.sqn_weight * self._next_item_loss(rows, keys, queries)
@@ -342,6 +359,29 @@ class Agent:
             conservative = dqn.conservative_loss(q_all, q_action, rows.on_offer)
             losses["conservative"] = settings.cql_weight * dqn.weighted_mean(conservative, rows.weight)
         return losses
+
+    @torch.no_grad()
+    def _look_unit(self, batch: Batch) -> None:
+        """Take in what a choice earns on average, in reward units: one unit of all that the network says and learns of
+        value, so that no setting knows a shop's currency. Where it moves, what was learnt is restated in it (as in
+        PopArt: van Hasselt et al. 2016, proposition 1).
+        """
+        earned = np.abs(batch.slate_reward) * (batch.slate > 0)
+        each = (earned > 0) * (batch.weight / np.maximum(1, np.count_nonzero(batch.slate, axis=1)))[:, None]
+        if not each.any():
+            return
+        self._unit_looks += 1
+        before, share = self.unit, 1 / min(self._unit_looks, UNIT_MEMORY)
+        self.unit += share * (float((earned * each).sum() / each.sum()) - before)
+        if self._unit_looks > 1:  # until then nothing was learnt
+            self._restate(before / self.unit)
+
+    def _restate(self, ratio: float) -> None:
+        """Multiply all that says value by this."""
+        for network in (self.online, self.target):
+            for parameter in network.valued():
+                parameter.detach().mul_(ratio)
+        self._unaided.mul_(ratio)
 
     @torch.no_grad()
     def _look_unaided(self, which: int, left_over: Tensor, weight: Tensor) -> None:
@@ -387,9 +427,9 @@ class Agent:
 
     @torch.no_grad()
     def _next_value(self, rows: _Rows, keys: Keys) -> Tensor:
-        """V(s'), [B], by double DQN: the online network chooses, the target network judges; 0 where nothing follows.
-        Without `double` the target network does both."""
-        value = torch.zeros(len(rows.discount), device=self.device)
+        """Quantiles of V(s'), [B, M], by double DQN: the online network chooses, the target network judges; 0 where
+        nothing follows. Without `double` the target network does both."""
+        value = torch.zeros(len(rows.discount), self.settings.quantiles, device=self.device)
         goes_on = torch.nonzero(rows.discount > 0).squeeze(1)
         if not len(goes_on) or not bool(rows.on_offer.any()):
             return value
@@ -404,7 +444,7 @@ class Agent:
         best = dqn.best_items(advantage, rows.on_offer, slots)
         place = torch.arange(slots, device=self.device)  # the best comes first, and is looked at most
         value[goes_on] = dqn.slate_value(
-            self.target.value(judged), self.target.advantage_at(judged, judge, best, place)
+            self.settings.gamma * judged.unchosen, self.target.advantage_at(judged, judge, best, place)
         )
         return value
 
@@ -492,10 +532,17 @@ class Agent:
             self._at = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a server needs, for the weight store: "online.*", "target.*" and "catalog.*"; on the CPU, not ours to
-        change any more: what describes the items is the same copy until the catalog changes."""
+        """What a server needs, for the weight store: "online.*", "target.*", "both.*", "doubt.*" and "catalog.*"; on
+        the CPU, not ours to change any more: what describes the items is the same copy until the catalog changes."""
         out = self._tensors()
+        for prefix, network in (("online", self.online), ("target", self.target)):
+            valued = {id(parameter) for parameter in network.valued()}
+            for name, parameter in network.named_parameters():
+                if id(parameter) in valued:
+                    out[f"{prefix}.{name}"] *= self.unit  # servers speak in reward units
         out |= {f"{BOTH}response.{name}": value for name, value in self._response.served(self.rows).items()}
+        out[f"{DOUBT}variance"] = self._response.variance(self.rows).cpu()
+        out[f"{DOUBT}directions"] = self._response.directions.cpu().clone()
         if self._at is not None:
             now = networks_now(self._table(), self._described, self.updates, self._rule)
             for prefix, table in zip(("online", "target"), now, strict=True):
@@ -533,9 +580,10 @@ class Agent:
         out["generator"] = self._generator.get_state().numpy().copy()
         out["unaided"] = self._unaided.cpu().numpy().copy()
         out["counters"] = np.array(
-            [self.updates, self.last_target_sync_update, *self._unaided_looks], np.int64
+            [self.updates, self.last_target_sync_update, self._unit_looks, *self._unaided_looks], np.int64
         )
         out["slots"] = np.array([self.slots])
+        out["unit"] = np.array([self.unit])
         return out
 
     def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
@@ -581,14 +629,15 @@ class Agent:
             self._at[: len(on_offer)] = torch.from_numpy(state["at"].copy()).to(self.device)
         self._generator.set_state(torch.from_numpy(state["generator"].copy()))
         _fill(self._unaided, state["unaided"], "unaided")
-        self.updates, self.last_target_sync_update, *self._unaided_looks = (int(n) for n in state["counters"])
-        self.slots = float(state["slots"][0])
+        counters = (int(n) for n in state["counters"])
+        self.updates, self.last_target_sync_update, self._unit_looks, *self._unaided_looks = counters
+        self.slots, self.unit = float(state["slots"][0]), float(state["unit"][0])
 
     @torch.no_grad()
     def _q(self, queries: Queries, choice: Tensor, reward: Tensor, continuation: Tensor) -> Tensor:
         """Q(s, a) of the batch's own actions, [B], detached."""
         gamma = self.settings.gamma
-        return gamma * queries.unchosen + torch.sigmoid(choice) * (reward + gamma * continuation)
+        return gamma * queries.unchosen.mean(dim=1) + torch.sigmoid(choice) * (reward + gamma * continuation)
 
     def _check(self, batch: Batch) -> None:
         top = max(int(part.max()) for part in (batch.slate, batch.state.item, batch.next_state.item))
@@ -620,6 +669,7 @@ class Agent:
             slate, here, there = (torch.searchsorted(ids, part) for part in (slate, here, there))
             aisle = self._take(ids)
             self._response.catch_up(ids)
+        self._look_unit(batch)
         weight = self._to(batch.weight / batch.weight.mean())
         return _Rows(
             share,
@@ -632,8 +682,8 @@ class Agent:
             slate,
             present,
             self._to(batch.slate_slot[:, :width], torch.int64).clamp(0, MAX_SLOTS - 1),
-            self._to(batch.slate_reward[:, :width]),
-            self._to(batch.reward),
+            self._to(batch.slate_reward[:, :width]) / self.unit,
+            self._to(batch.reward) / self.unit,
             self._to(batch.discount),
             weight,
             (weight / present.sum(dim=1).clamp(min=1)).unsqueeze(1) * present,
@@ -703,6 +753,8 @@ class Agent:
 
 
 BOTH: Final = "both."  # prefix of what online and target network share
+DOUBT: Final = "doubt."  # prefix of what is not known of how items answer: see `Fit.variance`
+UNIT_MEMORY: Final = 1000  # updates over which what a choice earns is a mean
 UNAIDED_MEMORY: Final = 200  # updates over which what sets unaided choices apart is a mean
 BY_ITEM: Final = ("tower.id.weight",)  # tables with one row for each vocabulary id
 _EPS: Final = 1e-6  # of Adam

@@ -87,6 +87,11 @@ class CompiledQ:
 
     def q(self, states: Histories) -> Tensor:
         """Q(s, a), [B, N]."""
+        log_odds, gain, value, _ = self.parts(states)
+        return log_odds.sigmoid_().mul_(gain).add_(value)
+
+    def parts(self, states: Histories) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Log-odds of choice and m + γ g, [B, N] each; γ V0, [B, 1]; φ̄ of learner.response, [B, d]."""
         vectors, own, constants, value, copy, alike = _vectors(
             self._parameters, self._buckets, states.item, states.name, states.age_s, states.value
         )
@@ -96,7 +101,7 @@ class CompiledQ:
         log_odds.addmm_(torch.from_numpy(own), self._own)
         log_odds += torch.from_numpy(alike).index_select(1, self._category)
         log_odds.scatter_add_(1, torch.from_numpy(states.item.astype(np.int64)), torch.from_numpy(copy))
-        return log_odds.sigmoid_().mul_(gain).add_(torch.from_numpy(value))
+        return log_odds, gain, torch.from_numpy(value), torch.from_numpy(own[:, :-1])
 
 
 def compile_q() -> None:
@@ -139,7 +144,9 @@ def _parameters(network: QNetwork, shelf: Shelf) -> _Parameters:
         state_mean=_array(more.state_mean),
         item_mean=_array(more.item_mean),
         unchosen=_layer(first),
-        unchosen_out=_layer(last),
+        unchosen_out=_Layer(  # of their mean
+            _array(last.weight.mean(dim=0, keepdim=True).T), _array(last.bias.mean(dim=0, keepdim=True))
+        ),
         prior=np.float32(network.prior.item()),
         gamma=np.float32(settings.gamma),
     )

@@ -25,21 +25,22 @@ def best_items(q: Tensor, on_offer: Tensor, slots: int) -> Tensor:
 
 
 def slate_value(value: Tensor, advantage: Tensor) -> Tensor:
-    """V(s') = V0 + Σ_k A(s', a_k), [B]: value of a slate of these slots (Ie et al. 2019, equation 15, top-k slate).
+    """V(s') = V0 + Σ_k A(s', a_k): value of a slate of these slots (Ie et al. 2019, equation 15, top-k slate); of
+    each of M quantiles of V0, [B, M].
 
-    value: [B, 1]; advantage: [B, K], of the target network at the online network's choice. With K = 1 it is
+    value: [B, M]; advantage: [B, K], of the target network at the online network's choice. With K = 1 it is
     Q_target(s', argmax_a Q_online(s', a)).
     """
-    return value.squeeze(1) + advantage.sum(dim=1)
+    return value + advantage.sum(dim=1, keepdim=True)
 
 
 def n_step_target(reward: Tensor, discount: Tensor, next_value: Tensor) -> Tensor:
-    """y = R + Γ V(s'), [B] (Sutton & Barto 2018, equation 7.1; Γ = gamma**n, or 0 where the session ended)."""
+    """y = R + Γ V(s'), each its own (Sutton & Barto 2018, equation 7.1; Γ = gamma**n, or 0 after the last)."""
     return reward + discount * next_value
 
 
 def continuation_target(target: Tensor, slot_reward: Tensor, gamma: float) -> Tensor:
-    """What the target says of the time after this slot, [B]: (y - r) / γ."""
+    """What the target says of the time after this slot, each its own: (y - r) / γ."""
     return (target - slot_reward) / gamma
 
 
@@ -49,8 +50,22 @@ def weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
 
 
 def huber(prediction: Tensor, target: Tensor, delta: float) -> Tensor:
-    """Squared error / 2 within delta, linear beyond, [B] (Mnih et al. 2015's clipping, for delta = 1)."""
+    """Squared error / 2 within delta, linear beyond, each its own (Mnih et al. 2015's clipping, for delta = 1)."""
     return functional.huber_loss(prediction, target, reduction="none", delta=delta)
+
+
+def quantile_huber(prediction: Tensor, target: Tensor, delta: float) -> Tensor:
+    """The loss of QR-DQN (Dabney et al. 2018, equations 9 and 10), times δ: mean over predictions and targets of
+
+        2 |τ_i - [target_j < prediction_i]| Huber(target_j - prediction_i)        τ_i = (i + 1/2) / N
+
+    [B]. One prediction and one target: `huber`. prediction: [B, N]; target: [B, M].
+    """
+    n = prediction.shape[1]
+    tau = (torch.arange(n, device=prediction.device) + 0.5) / n
+    theirs, mine = target.unsqueeze(1), prediction.unsqueeze(2)
+    tilt = 2 * (tau.unsqueeze(1) - (theirs < mine).float()).abs()  # [B, N, M]
+    return (tilt * huber(mine.expand_as(tilt), theirs.expand_as(tilt), delta)).mean(dim=(1, 2))
 
 
 def choice_loss(log_odds: Tensor, chosen: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Final, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,84 @@ class Slate(NamedTuple):
     explored: npt.NDArray[np.bool_]  # [K] drawn uniformly (the greedy item may come up in such a draw)
 
 
+Kind = Literal["greedy", "boltzmann", "thompson"]
+
+
+@dataclass(frozen=True)
+class Exploration:
+    """What fills the slots that are not drawn uniformly.
+
+    greedy: always the best (ε-greedy). boltzmann: by chance, the likelier the higher Q. thompson: the best by one draw
+    from what is believed of how each item answers (learner.response), so that an item is tried as often as it may be
+    the best.
+    """
+
+    kind: Kind = "greedy"
+    temperature: float = (
+        0.1  # boltzmann; how far below the best e times less likely begins, see `boltzmann_slate`
+    )
+    scale: float = 0.5  # thompson; of the standard deviation of what is believed
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "scale"):
+            if not 1e-6 <= getattr(self, name) <= 1e6:
+                raise ValueError(f"{name} must be within 0.000001..1000000, not {getattr(self, name)}")
+
+    def __str__(self) -> str:
+        """For records of what was shown; empty for what they say of themselves."""
+        number = {"boltzmann": f" temperature={self.temperature:g}", "thompson": f" scale={self.scale:g}"}
+        return "" if self.kind == "greedy" else self.kind + number[self.kind]
+
+
+GREEDY: Final = Exploration()
+KINDS: Final = get_args(Kind)
+DRAWS: Final = 16  # from what is believed, for one answer
+
+
+class Scores(NamedTuple):
+    """What a policy says of N items for one user."""
+
+    q: npt.NDArray[np.float32]  # [N]
+    drawn: npt.NDArray[np.float32] | None = None  # [DRAWS, N] for thompson: as Q may be
+
+
+def explore(
+    exploration: Exploration,
+    scores: Scores,
+    eligible: npt.NDArray[np.bool_],
+    k: int,
+    epsilon: float,
+    rng: np.random.Generator,
+) -> Slate:
+    """Fill up to k slots one by one: with probability ε uniformly from the eligible items left, else as `exploration`
+    says.
+
+        P(a in slot | slots before) = ε / |left| + (1 - ε) π(a | left)
+
+    These are exact, for thompson too: what is drawn from is one of DRAWS, and π is the share of these in which a is the
+    best left, given these. Fewer than k slots come back when fewer items are eligible. eligible: [N]; no NaN in scores.
+    """
+    left = int(np.count_nonzero(eligible))
+    k = min(k, left)
+    explored = rng.random(k) < epsilon
+    rule: _Rule
+    if exploration.kind == "boltzmann":
+        rule = _Boltzmann(scores.q, eligible, k, exploration.temperature, rng)
+    elif exploration.kind == "thompson" and scores.drawn is not None:
+        rule = _Ensemble(scores.drawn, eligible, k, rng)
+    else:
+        rule = _Best(scores.q, eligible, k)
+    ids, propensity = np.empty(k, np.int64), np.empty(k)
+    taken: set[int] = set()
+    for slot in range(k):
+        own = rule.next(taken)
+        item = _draw(eligible, taken, left, rng) if explored[slot] else own
+        ids[slot], propensity[slot] = item, epsilon / left + (1.0 - epsilon) * rule.chance(item)
+        taken.add(item)
+        left -= 1
+    return Slate(ids, propensity, explored)
+
+
 def epsilon_greedy_slate(
     q: npt.NDArray[np.floating],
     eligible: npt.NDArray[np.bool_],
@@ -25,28 +104,103 @@ def epsilon_greedy_slate(
     epsilon: float,
     rng: np.random.Generator,
 ) -> Slate:
-    """Fill up to k slots one by one: with probability ε uniformly from the eligible items left, else by highest q.
+    """`explore` with the best: P(a in slot | slots before) = ε / |left| + (1 - ε) [a is the best left].
 
-        P(a in slot | slots before) = ε / |left| + (1 - ε) [a is the best left]
-
-    q: [N], no NaN; eligible: [N]; equal q: the lower id is better. Fewer than k slots come back when fewer items are
-    eligible.
+    q: [N], no NaN; eligible: [N]; equal q: the lower id is better.
     """
-    left = int(np.count_nonzero(eligible))
-    k = min(k, left)
-    explored = rng.random(k) < epsilon
-    ids, propensity = np.empty(k, np.int64), np.empty(k)
-    best = iter(best_ids(q, eligible, k).tolist())
-    taken: set[int] = set()
-    greedy = next(best, -1)
-    for slot in range(k):
-        while greedy in taken:
-            greedy = next(best)
-        ids[slot] = _draw(eligible, taken, left, rng) if explored[slot] else greedy
-        propensity[slot] = epsilon / left + (1.0 - epsilon) * (ids[slot] == greedy)
-        taken.add(int(ids[slot]))
-        left -= 1
-    return Slate(ids, propensity, explored)
+    return explore(GREEDY, Scores(q), eligible, k, epsilon, rng)
+
+
+class _Rule(Protocol):
+    """Fills slots from the items left. `taken` only ever grows."""
+
+    def next(self, taken: set[int]) -> int:
+        """Its choice for the next slot."""
+
+    def chance(self, item: int) -> float:
+        """Probability with which `next`, as called last, would have chosen this item."""
+
+
+class _Best:
+    """The highest first."""
+
+    def __init__(self, q: npt.NDArray[np.floating], eligible: npt.NDArray[np.bool_], k: int) -> None:
+        self._best = iter(best_ids(q, eligible, k).tolist())
+        self._item = next(self._best, -1)
+
+    def next(self, taken: set[int]) -> int:
+        """See _Rule."""
+        while self._item in taken:
+            self._item = next(self._best)
+        return self._item
+
+    def chance(self, item: int) -> float:
+        """See _Rule."""
+        return float(item == self._item)
+
+
+class _Boltzmann:
+    """π(a | left) ~ exp(Q(a) / T), T being `temperature` times how far the best is above the mean of all: in units of
+    the scores themselves, so that neither a currency nor a value that all items share matters.
+
+    Drawn by Gumbel's trick: the highest of x + noise first, which is drawing without replacement (Kool et al. 2019).
+    """
+
+    def __init__(
+        self,
+        q: npt.NDArray[np.floating],
+        eligible: npt.NDArray[np.bool_],
+        k: int,
+        temperature: float,
+        rng: np.random.Generator,
+    ) -> None:
+        values = np.where(eligible, q, 0.0).astype(np.float64)
+        n = max(1, int(np.count_nonzero(eligible)))
+        top = float(values[eligible].max(initial=-np.inf))
+        unit = temperature * (top - values.sum() / n)
+        self._x = np.full(len(values), -np.inf)  # log of π, but for a constant
+        self._x[eligible] = (values[eligible] - top) / unit if unit > 0 else 0.0
+        noisy = self._x + rng.gumbel(size=len(values))
+        self._order = _Best(noisy, eligible, k)
+        self._gone: set[int] = set()
+        self._total = 1.0
+
+    def next(self, taken: set[int]) -> int:
+        """See _Rule."""
+        for item in taken - self._gone:
+            self._x[item] = -np.inf
+        self._gone |= taken
+        self._x -= self._x.max()  # of those left: the sum must not vanish
+        self._total = float(np.exp(self._x).sum())
+        return self._order.next(taken)
+
+    def chance(self, item: int) -> float:
+        """See _Rule."""
+        return float(np.exp(self._x[item])) / self._total
+
+
+class _Ensemble:
+    """The best of one of M rankings, each as likely."""
+
+    def __init__(
+        self,
+        drawn: npt.NDArray[np.floating],
+        eligible: npt.NDArray[np.bool_],
+        k: int,
+        rng: np.random.Generator,
+    ) -> None:
+        self._rankings = [_Best(q, eligible, k) for q in drawn]
+        self._rng = rng
+        self._heads: list[int] = []
+
+    def next(self, taken: set[int]) -> int:
+        """See _Rule."""
+        self._heads = [ranking.next(taken) for ranking in self._rankings]
+        return self._heads[int(self._rng.integers(len(self._heads)))]
+
+    def chance(self, item: int) -> float:
+        """See _Rule."""
+        return self._heads.count(item) / len(self._heads)
 
 
 @jit

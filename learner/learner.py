@@ -36,8 +36,8 @@ from streaming.log import RecordBatch
 from streaming.schemas import Codec, frame_of
 from streaming.transitions import Joined, Rejects
 
-STATE_FORMAT: Final = 5
-READABLE_FORMATS: Final = (5,)
+STATE_FORMAT: Final = 6
+READABLE_FORMATS: Final = (6,)
 
 
 class CannotContinue(Exception):

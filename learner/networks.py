@@ -7,7 +7,7 @@ equations 11-15, there for slates and here for single slots too):
 
     p(s, a)  choice: probability that a, shown in s, earns anything at all (a click, a purchase, ...)
     m(s, a)  what it then earns, at once
-    V0(s)    value of where the visit stands next if nothing is chosen
+    V0(s)    value of where the visit stands next if nothing is chosen: the mean of `quantiles` of its distribution
     g(s, a)  how much more that value is if a is chosen: what planning adds to greed
 
 This is a dueling network (Wang et al. 2016, equation 7) whose advantage is p · (m + γ g), and Q = R + γ C with
@@ -33,7 +33,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Final, NamedTuple, Self
+from typing import Any, Final, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,7 @@ class NetworkSettings:
     vector_dim: int = 32  # dense catalog features
     category_buckets: int = 1024  # hashed
     brand_buckets: int = 1024  # hashed
+    quantiles: int = 1  # of V0; 1: its mean alone
     gamma: float = 0.97
 
     def __post_init__(self) -> None:
@@ -156,7 +157,7 @@ class Queries(NamedTuple):
     organic: Query
     choice: Query
     gain: Tensor  # [B, 2v'] reward, then continuation
-    unchosen: Tensor  # [B] V0(s)
+    unchosen: Tensor  # [B, quantiles] V0(s)
     kinds: Tensor  # [B, H] of the history's entries
     share: Tensor  # [B, H, C] that each has of each of the encoder's channels
 
@@ -343,7 +344,9 @@ class QNetwork(nn.Module):
         self.lean = nn.Linear(d, 1)  # choice log-odds of whatever is shown
         self.query = nn.Linear(d, 2 * v)  # reward, continuation
         self.key = nn.Linear(d, 2 * v)
-        self.unchosen = nn.Sequential(nn.Linear(d, settings.hidden), nn.ReLU(), nn.Linear(settings.hidden, 1))
+        self.unchosen = nn.Sequential(
+            nn.Linear(d, settings.hidden), nn.ReLU(), nn.Linear(settings.hidden, settings.quantiles)
+        )
         self.position = nn.Parameter(torch.zeros(MAX_SLOTS))  # choice log-odds by slot, against slot 0
         self._start()
 
@@ -367,6 +370,11 @@ class QNetwork(nn.Module):
                 layer.weight[one] = 0.0
                 layer.bias[one] = 1.0
             self.query.bias[end - 1] = bias
+
+    def valued(self) -> tuple[Tensor, ...]:
+        """The parameters in which m, g and V0 are linear: times x, they make Q x times what it was."""
+        last = cast(nn.Linear, self.unchosen[2])
+        return self.query.weight, self.query.bias, last.weight, last.bias
 
     def shelf(
         self,
@@ -431,7 +439,7 @@ class QNetwork(nn.Module):
             Query(organic, copy, item, alike, category),
             Query(choice, self.prior * copy + more_copy, item, self.prior * alike + more_alike, category),
             self.query(still),
-            self.unchosen(still).squeeze(1),
+            self.unchosen(still),
             kinds,
             share.detach(),
         )
@@ -446,7 +454,7 @@ class QNetwork(nn.Module):
 
     def value(self, queries: Queries) -> Tensor:
         """γ V0(s), [B, 1]: what is to come if nothing is chosen."""
-        return self.settings.gamma * queries.unchosen.unsqueeze(1)
+        return self.settings.gamma * queries.unchosen.mean(dim=1, keepdim=True)
 
     def gain_all(self, queries: Queries, keys: Keys) -> Tensor:
         """m + γ g of all N items, [B, N]: what the choice of each is worth."""

@@ -20,9 +20,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from learner.agent import BOTH, bucket
+from learner.agent import BOTH, DOUBT, bucket
 from learner.compiled import CompiledQ
-from learner.exploration import epsilon_greedy_slate
+from learner.exploration import DRAWS, GREEDY, Exploration, Scores, Slate, explore
 from learner.networks import ItemTensors, Keys, NetworkSettings, QNetwork, StateTensors, of_category
 from learner.replay import Histories
 from learner.weights import Manifest, Weights
@@ -74,6 +74,19 @@ class Recommendation(NamedTuple):
     explored: npt.NDArray[np.bool_]  # [K] drawn uniformly
 
 
+class Doubt(NamedTuple):
+    """How uncertain it is how items answer to being shown; see `learner.response.Fit.variance`."""
+
+    variance: Tensor  # [N, 2]
+    directions: Tensor  # [d, d] C
+
+    def deviation(self, states: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Standard deviation of the log-odds of choice, [B, M] of these ids, or all. states: [B, d] φ̄."""
+        variance = self.variance if ids is None else self.variance[ids]
+        size = ((states @ self.directions) * states).sum(dim=1, keepdim=True)
+        return (variance[:, 0] + size * variance[:, 1]).sqrt()
+
+
 class Policy:
     """Ranks items by Q(s, a). Items are named by vocabulary ids of its own weights: 1..items; 0 is "unknown"."""
 
@@ -84,6 +97,7 @@ class Policy:
         items: ItemTensors,
         on_offer: Tensor,
         item_ids: Sequence[str],
+        doubt: Doubt,
         before: Policy | None = None,
     ) -> None:
         """before: one whose vocabulary may be the same; what is made of it is then shared."""
@@ -95,6 +109,7 @@ class Policy:
         self.on_offer: npt.NDArray[np.bool_] = on_offer.numpy()
         self._network = network.eval().requires_grad_(False)
         self._items = items
+        self._doubt = doubt
         self._item_ids: list[str]
         self._id_of: dict[str, int]
         same = before and before.manifest.vocabulary_sha256 == manifest.vocabulary_sha256
@@ -125,7 +140,9 @@ class Policy:
             tensors = {name: torch.as_tensor(array) for name, array in weights.tensors.items()}
             items = ItemTensors(*(tensors[f"catalog.{name}"] for name in ItemTensors._fields))
             rows = len(items.seen)
-            lengths = {len(column) for column in (*items, tensors["catalog.on_offer"])}
+            lengths = {
+                len(column) for column in (*items, tensors["catalog.on_offer"], tensors[f"{DOUBT}variance"])
+            }
             if lengths != {rows} or len(weights.vocabulary) < rows - 1:
                 raise ValueError(
                     f"{rows - 1} items, but {len(weights.vocabulary)} item ids, columns of {lengths}"
@@ -136,6 +153,7 @@ class Policy:
                 items,
                 tensors["catalog.on_offer"],
                 weights.vocabulary[: rows - 1],  # it may have grown since the tensors were taken
+                Doubt(*(tensors[f"{DOUBT}{name}"] for name in Doubt._fields)),
                 before,
             )
         except (KeyError, ValueError, RuntimeError, TypeError, IndexError) as error:
@@ -181,17 +199,47 @@ class Policy:
     def q_candidates(self, state: Histories, candidates: Sequence[Candidate]) -> npt.NDArray[np.float32]:
         """Q(s, a) of one user's candidates, [M]; items never seen score by the features that come with them."""
         with torch.inference_mode():
-            keys, ids = self._candidate_keys(candidates)
-            queries = self._network.queries(state_tensors(state), self._shelf)
-            choice = queries.choice
-            log_odds = choice.vector @ keys.choice.T
-            same = (choice.item == ids.unsqueeze(1)) & (ids > 0).unsqueeze(1)  # [M, H]
-            log_odds = log_odds + (same * choice.copy).sum(dim=1) + of_category(choice, keys.category)
-            gain = self._network.gain_all(queries, keys)
-            q: npt.NDArray[np.float32] = (self._network.value(queries) + torch.sigmoid(log_odds) * gain)[
-                0
-            ].numpy()
+            log_odds, gain, value, _, _ = self._parts_of(state, candidates)
+            q: npt.NDArray[np.float32] = (value + torch.sigmoid(log_odds) * gain)[0].numpy()
             return q
+
+    def _parts_of(
+        self, state: Histories, candidates: Sequence[Candidate]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """As `CompiledQ.parts`, of one user's M candidates; and their vocabulary ids, [M]."""
+        keys, ids = self._candidate_keys(candidates)
+        queries = self._network.queries(state_tensors(state), self._shelf)
+        choice = queries.choice
+        log_odds = choice.vector @ keys.choice.T
+        same = (choice.item == ids.unsqueeze(1)) & (ids > 0).unsqueeze(1)  # [M, H]
+        log_odds = log_odds + (same * choice.copy).sum(dim=1) + of_category(choice, keys.category)
+        more, phi = self._network.response, queries.organic.vector[:, :-1]
+        states = (phi - more.state_mean) / more.state_scale
+        return log_odds, self._network.gain_all(queries, keys), self._network.value(queries), states, ids
+
+    def scores(self, states: Histories, exploration: Exploration, rng: np.random.Generator) -> list[Scores]:
+        """What `explore` needs of B users, over all items as `q`."""
+        if exploration.kind != "thompson":
+            return [Scores(q) for q in self.q(states)]
+        with torch.inference_mode():
+            log_odds, gain, value, phi = self._compiled.parts(states)
+            deviation = exploration.scale * self._doubt.deviation(phi)
+            return [_drawn(*parts, rng) for parts in zip(log_odds, gain, value, deviation, strict=True)]
+
+    def scores_of_candidates(
+        self,
+        state: Histories,
+        candidates: Sequence[Candidate],
+        exploration: Exploration,
+        rng: np.random.Generator,
+    ) -> Scores:
+        """The same of one user's candidates, as `q_candidates`."""
+        if exploration.kind != "thompson":
+            return Scores(self.q_candidates(state, candidates))
+        with torch.inference_mode():
+            log_odds, gain, value, phi, ids = self._parts_of(state, candidates)
+            deviation = exploration.scale * self._doubt.deviation(phi, ids)
+            return _drawn(log_odds[0], gain[0], value[0], deviation[0], rng)
 
     def recommend(
         self,
@@ -200,14 +248,21 @@ class Policy:
         epsilon: float,
         rng: np.random.Generator,
         eligible: npt.NDArray[np.bool_] | None = None,
+        exploration: Exploration = GREEDY,
     ) -> list[Recommendation]:
-        """An ε-greedy slate of up to k items for each user.
+        """A slate of up to k items for each user: a share ε of the slots drawn uniformly, the others as `exploration`
+        says.
 
         eligible: [B, items + 1] or [items + 1], what may be shown; None: all that the catalog has on offer.
         """
-        q = self.q(states)
-        allowed = np.broadcast_to(self.on_offer if eligible is None else eligible, q.shape)
-        return [self._slate(q[b], allowed[b], k, epsilon, rng) for b in range(len(q))]
+        scores = self.scores(states, exploration, rng)
+        allowed = np.broadcast_to(
+            self.on_offer if eligible is None else eligible, (len(scores), len(self.on_offer))
+        )
+        return [
+            _recommendation(mine, explore(exploration, mine, may, k, epsilon, rng))
+            for mine, may in zip(scores, allowed, strict=True)
+        ]
 
     def recommend_candidates(
         self,
@@ -217,13 +272,15 @@ class Policy:
         epsilon: float,
         rng: np.random.Generator,
         eligible: npt.NDArray[np.bool_] | None = None,
+        exploration: Exploration = GREEDY,
     ) -> Recommendation:
         """As `recommend`, for one user and from these candidates alone; ids are positions in `candidates`.
 
         eligible: [M]; None: all of them.
         """
-        q = self.q_candidates(state, candidates)
-        return self._slate(q, np.ones(len(q), np.bool_) if eligible is None else eligible, k, epsilon, rng)
+        scores = self.scores_of_candidates(state, candidates, exploration, rng)
+        allowed = np.ones(len(scores.q), np.bool_) if eligible is None else eligible
+        return _recommendation(scores, explore(exploration, scores, allowed, k, epsilon, rng))
 
     def check(self) -> None:
         """Rank for made-up users. Raises: PolicyDamaged where a value comes out NaN or infinite, or otherwise than
@@ -259,17 +316,6 @@ class Policy:
                 f"version {self.version}: compiled probe values differ from the network's by {apart:g}"
             )
 
-    def _slate(
-        self,
-        q: npt.NDArray[np.float32],
-        eligible: npt.NDArray[np.bool_],
-        k: int,
-        epsilon: float,
-        rng: np.random.Generator,
-    ) -> Recommendation:
-        slate = epsilon_greedy_slate(q, eligible, k, epsilon, rng)
-        return Recommendation(slate.ids, slate.propensity, q[slate.ids], slate.explored)
-
     def _candidate_keys(self, candidates: Sequence[Candidate]) -> tuple[Keys, Tensor]:
         """Keys of items with features of their own, and their vocabulary ids, [M]."""
         settings, base = self._network.settings, self._items
@@ -288,6 +334,19 @@ class Policy:
             row[:width] = vector[:width]
         items.vector[_rows(m for m, _ in described)] = torch.from_numpy(vectors)
         return self._network.keys_with(items, ids), ids
+
+
+def _drawn(
+    log_odds: Tensor, gain: Tensor, value: Tensor, deviation: Tensor, rng: np.random.Generator
+) -> Scores:
+    """Q, [N], and Q as it may be, [DRAWS, N], where log-odds deviate so much. All [N], value [1]."""
+    noise = torch.from_numpy(rng.standard_normal((DRAWS, len(log_odds)), np.float32))
+    drawn = value + torch.sigmoid(log_odds + deviation * noise) * gain
+    return Scores((value + torch.sigmoid(log_odds) * gain).numpy(), drawn.numpy())
+
+
+def _recommendation(scores: Scores, slate: Slate) -> Recommendation:
+    return Recommendation(slate.ids, slate.propensity, scores.q[slate.ids], slate.explored)
 
 
 def _network(settings: NetworkSettings, tensors: dict[str, Tensor], rows: int) -> QNetwork:

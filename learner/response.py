@@ -220,6 +220,12 @@ class Fit:
 
     # --- room and state
 
+    def variance(self, rows: int) -> Tensor:
+        """[rows, 2] how uncertain the first rows are by now: Var b_a, and Var w_a · φ̄ for φ̄'Cφ̄ = 1, as Laplace's
+        approximation has them. That of what items share is left out: it is small once anything has been shown."""
+        known = self.information[:rows] * torch.exp(self.at[:rows] - self.passes).float().unsqueeze(1)
+        return 1 / (known / self.dimensions[:2] + self._prior[:2])
+
     def reserve(self, items: int) -> None:
         """Grow the tables by id to so many rows."""
         more = items - len(self.at)

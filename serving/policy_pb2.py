@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14serving/policy.proto\x12\rbellwether.v1\"R\n\x0cHistoryEntry\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x14\n\x0ctimestamp_ms\x18\x03 \x01(\x03\x12\r\n\x05value\x18\x04 \x01(\x02\"k\n\tCandidate\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\x10\n\x08\x63\x61tegory\x18\x02 \x01(\t\x12\r\n\x05\x62rand\x18\x03 \x01(\t\x12\x12\n\x05price\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x0e\n\x06vector\x18\x05 \x03(\x02\x42\x08\n\x06_price\"\xa1\x02\n\x10RecommendRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\x12\n\nslate_size\x18\x03 \x01(\r\x12,\n\x07history\x18\x04 \x03(\x0b\x32\x1b.bellwether.v1.HistoryEntry\x12,\n\ncandidates\x18\x05 \x03(\x0b\x32\x18.bellwether.v1.Candidate\x12\x18\n\x10\x65xclude_item_ids\x18\x06 \x03(\t\x12\x14\n\x0ctimestamp_ms\x18\x07 \x01(\x03\x12\x14\n\x07\x65psilon\x18\x08 \x01(\x01H\x00\x88\x01\x01\x12\x14\n\x0c\x65xclude_seen\x18\t \x01(\x08\x12\x10\n\x08unlogged\x18\n \x01(\x08\x42\n\n\x08_epsilon\"H\n\x04Slot\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\x12\n\npropensity\x18\x02 \x01(\x01\x12\t\n\x01q\x18\x03 \x01(\x02\x12\x10\n\x08\x65xplored\x18\x04 \x01(\x08\"\xb6\x01\n\x11RecommendResponse\x12\x19\n\x11recommendation_id\x18\x01 \x01(\t\x12\"\n\x05slate\x18\x02 \x03(\x0b\x32\x13.bellwether.v1.Slot\x12\x16\n\x0epolicy_version\x18\x03 \x01(\x03\x12)\n\x08strategy\x18\x04 \x01(\x0e\x32\x17.bellwether.v1.Strategy\x12\x0f\n\x07\x65psilon\x18\x05 \x01(\x01\x12\x0e\n\x06\x62ucket\x18\x06 \x01(\t\"J\n\x15\x42\x61tchRecommendRequest\x12\x31\n\x08requests\x18\x01 \x03(\x0b\x32\x1f.bellwether.v1.RecommendRequest\"M\n\x16\x42\x61tchRecommendResponse\x12\x33\n\tresponses\x18\x01 \x03(\x0b\x32 .bellwether.v1.RecommendResponse\"\x12\n\x10GetPolicyRequest\";\n\x11PartitionPosition\x12\x11\n\tpartition\x18\x01 \x01(\x05\x12\x13\n\x0bnext_offset\x18\x02 \x01(\x03\"\xb8\x02\n\x11GetPolicyResponse\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x03\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x1d\n\x15last_target_sync_step\x18\x03 \x01(\x03\x12\x0f\n\x07network\x18\x04 \x01(\t\x12\x0f\n\x07\x65psilon\x18\x05 \x01(\x01\x12\r\n\x05\x61ge_s\x18\x06 \x01(\x01\x12\x14\n\x0cpublished_ms\x18\x07 \x01(\x03\x12\x33\n\tpositions\x18\x08 \x03(\x0b\x32 .bellwether.v1.PartitionPosition\x12\r\n\x05items\x18\t \x01(\r\x12)\n\x08strategy\x18\n \x01(\x0e\x32\x17.bellwether.v1.Strategy\x12\r\n\x05label\x18\x0b \x01(\t\x12\x19\n\x11\x65vents_through_ms\x18\x0c \x01(\x03*M\n\x08Strategy\x12\x18\n\x14STRATEGY_UNSPECIFIED\x10\x00\x12\x0b\n\x07LEARNED\x10\x01\x12\x0e\n\nPOPULARITY\x10\x02\x12\n\n\x06RANDOM\x10\x03\x32\xe1\x02\n\x06Policy\x12N\n\tRecommend\x12\x1f.bellwether.v1.RecommendRequest\x1a .bellwether.v1.RecommendResponse\x12]\n\x0e\x42\x61tchRecommend\x12$.bellwether.v1.BatchRecommendRequest\x1a%.bellwether.v1.BatchRecommendResponse\x12X\n\x0fRecommendStream\x12\x1f.bellwether.v1.RecommendRequest\x1a .bellwether.v1.RecommendResponse(\x01\x30\x01\x12N\n\tGetPolicy\x12\x1f.bellwether.v1.GetPolicyRequest\x1a .bellwether.v1.GetPolicyResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14serving/policy.proto\x12\rbellwether.v1\"R\n\x0cHistoryEntry\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x14\n\x0ctimestamp_ms\x18\x03 \x01(\x03\x12\r\n\x05value\x18\x04 \x01(\x02\"k\n\tCandidate\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\x10\n\x08\x63\x61tegory\x18\x02 \x01(\t\x12\r\n\x05\x62rand\x18\x03 \x01(\t\x12\x12\n\x05price\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x0e\n\x06vector\x18\x05 \x03(\x02\x42\x08\n\x06_price\"\xa1\x02\n\x10RecommendRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\x12\n\nslate_size\x18\x03 \x01(\r\x12,\n\x07history\x18\x04 \x03(\x0b\x32\x1b.bellwether.v1.HistoryEntry\x12,\n\ncandidates\x18\x05 \x03(\x0b\x32\x18.bellwether.v1.Candidate\x12\x18\n\x10\x65xclude_item_ids\x18\x06 \x03(\t\x12\x14\n\x0ctimestamp_ms\x18\x07 \x01(\x03\x12\x14\n\x07\x65psilon\x18\x08 \x01(\x01H\x00\x88\x01\x01\x12\x14\n\x0c\x65xclude_seen\x18\t \x01(\x08\x12\x10\n\x08unlogged\x18\n \x01(\x08\x42\n\n\x08_epsilon\"H\n\x04Slot\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\x12\n\npropensity\x18\x02 \x01(\x01\x12\t\n\x01q\x18\x03 \x01(\x02\x12\x10\n\x08\x65xplored\x18\x04 \x01(\x08\"\xcb\x01\n\x11RecommendResponse\x12\x19\n\x11recommendation_id\x18\x01 \x01(\t\x12\"\n\x05slate\x18\x02 \x03(\x0b\x32\x13.bellwether.v1.Slot\x12\x16\n\x0epolicy_version\x18\x03 \x01(\x03\x12)\n\x08strategy\x18\x04 \x01(\x0e\x32\x17.bellwether.v1.Strategy\x12\x0f\n\x07\x65psilon\x18\x05 \x01(\x01\x12\x0e\n\x06\x62ucket\x18\x06 \x01(\t\x12\x13\n\x0b\x65xploration\x18\x07 \x01(\t\"J\n\x15\x42\x61tchRecommendRequest\x12\x31\n\x08requests\x18\x01 \x03(\x0b\x32\x1f.bellwether.v1.RecommendRequest\"M\n\x16\x42\x61tchRecommendResponse\x12\x33\n\tresponses\x18\x01 \x03(\x0b\x32 .bellwether.v1.RecommendResponse\"\x12\n\x10GetPolicyRequest\";\n\x11PartitionPosition\x12\x11\n\tpartition\x18\x01 \x01(\x05\x12\x13\n\x0bnext_offset\x18\x02 \x01(\x03\"\xcd\x02\n\x11GetPolicyResponse\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x03\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x1d\n\x15last_target_sync_step\x18\x03 \x01(\x03\x12\x0f\n\x07network\x18\x04 \x01(\t\x12\x0f\n\x07\x65psilon\x18\x05 \x01(\x01\x12\r\n\x05\x61ge_s\x18\x06 \x01(\x01\x12\x14\n\x0cpublished_ms\x18\x07 \x01(\x03\x12\x33\n\tpositions\x18\x08 \x03(\x0b\x32 .bellwether.v1.PartitionPosition\x12\r\n\x05items\x18\t \x01(\r\x12)\n\x08strategy\x18\n \x01(\x0e\x32\x17.bellwether.v1.Strategy\x12\r\n\x05label\x18\x0b \x01(\t\x12\x13\n\x0b\x65xploration\x18\r \x01(\t\x12\x19\n\x11\x65vents_through_ms\x18\x0c \x01(\x03*M\n\x08Strategy\x12\x18\n\x14STRATEGY_UNSPECIFIED\x10\x00\x12\x0b\n\x07LEARNED\x10\x01\x12\x0e\n\nPOPULARITY\x10\x02\x12\n\n\x06RANDOM\x10\x03\x32\xe1\x02\n\x06Policy\x12N\n\tRecommend\x12\x1f.bellwether.v1.RecommendRequest\x1a .bellwether.v1.RecommendResponse\x12]\n\x0e\x42\x61tchRecommend\x12$.bellwether.v1.BatchRecommendRequest\x1a%.bellwether.v1.BatchRecommendResponse\x12X\n\x0fRecommendStream\x12\x1f.bellwether.v1.RecommendRequest\x1a .bellwether.v1.RecommendResponse(\x01\x30\x01\x12N\n\tGetPolicy\x12\x1f.bellwether.v1.GetPolicyRequest\x1a .bellwether.v1.GetPolicyResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'serving.policy_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_STRATEGY']._serialized_start=1334
-  _globals['_STRATEGY']._serialized_end=1411
+  _globals['_STRATEGY']._serialized_start=1376
+  _globals['_STRATEGY']._serialized_end=1453
   _globals['_HISTORYENTRY']._serialized_start=39
   _globals['_HISTORYENTRY']._serialized_end=121
   _globals['_CANDIDATE']._serialized_start=123
@@ -42,17 +42,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SLOT']._serialized_start=524
   _globals['_SLOT']._serialized_end=596
   _globals['_RECOMMENDRESPONSE']._serialized_start=599
-  _globals['_RECOMMENDRESPONSE']._serialized_end=781
-  _globals['_BATCHRECOMMENDREQUEST']._serialized_start=783
-  _globals['_BATCHRECOMMENDREQUEST']._serialized_end=857
-  _globals['_BATCHRECOMMENDRESPONSE']._serialized_start=859
-  _globals['_BATCHRECOMMENDRESPONSE']._serialized_end=936
-  _globals['_GETPOLICYREQUEST']._serialized_start=938
-  _globals['_GETPOLICYREQUEST']._serialized_end=956
-  _globals['_PARTITIONPOSITION']._serialized_start=958
-  _globals['_PARTITIONPOSITION']._serialized_end=1017
-  _globals['_GETPOLICYRESPONSE']._serialized_start=1020
-  _globals['_GETPOLICYRESPONSE']._serialized_end=1332
-  _globals['_POLICY']._serialized_start=1414
-  _globals['_POLICY']._serialized_end=1767
+  _globals['_RECOMMENDRESPONSE']._serialized_end=802
+  _globals['_BATCHRECOMMENDREQUEST']._serialized_start=804
+  _globals['_BATCHRECOMMENDREQUEST']._serialized_end=878
+  _globals['_BATCHRECOMMENDRESPONSE']._serialized_start=880
+  _globals['_BATCHRECOMMENDRESPONSE']._serialized_end=957
+  _globals['_GETPOLICYREQUEST']._serialized_start=959
+  _globals['_GETPOLICYREQUEST']._serialized_end=977
+  _globals['_PARTITIONPOSITION']._serialized_start=979
+  _globals['_PARTITIONPOSITION']._serialized_end=1038
+  _globals['_GETPOLICYRESPONSE']._serialized_start=1041
+  _globals['_GETPOLICYRESPONSE']._serialized_end=1374
+  _globals['_POLICY']._serialized_start=1456
+  _globals['_POLICY']._serialized_end=1809
 # @@protoc_insertion_point(module_scope)

@@ -81,20 +81,22 @@ class Slot(_message.Message):
     def __init__(self, item_id: _Optional[str] = ..., propensity: _Optional[float] = ..., q: _Optional[float] = ..., explored: _Optional[bool] = ...) -> None: ...
 
 class RecommendResponse(_message.Message):
-    __slots__ = ("recommendation_id", "slate", "policy_version", "strategy", "epsilon", "bucket")
+    __slots__ = ("recommendation_id", "slate", "policy_version", "strategy", "epsilon", "bucket", "exploration")
     RECOMMENDATION_ID_FIELD_NUMBER: _ClassVar[int]
     SLATE_FIELD_NUMBER: _ClassVar[int]
     POLICY_VERSION_FIELD_NUMBER: _ClassVar[int]
     STRATEGY_FIELD_NUMBER: _ClassVar[int]
     EPSILON_FIELD_NUMBER: _ClassVar[int]
     BUCKET_FIELD_NUMBER: _ClassVar[int]
+    EXPLORATION_FIELD_NUMBER: _ClassVar[int]
     recommendation_id: str
     slate: _containers.RepeatedCompositeFieldContainer[Slot]
     policy_version: int
     strategy: Strategy
     epsilon: float
     bucket: str
-    def __init__(self, recommendation_id: _Optional[str] = ..., slate: _Optional[_Iterable[_Union[Slot, _Mapping]]] = ..., policy_version: _Optional[int] = ..., strategy: _Optional[_Union[Strategy, str]] = ..., epsilon: _Optional[float] = ..., bucket: _Optional[str] = ...) -> None: ...
+    exploration: str
+    def __init__(self, recommendation_id: _Optional[str] = ..., slate: _Optional[_Iterable[_Union[Slot, _Mapping]]] = ..., policy_version: _Optional[int] = ..., strategy: _Optional[_Union[Strategy, str]] = ..., epsilon: _Optional[float] = ..., bucket: _Optional[str] = ..., exploration: _Optional[str] = ...) -> None: ...
 
 class BatchRecommendRequest(_message.Message):
     __slots__ = ("requests",)
@@ -121,7 +123,7 @@ class PartitionPosition(_message.Message):
     def __init__(self, partition: _Optional[int] = ..., next_offset: _Optional[int] = ...) -> None: ...
 
 class GetPolicyResponse(_message.Message):
-    __slots__ = ("policy_version", "step", "last_target_sync_step", "network", "epsilon", "age_s", "published_ms", "positions", "items", "strategy", "label", "events_through_ms")
+    __slots__ = ("policy_version", "step", "last_target_sync_step", "network", "epsilon", "age_s", "published_ms", "positions", "items", "strategy", "label", "exploration", "events_through_ms")
     POLICY_VERSION_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     LAST_TARGET_SYNC_STEP_FIELD_NUMBER: _ClassVar[int]
@@ -133,6 +135,7 @@ class GetPolicyResponse(_message.Message):
     ITEMS_FIELD_NUMBER: _ClassVar[int]
     STRATEGY_FIELD_NUMBER: _ClassVar[int]
     LABEL_FIELD_NUMBER: _ClassVar[int]
+    EXPLORATION_FIELD_NUMBER: _ClassVar[int]
     EVENTS_THROUGH_MS_FIELD_NUMBER: _ClassVar[int]
     policy_version: int
     step: int
@@ -145,5 +148,6 @@ class GetPolicyResponse(_message.Message):
     items: int
     strategy: Strategy
     label: str
+    exploration: str
     events_through_ms: int
-    def __init__(self, policy_version: _Optional[int] = ..., step: _Optional[int] = ..., last_target_sync_step: _Optional[int] = ..., network: _Optional[str] = ..., epsilon: _Optional[float] = ..., age_s: _Optional[float] = ..., published_ms: _Optional[int] = ..., positions: _Optional[_Iterable[_Union[PartitionPosition, _Mapping]]] = ..., items: _Optional[int] = ..., strategy: _Optional[_Union[Strategy, str]] = ..., label: _Optional[str] = ..., events_through_ms: _Optional[int] = ...) -> None: ...
+    def __init__(self, policy_version: _Optional[int] = ..., step: _Optional[int] = ..., last_target_sync_step: _Optional[int] = ..., network: _Optional[str] = ..., epsilon: _Optional[float] = ..., age_s: _Optional[float] = ..., published_ms: _Optional[int] = ..., positions: _Optional[_Iterable[_Union[PartitionPosition, _Mapping]]] = ..., items: _Optional[int] = ..., strategy: _Optional[_Union[Strategy, str]] = ..., label: _Optional[str] = ..., exploration: _Optional[str] = ..., events_through_ms: _Optional[int] = ...) -> None: ...

@@ -1,4 +1,4 @@
-"""Queries → ε-greedy slates, a batch at a time: by the learnt Q-values, or by popularity where there are none."""
+"""Queries → slates, a batch at a time: by the learnt Q-values, or by popularity where there are none."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from learner.exploration import epsilon_greedy_slate
+from learner.exploration import GREEDY, Exploration, Scores, epsilon_greedy_slate, explore
 from learner.policy import Candidate, Entry, Policy
 from learner.replay import Histories
 from serving import metrics
@@ -31,6 +31,7 @@ class Query(NamedTuple):
     epsilon: float
     excluded: AbstractSet[str]  # item ids
     candidates: Sequence[Candidate]  # rank only these; empty: the whole catalog
+    exploration: Exploration = GREEDY  # of slots that epsilon does not draw
 
 
 class Answer(NamedTuple):
@@ -41,6 +42,7 @@ class Answer(NamedTuple):
     q: list[float]  # reward units; 0 by popularity
     explored: list[bool]
     policy_version: int  # 0: popularity
+    exploration: Exploration  # by which it was filled
     strategy: Any  # pb.Strategy
 
 
@@ -65,28 +67,37 @@ class Ranker:
     def _by_q(self, policy: Policy, queries: Sequence[Query]) -> list[Answer]:
         states = policy.encode([query.history for query in queries], [query.now_ms for query in queries])
         whole = [i for i, query in enumerate(queries) if not query.candidates]
-        q = dict(zip(whole, _finite(policy.q(_rows(states, whole))), strict=True)) if whole else {}
+        scores: dict[int, Scores] = {}
+        for exploration in dict.fromkeys(queries[i].exploration for i in whole):
+            rows = [i for i in whole if queries[i].exploration == exploration]
+            scores |= zip(rows, policy.scores(_rows(states, rows), exploration, self._rng), strict=True)
         eligible = self._shelf.eligible(policy)
         self.on_offer = self._shelf.on_offer
         answers = []
         for i, query in enumerate(queries):
-            if i in q:
+            if i in scores:
                 allowed = eligible.copy()
                 allowed[policy.ids(list(query.excluded))] = False
-                slate = self._slate(q[i], allowed, query)
-                item_ids = [policy.item_id(row) for row in slate.ids.tolist()]
-                scores = q[i]
+                mine = scores[i]
             else:
-                scores = _finite(policy.q_candidates(_rows(states, [i]), query.candidates))
-                slate = self._slate(scores, self._eligible_candidates(query), query)
+                allowed = self._eligible_candidates(query)
+                mine = policy.scores_of_candidates(
+                    _rows(states, [i]), query.candidates, query.exploration, self._rng
+                )
+            mine = _finite(mine)
+            slate = explore(query.exploration, mine, allowed, query.slate_size, query.epsilon, self._rng)
+            if i in scores:
+                item_ids = [policy.item_id(row) for row in slate.ids.tolist()]
+            else:
                 item_ids = [query.candidates[row].item_id for row in slate.ids.tolist()]
             answers.append(
                 Answer(
                     item_ids,
                     slate.propensity.tolist(),
-                    scores[slate.ids].tolist(),
+                    mine.q[slate.ids].tolist(),
                     slate.explored.tolist(),
                     policy.version,
+                    query.exploration,
                     pb.LEARNED,
                 )
             )
@@ -107,13 +118,14 @@ class Ranker:
             allowed[0] = False
             excluded = self._view.vocabulary.ids(list(query.excluded))
             allowed[excluded[excluded <= items]] = False
-        slate = self._slate(scores, allowed, query)
+        slate = epsilon_greedy_slate(scores, allowed, query.slate_size, query.epsilon, self._rng)
         return Answer(
             [item_ids[row] for row in slate.ids.tolist()],
             slate.propensity.tolist(),
             [0.0] * len(slate.ids),
             slate.explored.tolist(),
             0,
+            GREEDY,
             pb.POPULARITY,
         )
 
@@ -125,9 +137,6 @@ class Ranker:
         for row, candidate in enumerate(query.candidates):
             allowed[row] &= candidate.item_id not in query.excluded
         return allowed
-
-    def _slate(self, scores: npt.NDArray[np.floating], allowed: Mask, query: Query) -> Any:
-        return epsilon_greedy_slate(scores, allowed, query.slate_size, query.epsilon, self._rng)
 
 
 class _Shelf:
@@ -189,5 +198,10 @@ def _rows(states: Histories, rows: list[int]) -> Histories:
     return Histories(states.item[rows], states.name[rows], states.age_s[rows], states.value[rows])
 
 
-def _finite(q: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def _finite(scores: Scores) -> Scores:
+    """With the last place of all for what is not a number."""
+    return Scores(_number(scores.q), None if scores.drawn is None else _number(scores.drawn))
+
+
+def _number(q: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     return q if np.isfinite(q).all() else np.where(np.isfinite(q), q, _NEVER)

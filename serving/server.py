@@ -17,6 +17,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from learner.compiled import compile_q
+from learner.exploration import Exploration, Kind
 from learner.policy import use_threads
 from serving import metrics
 from serving.decisions import DecisionWriter
@@ -55,6 +56,24 @@ class ServingConfig:
     epsilon: float = field(
         default=0.05, metadata={"help": "share of slots drawn uniformly, unless a request says; 0..1"}
     )
+    exploration: Kind = field(
+        default="greedy",
+        metadata={
+            "help": "what fills the other slots: greedy, the best (epsilon-greedy); boltzmann, by chance, the likelier "
+            "the higher Q; thompson, the best by one draw from what is believed of each item"
+        },
+    )
+    temperature: float = field(
+        default=Exploration.temperature,
+        metadata={
+            "help": "of boltzmann, in units of how far the best item's Q is above the mean: so far below the best, an "
+            "item is e times less likely; 0.000001..1000000"
+        },
+    )
+    thompson_scale: float = field(
+        default=Exploration.scale,
+        metadata={"help": "of thompson: share of the standard deviation that is drawn; 0.000001..1000000"},
+    )
     slate_size: int = field(default=10, metadata={"help": "items in a slate, unless a request says; 1..1000"})
     processes: int = field(
         default=1, metadata={"help": "server processes that share the port; 1..256, each with its own view"}
@@ -89,6 +108,8 @@ class ServingConfig:
         bounds = {
             "port": (0, 65535),
             "epsilon": (0, 1),
+            "temperature": (1e-6, 1e6),
+            "thompson_scale": (1e-6, 1e6),
             "slate_size": (1, 1000),
             "processes": (1, 256),
             "threads": (1, 1000),
@@ -142,6 +163,7 @@ class PolicyServer:
             ranker=Ranker(self._weights, self._view, np.random.default_rng(seed)),
             decisions=self._decisions,
             epsilon=config.epsilon,
+            exploration=Exploration(config.exploration, config.temperature, config.thompson_scale),
             slate_size=config.slate_size,
             max_streams=config.max_streams,
             instance=instance.name,

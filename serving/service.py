@@ -11,6 +11,7 @@ from typing import Any, Final, NoReturn, TypeVar
 
 import grpc
 
+from learner.exploration import GREEDY, Exploration
 from learner.policy import Candidate, Entry
 from serving import metrics
 from serving import policy_pb2 as pb
@@ -39,17 +40,20 @@ class Service:
         ranker: Ranker,
         decisions: DecisionWriter | None,
         epsilon: float,
+        exploration: Exploration,
         slate_size: int,
         max_streams: int,
         instance: str,
         now_ms: Callable[[], int],
     ) -> None:
-        """epsilon, slate_size: where a request says nothing. instance: unique among all servers there ever were: it
+        """epsilon, slate_size: where a request says nothing. exploration: of slots that epsilon does not draw, unless a
+        request says that nothing is to be explored. instance: unique among all servers there ever were: it
         makes recommendation_ids unique. decisions: None: none are written. now_ms: wall clock."""
         self._view = view
         self._weights = weights
         self._decisions = decisions
         self._epsilon = epsilon
+        self._exploration = exploration
         self._slate_size = slate_size
         self._max_streams = max_streams
         self._instance = instance
@@ -125,7 +129,10 @@ class Service:
         parse(pb.GetPolicyRequest, data)
         served = self._weights.served  # read once: the answer comes from one version
         response = pb.GetPolicyResponse(
-            epsilon=self._epsilon, network=self._weights.network, label=self._weights.label
+            epsilon=self._epsilon,
+            exploration=str(self._exploration),
+            network=self._weights.network,
+            label=self._weights.label,
         )
         if served is None:
             response.strategy = pb.POPULARITY
@@ -169,11 +176,13 @@ class Service:
         excluded.update(self._view.bought_in(history, now_ms))
         if request.exclude_seen:
             excluded.update(entry.item_id for entry in history)
+        told = request.HasField("epsilon")
         return Query(
             history=history,
             now_ms=now_ms,
             slate_size=request.slate_size or self._slate_size,
-            epsilon=request.epsilon if request.HasField("epsilon") else self._epsilon,
+            epsilon=request.epsilon if told else self._epsilon,
+            exploration=GREEDY if told and request.epsilon == 0 else self._exploration,
             excluded=excluded,
             candidates=[_candidate(candidate) for candidate in request.candidates],
         )
@@ -201,6 +210,7 @@ class Service:
             policy_version=answer.policy_version,
             strategy=answer.strategy,
             epsilon=query.epsilon,
+            exploration=str(answer.exploration),
         )
 
 
@@ -244,7 +254,7 @@ def _decision(
             {"item_id": item_id, "propensity": propensity}
             for item_id, propensity in zip(answer.item_ids, answer.propensity, strict=True)
         ],
-        "epsilon": query.epsilon,
+        "epsilon": query.epsilon if answer.exploration.kind == "greedy" else 0.0,
         "policy_version": answer.policy_version,
         "strategy": pb.Strategy.Name(answer.strategy),
         "candidates": [candidate._asdict() for candidate in query.candidates] or None,

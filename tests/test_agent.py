@@ -239,11 +239,14 @@ def test_without_a_future_only_what_a_choice_earns_at_once_counts():
 
 
 @pytest.mark.parametrize("double", [True, False])
-@pytest.mark.parametrize("slots", [1, 3])
-def test_the_next_value_is_the_best_slate_of_the_network_that_chooses_by_the_one_that_judges(double, slots):
-    agent = trained(
-        range(3), new_agent(replace(SETTINGS, double=double, slate_size=slots, target_sync_updates=100))
+@pytest.mark.parametrize(("slots", "quantiles"), [(1, 1), (3, 1), (3, 5)])
+def test_the_next_value_is_the_best_slate_of_the_network_that_chooses_by_the_one_that_judges(
+    double, slots, quantiles
+):
+    settings = replace(
+        SETTINGS, double=double, slate_size=slots, target_sync_updates=100, quantiles=quantiles
     )
+    agent = trained(range(3), new_agent(settings))
     with torch.no_grad():  # networks that disagree
         for network, seed in ((agent.online, 1), (agent.target, 2)):
             for parameter in network.parameters():
@@ -260,7 +263,7 @@ def test_the_next_value_is_the_best_slate_of_the_network_that_chooses_by_the_one
             queries = network.queries(agent._state(told.next_state), keys)
             p = score_all(queries.choice, keys.choice, keys.category)
             q[network] = (
-                network.value(queries),
+                0.97 * queries.unchosen,
                 network.advantage_all(queries, keys),
                 p,
                 network.gain_all(queries, keys),
@@ -275,8 +278,8 @@ def test_the_next_value_is_the_best_slate_of_the_network_that_chooses_by_the_one
             best = sorted(range(1, ITEMS + 1), key=lambda i, b=b: -float(chooser[b, i]))[:slots]
             odds = [float(log_odds[b, i]) + place[k] for k, i in enumerate(best)]
             worth = [float(gain[b, i]) / (1 + np.exp(-at)) for i, at in zip(best, odds, strict=True)]
-            expected = float(unchosen[b]) + sum(worth)
-            assert float(values[b]) == pytest.approx(expected if b >= 4 else 0.0, abs=1e-5)
+            expected = [float(x) + sum(worth) for x in unchosen[b]] if b >= 4 else [0.0] * quantiles
+            assert values[b].tolist() == pytest.approx(expected, abs=1e-5)
             agree += best == sorted(range(1, ITEMS + 1), key=lambda i, b=b: -float(judge[b, i]))[:slots]
     assert (agree == 16) is not double
 
@@ -351,3 +354,82 @@ def test_an_item_never_seen_scores_by_its_features_as_its_like_do():
         p = torch.sigmoid(agent.online.parts_at(queries, keys, ids)[0]).mean(dim=0)
     assert p[0] > 0.7
     assert p[1] < 0.3
+
+
+def dearer(told, times):
+    told.slate_reward[:] *= times
+    told.slot_reward[:], told.reward[:] = told.slot_reward * times, told.reward * times
+    return told
+
+
+@pytest.mark.parametrize("quantiles", [1, 5])
+def test_in_another_currency_it_learns_the_same_to_the_last_bit_and_says_it_in_that_currency(quantiles):
+    settings = replace(SETTINGS, quantiles=quantiles, cql_weight=0.1)
+    here, there = new_agent(settings), new_agent(settings)
+    for seed in range(8):
+        uneven = batch(seed)
+        uneven.slate_reward[:] *= 1 + uneven.slate % 3
+        uneven.reward[:] = uneven.slot_reward[:] = uneven.slate_reward[:, 0]
+        ours = here.update(uneven)
+        theirs = there.update(dearer(uneven, 1024.0))
+        np.testing.assert_array_equal(ours.td_error, theirs.td_error)
+        assert theirs.mean_q == 1024 * ours.mean_q
+        assert ours.loss == theirs.loss
+    valued = {"query.weight", "query.bias", "unchosen.2.weight", "unchosen.2.bias"}
+    ours, theirs = here.tensors(), there.tensors()
+    for name in ours:
+        times = 1024.0 if name.split(".", 1)[1] in valued else 1.0
+        assert torch.equal(times * ours[name], theirs[name]), name
+
+
+def test_one_unit_of_value_is_what_a_choice_earns_on_average():
+    agent = trained(range(40), new_agent(replace(SETTINGS, learning_rate=1e-6)))
+    assert agent.unit == 1.0
+    for seed in range(40, 80):
+        agent.update(dearer(batch(seed), 4.0))
+    assert agent.unit == pytest.approx(2.5)
+
+
+def test_what_was_learnt_is_restated_when_the_unit_moves():
+    agent = trained(range(3))
+    q = agent._rows(batch(9), 1.0)
+
+    def said():
+        with torch.no_grad():
+            keys = agent.online.keys(agent.items)
+            return agent.unit * agent.online.q_all(agent.online.queries(q.state, keys), keys)
+
+    before, unaided, unit = said(), agent.unit * agent._unaided.clone(), agent.unit
+    agent._look_unit(dearer(batch(9), 50.0))
+    assert agent.unit > 5 * unit
+    torch.testing.assert_close(said(), before, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(agent.unit * agent._unaided, unaided)
+
+
+def test_quantiles_tell_a_gamble_from_a_sure_thing():
+    """Users of item 1 come to earn 0 or 4, those of item 2 always 2: the mean is the same."""
+    settings = replace(
+        SETTINGS,
+        quantiles=10,
+        quantile_delta=0.1,
+        learning_rate=0.01,
+        td_weight=1.0,
+        gamma=0.9,
+        target_tau=0.01,
+    )
+    agent = new_agent(settings)
+    rng = np.random.default_rng(0)
+    told = batch(0)
+    told.state.name[:], told.state.item[:], told.state.age_s[:] = 0, 0, 0.0
+    told.state.name[:, 0], told.state.item[:, 0] = 1, 1 + np.arange(16) % 2
+    told.slate_reward[:], told.slot_reward[:], told.organic[:], told.discount[:] = 0.0, 0.0, False, 0.0
+    sure = np.arange(16) % 2 == 1
+    for _ in range(2000):
+        told.reward[:] = np.where(sure, 2.0, 4.0 * (rng.random(16) < 0.5))
+        agent.update(told)
+    with torch.no_grad():
+        queries = agent.online.queries(agent._state(told.state), agent.online.keys(agent.items))
+    gamble, certain = 0.9 * queries.unchosen[0].sort().values, 0.9 * queries.unchosen[1].sort().values
+    assert certain[1:9].tolist() == pytest.approx([2.0] * 8, abs=0.4)  # the outermost are slow to come in
+    assert gamble[:4].tolist() == pytest.approx([0.0] * 4, abs=0.5)
+    assert gamble[6:].tolist() == pytest.approx([4.0] * 4, abs=0.5)

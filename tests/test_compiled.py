@@ -19,6 +19,7 @@ ITEMS = 12
 SHAPES = [
     NetworkSettings(history_length=5, vector_dim=3),
     NetworkSettings(dim=6, channels=3, hidden=5, value_dim=2, history_length=4, vector_dim=3, gamma=0.5),
+    NetworkSettings(dim=6, channels=3, hidden=5, quantiles=4, history_length=4, vector_dim=3),
 ]
 
 

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from learner.exploration import Exploration
 from learner.policy import Candidate, Entry, Policy
+from learner.response import WIDTHS
 from learner.weights import Meta, WeightStore
 from streaming.interning import Vocabulary
 from streaming.rewards import CODES
 from tests.serving_process import agent, publish
-from tests.test_agent import trained
+from tests.test_agent import batch, trained
 
 ITEMS = 12
 NAMES = [f"item-{i}" for i in range(ITEMS)]
@@ -56,3 +58,44 @@ def test_a_policy_says_of_a_state_what_the_agent_that_trained_it_says(tmp_path):
             q = of_agent.q_all(of_agent.queries(made._state(states), keys), keys)
         np.testing.assert_allclose(policy.q(states), q.numpy(), rtol=1e-4, atol=1e-5)
         assert q.std() > 1e-3
+
+
+THOMPSON = Exploration("thompson", scale=1.5)
+
+
+def test_draws_deviate_by_what_is_not_known_of_how_items_answer(tmp_path):
+    made, words = trained(range(3)), Vocabulary()
+    for seed in range(200):
+        told = batch(seed)
+        told.slate[told.slate == 5] = 0  # is never shown
+        made.update(told, kept=100_000)
+    words.intern_all(NAMES)
+    store = WeightStore(f"{tmp_path}/weights")
+    policy = Policy.from_weights(
+        store.load(store.publish(made.tensors(), Meta(settings=made.shape()), words).version)
+    )
+    states, rng = policy.encode([HISTORY], [10_000]), np.random.default_rng(0)
+    some = [policy.scores(states, THOMPSON, rng)[0] for _ in range(200)]
+    np.testing.assert_array_equal(some[0].q, policy.q(states)[0])
+    drawn = np.concatenate([scores.drawn for scores in some]).astype(np.float64)
+    with torch.no_grad():
+        keys = made.target.keys(made.items)
+        queries = made.target.queries(made._state(states), keys)
+        gain, value = made.unit * made.target.gain_all(queries, keys), made.unit * made.target.value(queries)
+        more, fit = made.target.response, made._response
+        phi = (queries.organic.vector[0, :-1] - more.state_mean) / more.state_scale
+        size = phi @ fit.directions @ phi
+    log_odds = np.log(1 / ((gain.numpy() / (drawn - value.numpy())) - 1))
+    shown = fit.information.numpy() * np.exp(fit.at.numpy() - fit.passes)[:, None]
+    prior = 1 / np.array(WIDTHS[:2])
+    variance = 1 / (shown[: ITEMS + 1] / fit.dimensions[:2].numpy() + prior)
+    expected = 1.5 * np.sqrt(variance[:, 0] + float(size) * variance[:, 1])
+    np.testing.assert_allclose(log_odds.std(axis=0)[1:], expected[1:], rtol=0.06)
+    assert np.delete(expected, [0, 5]).max() < 0.8 * expected[5]  # what was shown is known better
+
+    offered = [Candidate(NAMES[2]), Candidate("brand new")]
+    mine = [policy.scores_of_candidates(states, offered, THOMPSON, rng) for _ in range(200)]
+    deviation = np.concatenate([scores.drawn for scores in mine]).std(axis=0)
+    assert deviation[0] == pytest.approx(drawn[:, 3].std(), rel=0.06)
+    np.testing.assert_allclose(mine[0].q, policy.q_candidates(states, offered))
+    assert policy.scores(states, Exploration("boltzmann"), rng)[0].drawn is None

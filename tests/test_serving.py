@@ -237,6 +237,43 @@ def test_a_decision_says_what_was_served_to_whom_and_how(
     assert response.epsilon == 0.5
 
 
+@pytest.mark.parametrize("kind", ["boltzmann", "thompson"])
+def test_another_exploration_is_what_a_decision_says_and_its_propensities_are_how_often_items_come(
+    world: World, kind: str
+) -> None:
+    publish(world.store, ITEMS)
+    flags = ("--exploration", kind, "--epsilon", "0.1", "--temperature", "0.4", "--thompson-scale", "2")
+    with world.server(*flags, "--slate-size", "1") as server, server.client() as client:
+        told = {"boltzmann": "boltzmann temperature=0.4", "thompson": "thompson scale=2"}[kind]
+        assert client.policy().exploration == told
+        answers = [client.recommend(ask("p")) for _ in range(300)]
+        few = [pb.Candidate(item_id=item_id) for item_id in ITEMS[:5]]
+        answers += [client.recommend(ask("p", candidates=few)) for _ in range(300)]
+        greedy = [client.recommend(ask("p", epsilon=0.0)) for _ in range(20)]
+        decision = world.decision(answers[0])
+    assert decision["epsilon"] == 0.0  # it is not ε-greedy, and `learner evaluate` must not take it for that
+    assert decision["slate"][0]["propensity"] == answers[0].slate[0].propensity
+    assert {(answer.epsilon, answer.exploration) for answer in answers} == {(0.1, told)}
+    # what is asked for without exploration is the best, whatever the server explores by
+    assert len({answer.slate[0].item_id for answer in greedy}) == 1
+    assert {(answer.slate[0].propensity, answer.exploration) for answer in greedy} == {(1.0, "")}
+    for items, some in ((30, answers[:300]), (5, answers[300:])):
+        slots = [answer.slate[0] for answer in some]
+        assert len({slot.item_id for slot in slots}) > 2
+        chance = np.array([slot.propensity for slot in slots])
+        assert ((chance > 0) & (chance <= 1)).all()
+        first = [slot.propensity for slot in slots if slot.item_id == slots[0].item_id]
+        if kind == "boltzmann":  # the same user, the same chances
+            assert first == pytest.approx([first[0]] * len(first), rel=1e-4)
+            by_item = {slot.item_id: slot.propensity for slot in slots}
+            for item_id, p in by_item.items():
+                seen = sum(slot.item_id == item_id for slot in slots)
+                assert abs(seen - 300 * p) <= 5 * max(1.0, (300 * p * (1 - p)) ** 0.5)
+        else:  # sixteen draws, or a uniform one
+            at = (chance - 0.1 / items) / 0.9 * 16
+            np.testing.assert_allclose(at, at.round(), atol=1e-4)
+
+
 def test_slates_are_ranked_by_the_q_values_of_the_weights(
     learned: tuple[World, ServerProcess, Client],
 ) -> None:

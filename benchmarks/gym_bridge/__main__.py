@@ -20,7 +20,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
@@ -34,6 +34,7 @@ from benchmarks.gym_bridge.processes import Lockstep
 from benchmarks.gym_bridge.product import InProcess, Loop, Setup
 from benchmarks.learning import changed
 from learner.agent import AgentSettings
+from learner.exploration import GREEDY, KINDS, Exploration
 from learner.learner import LearnerSettings
 from simulator.figures import over_seeds
 
@@ -101,6 +102,9 @@ def options_from(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--agent", nargs="+", default=[], help="ours, and what to hold beside it [all]")
     add("--chunk", type=int, default=Setup.chunk, help=f"records between two versions [{Setup.chunk}]")
     add("--epsilon", type=float, default=Setup.epsilon, help=f"of the server [{Setup.epsilon}]")
+    add("--exploration", choices=KINDS, default=GREEDY.kind, help=f"of the server [{GREEDY.kind}]")
+    add("--scale", type=float, default=GREEDY.scale, help=f"of thompson [{GREEDY.scale}]")
+    add("--temperature", type=float, default=GREEDY.temperature, help=f"of boltzmann [{GREEDY.temperature}]")
     add("--set", nargs="*", default=[], help="NAME=VALUE of the agent or of the learner; for sweeps")
     add(
         "--processes",
@@ -131,6 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         changed(AgentSettings(), options.set),
         changed(LearnerSettings(), options.set),
         epsilon=options.epsilon,
+        exploration=Exploration(options.exploration, options.temperature, options.scale),
         chunk=options.chunk,
     )
     world, rows = world_of(options.preset), []
@@ -142,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"  seed {seed} {agent}: {rows[-1]['score']:.4g}", file=sys.stderr, flush=True)
     print("\n".join(table(rows, len(options.seeds))))
     means = [mean_of(mine) for mine in by_agent(rows).values()]
-    found = {"setup": {**vars(setup), "agent": vars(setup.agent), "learner": vars(setup.learner)}}
+    found = {"setup": asdict(setup)}
     record.append(options.json, "gym_bridge", sys.argv[1:], {**found, "rows": [*means, *rows]})
     return 0
 

@@ -143,6 +143,9 @@ def _server_flags(setup: Setup, seed: int, weights: Path, metrics_port: int) -> 
     values = {
         "weights": weights,
         "epsilon": setup.epsilon,
+        "exploration": setup.exploration.kind,
+        "temperature": setup.exploration.temperature,
+        "thompson_scale": setup.exploration.scale,
         "network": setup.network,
         "seed": seed,
         "weights_poll_s": 0.01,

@@ -17,6 +17,7 @@ import numpy as np
 
 from benchmarks.gym_bridge.storefront import Deed, Page, Storefront
 from learner.agent import AgentSettings
+from learner.exploration import GREEDY, Exploration
 from learner.learner import Learner, LearnerSettings
 from learner.policy import Candidate, Policy
 from learner.weights import Manifest, Weights
@@ -41,6 +42,7 @@ class Setup:
     agent: AgentSettings = field(default_factory=AgentSettings)
     learner: LearnerSettings = field(default_factory=LearnerSettings)
     epsilon: float = ServingConfig.epsilon
+    exploration: Exploration = GREEDY
     network: Literal["online", "target"] = ServingConfig.network
     chunk: int = 256  # records between two versions
 
@@ -191,6 +193,7 @@ class InProcess:
             ranker=Ranker(self.weights, self._view, np.random.default_rng([seed, 0])),  # type: ignore[arg-type]
             decisions=self,  # type: ignore[arg-type]
             epsilon=setup.epsilon,
+            exploration=setup.exploration,
             slate_size=ServingConfig.slate_size,
             max_streams=1,
             instance="bridge",
