@@ -5,8 +5,11 @@
 Each file goes the way of a user's: `streaming import` into a real Kafka (one partition, so that event time is the
 order), `learner --until-caught-up --prequential` in batches of `--poll-records` with training kept in step, then
 `serving` answers for the users of the log. Every step is ranked before it is learnt from (learner/prequential.py);
-beside it "popularity so far" and "the user's most recent distinct items", on the same steps. A line is printed for
-each method, and last where that leaves the learner.
+beside it "popularity so far", "the user's most recent distinct items" and a streaming item-kNN, on the same steps. A
+line is printed for each method, and last where that leaves the learner.
+
+FORMAT `sessions` is for a file of sessions without times (Parquet: split, seq, target; the test split lists each
+session's prefixes): each becomes a visitor of RetailRocket's layout, those of the test split after all others.
 """
 
 from __future__ import annotations
@@ -21,6 +24,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from benchmarks import record
 from serving import policy_pb2 as pb
 from streaming.commandline import Parser
@@ -32,14 +39,18 @@ from streaming.tail import newest
 from tests.kafka_broker import KafkaBroker
 from tests.serving_process import ServerProcess
 
+SESSIONS: Final = "sessions"
 LEARNED: Final = ("learned_next_item", "learned_q")
-RULES: Final = ("recent", "popularity")
+_BEGAN_MS: Final = 1_430_000_000_000
+RULES: Final = ("co_views", "recent", "popularity")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command's exit status: 1 where a server did not answer from what was learnt."""
     parser = Parser(prog="benchmarks.prequential", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("files", nargs="+", metavar="FORMAT FILE", help=f"FORMAT: {', '.join(LAYOUTS)}")
+    parser.add_argument(
+        "files", nargs="+", metavar="FORMAT FILE", help=f"FORMAT: {', '.join((*LAYOUTS, SESSIONS))}"
+    )
     parser.add_argument(
         "--updates", type=float, default=0.1, metavar="X", help="gradient updates per transition [0.1]"
     )
@@ -75,6 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(layout: str, file: Path, log_url: str, scratch: Path, topic: str, options: Any) -> dict[str, Any]:
     """One file through the whole loop."""
     scratch.mkdir()
+    name = file.name
+    if layout == SESSIONS:
+        layout, file = "retailrocket", as_visits(file, scratch / "visits.parquet")
     topics = ["--topic", topic, "--catalog", f"{topic}-items"]
     told = command("streaming", "import", layout, str(file), "--log", log_url, "--partitions", "1", *topics)
     places = ["--log", log_url, "--topic", topic, "--catalog-topic", f"{topic}-items"]
@@ -90,7 +104,7 @@ def run(layout: str, file: Path, log_url: str, scratch: Path, topic: str, option
     command("learner", *places, *state, "--until-caught-up", "--prequential", str(report), *flags)
     seconds = time.monotonic() - began
     return {
-        "file": file.name,
+        "file": name,
         "layout": layout,
         "imported": imported(told),
         "learner_flags": flags,
@@ -99,6 +113,31 @@ def run(layout: str, file: Path, log_url: str, scratch: Path, topic: str, option
         "served": served(weights, places, log_url, topic, options.users),
         "prequential": json.loads(report.read_text()),
     }
+
+
+def as_visits(file: Path, to: Path) -> Path:
+    """Sessions as views of RetailRocket's layout: one visitor each, begun ten seconds apart, with half a minute from
+    view to view."""
+    columns = pq.read_table(file, columns=["split", "seq", "target"]).to_pydict()
+    sessions: list[list[int]] = []
+    test: list[list[int]] = []
+    for split, items, target in zip(*columns.values(), strict=True):
+        if split == "train":
+            sessions.append(items)
+        elif not test or test[-1][: len(items) + 1] != [*items, target]:  # else a prefix of the one before
+            test.append([*items, target])
+    views = [
+        (_BEGAN_MS + 10_000 * visitor + 30_000 * step, visitor + 1, item)
+        for visitor, items in enumerate([*sessions, *test])
+        for step, item in enumerate(items)
+    ]
+    timestamp, visitor, item = zip(*sorted(views), strict=True)
+    nothing = pa.nulls(len(views), pa.int64())
+    events = pa.array(["view"]).take(pa.array(np.zeros(len(views), np.int32)))
+    names = ["timestamp", "visitorid", "event", "itemid", "transactionid"]
+    table = pa.table([pa.array(timestamp), pa.array(visitor), events, pa.array(item), nothing], names)
+    pq.write_table(table, to)
+    return to
 
 
 def letters(log_url: str, topic: str) -> dict[str, int]:

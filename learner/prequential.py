@@ -5,8 +5,8 @@ state just before, by what the network was at that moment; only then is it learn
 anybody can have for nothing. "The user's most recent distinct items" beats many published tables: a learner that
 is below it has learnt less than the user's own history tells.
 
-Popularity is what this process has seen so far, updated every BLOCK steps, while the network learns when the
-whole batch is in: the rules have the fresher view. Ties go to the item that was known first.
+Popularity and co-views are what this process has seen so far, updated every BLOCK steps, while the network learns when
+the whole batch is in: the rules have the fresher view. Ties go to the item that was known first.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from learner.agent import Agent
+from learner.co_views import CoViews
 from learner.networks import Query, StateTensors, score_all
 from streaming.interning import Vocabulary
 from streaming.rewards import RewardTable
@@ -35,6 +36,7 @@ METHODS: Final = {
     "learned_q": "the network's Q(s, a)",
     "learned_next_item": "the network's next-item head, which Q leans on",
     "recent_then_learned": "the user's most recent distinct items, then the next-item head",
+    "co_views": "item-kNN: what users went to around the same time as the user's items, and these",
     "recent": "the user's most recent distinct items, then popularity",
     "popularity": "how often users went to an item so far",
 }
@@ -84,6 +86,7 @@ class Prequential:
             raise ValueError(f"most must be at least 3 steps, not {most}")
         self._vocabulary, self._rewards, self._most = vocabulary, rewards or RewardTable(), most
         self._visits = np.zeros(1, np.int64)  # [N] by vocabulary id: popularity
+        self._co_views = CoViews()
         self._steps = 0
         self._every = 1
         self._ranked = [Ranked(*_NOTHING)]
@@ -96,6 +99,7 @@ class Prequential:
             return
         if agent.rows > len(self._visits):
             self._visits = np.concatenate((self._visits, np.zeros(agent.rows - len(self._visits), np.int64)))
+            self._co_views.grow(agent.rows)
         scorer = _Scorer(agent)
         size = max(1, min(BLOCK, _MOST_SCORES // agent.rows))
         for start in range(0, len(steps.target), size):
@@ -106,6 +110,7 @@ class Prequential:
                 self._rank(block.rows(chosen), numbers[chosen], scorer)
             self._steps += len(block.target)
             np.add.at(self._visits, block.target, 1)
+            self._co_views.observe(block.item, block.target)
 
     def ranked(self) -> Ranked:
         """What was kept, in the order of the stream."""
@@ -151,6 +156,7 @@ class Prequential:
             "learned_q": q.place,
             "learned_next_item": organic.place,
             "recent_then_learned": _recent_first(steps, recent, organic),
+            "co_views": self._by_co_views(steps).place,
             "recent": _recent_first(steps, recent, popular),
             "popularity": popular.place,
         }
@@ -163,6 +169,13 @@ class Prequential:
             ranked = self.ranked()
             self._ranked = [ranked.rows(ranked.number % self._every == 0)]
             self._kept = len(self._ranked[0].number)
+
+    def _by_co_views(self, steps: _Steps) -> _Ranks:
+        """Items that are nobody's neighbours by popularity."""
+        scores = self._co_views.scores(steps.item, len(self._visits))
+        scores += (1e-6 / max(1, self._visits.max()) * self._visits).astype(np.float32)
+        history, target = (torch.from_numpy(x.astype(np.int64)) for x in (steps.item, steps.target))
+        return _ranks_of(torch.from_numpy(scores), history, target)
 
 
 class _Ranks(NamedTuple):

@@ -21,6 +21,7 @@ from streaming.join_settings import JoinSettings
 from streaming.joiner import Joiner
 from streaming.transitions import Joined
 from tests.rows import Row, columns, decision, event, logged
+from tests.test_co_views import PlainCoViews
 
 HISTORY = 8
 # no features but the ids: nothing to draw them towards
@@ -97,12 +98,15 @@ def test_ranks_equal_a_count_by_hand_on_random_streams() -> None:
     prequential = Prequential(vocabulary())
     prequential.observe(made, network)
     visits: Counter[int] = Counter()
+    together = PlainCoViews()
     expected = []
     transitions, states = made.transitions, made.states
     for t in range(len(transitions.action)):
         row, target = transitions.state[t], int(transitions.action[t])
         if t and t % 256 == 0:
             visits.update(transitions.action[t - 256 : t].tolist())
+            for past in range(t - 256, t):
+                together.observe(states.item[transitions.state[past]].tolist(), transitions.action[past])
         history = [i for i in dict.fromkeys(states.item[row].tolist()) if i]
         state = StateTensors(*(torch.from_numpy(column[row : row + 1].astype(kind)) for column, kind in
                                ((states.item, np.int64), (states.name, np.int64),
@@ -116,7 +120,12 @@ def test_ranks_equal_a_count_by_hand_on_random_streams() -> None:
                 organic[item] += weight
         popular = sorted(range(1, ITEMS + 1), key=lambda i: -visits[i])
         next_item = sorted(range(1, ITEMS + 1), key=lambda i: -float(organic[i]))
+        near = together.scores(states.item[row].tolist(), ITEMS + 1)
+        near += (1e-6 / max(1, *visits.values(), 1) * np.array([visits[i] for i in range(ITEMS + 1)])).astype(
+            np.float32
+        )
         orders = {
+            "co_views": sorted(range(1, ITEMS + 1), key=lambda i: -near[i]),
             "popularity": popular,
             "recent": history + [i for i in popular if i not in history],
             "learned_q": sorted(range(1, ITEMS + 1), key=lambda i: -q[i]),

@@ -1,0 +1,125 @@
+"""What users went to around the same time: a streaming item-to-item table, of bounded size.
+
+Item-kNN over co-visits is the rule to beat for next items (Ludewig & Jannach 2018): one step from an item to another is
+enough for it to know, where a network wants hundreds. Each step of a user to an item counts it as a neighbour of the few
+items that the user was at before, the more the more recent those are, and less so the other way round:
+
+    score(s, a) = Σ_h 1 / (h + 1) · count(item_h, a) / (Σ_b count(item_h, b) + PRIOR)  +  own(h) where a is item h
+
+over the distinct items of the history, newest first (h = 0, 1, ...).
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from streaming.jit import jit
+
+NEIGHBOURS: Final = 64  # kept of an item; the rarest makes room
+WINDOW: Final = 5  # items before a step that are its neighbours
+BACKWARDS: Final = np.float32(0.7)  # weight of the neighbour that came before
+PRIOR: Final = np.float32(5.0)  # counts below which an item's neighbours say little
+OWN: Final = (np.float32(0.3), np.float32(0.05))  # own(h) = OWN[0] / (h + 1) + OWN[1]
+
+Ints = npt.NDArray[np.int32]
+Floats = npt.NDArray[np.float32]
+
+
+class CoViews:
+    """The table. Vocabulary ids are rows; row 0 is the unknown item, of which nothing is kept."""
+
+    def __init__(self) -> None:
+        self._id = np.zeros((1, NEIGHBOURS), np.int32)  # [N, M] 0: free
+        self._count = np.zeros((1, NEIGHBOURS), np.float32)  # [N, M]
+        self._total = np.zeros(1, np.float32)  # [N] of all that were ever counted
+
+    def grow(self, rows: int) -> None:
+        """Make room for ids below `rows`, by doubling."""
+        if rows > len(self._total):
+            more = max(rows, 2 * len(self._total)) - len(self._total)
+            self._id = np.pad(self._id, ((0, more), (0, 0)))
+            self._count = np.pad(self._count, ((0, more), (0, 0)))
+            self._total = np.pad(self._total, (0, more))
+
+    def observe(self, history: Ints, item: npt.NDArray[np.integer]) -> None:
+        """Steps to items [B], each from a history [B, H], newest first, 0 unknown or padding. There is room."""
+        _observe(self._id, self._count, self._total, history, item.astype(np.int32))
+
+    def scores(self, history: Ints, items: int) -> Floats:
+        """[B, items] of vocabulary ids 0..items - 1, of which there is room."""
+        out = np.zeros((len(history), items), np.float32)
+        _score(self._id, self._count, self._total, history, out)
+        return out
+
+
+@jit
+def _observe(ids: Ints, count: Floats, total: Floats, history: Ints, item: Ints) -> None:
+    for b in range(len(item)):
+        if item[b] == 0:
+            continue
+        place = 0
+        for h in range(history.shape[1]):
+            before = history[b, h]
+            if before == 0 or _again(history[b], h):
+                continue
+            if before != item[b]:
+                weight = np.float32(1) / np.float32(place + 1)
+                _add(ids[before], count[before], item[b], weight)
+                _add(ids[item[b]], count[item[b]], before, BACKWARDS * weight)
+                total[before] += weight
+                total[item[b]] += BACKWARDS * weight
+            place += 1
+            if place == WINDOW:
+                break
+
+
+@jit
+def _again(history: Ints, h: int) -> bool:
+    """Whether a newer entry is of the same item."""
+    for newer in range(h):  # noqa: SIM110 (compiled)
+        if history[newer] == history[h]:
+            return True
+    return False
+
+
+@jit
+def _add(ids: Ints, count: Floats, item: np.int32, weight: np.float32) -> None:
+    """Count a neighbour. Where there is no place left, the rarest pays for it, and is gone when it has nothing left
+    (Misra & Gries 1982, of one counter at a time).
+    """
+    least = 0
+    for m in range(len(ids)):
+        if ids[m] == item:
+            count[m] += weight
+            return
+        if ids[m] == 0:
+            ids[m], count[m] = item, weight
+            return
+        if count[m] < count[least]:
+            least = m
+    if count[least] > weight:
+        count[least] -= weight
+    else:
+        ids[least], count[least] = item, weight
+
+
+@jit
+def _score(ids: Ints, count: Floats, total: Floats, history: Ints, out: Floats) -> None:
+    for b in range(len(history)):
+        place = 0
+        for h in range(history.shape[1]):
+            item = history[b, h]
+            if item == 0 or _again(history[b], h):
+                continue
+            near = np.float32(1) / np.float32(place + 1)
+            each = near / (total[item] + PRIOR)
+            for m in range(ids.shape[1]):
+                if ids[item, m] == 0:
+                    break
+                if ids[item, m] < out.shape[1]:
+                    out[b, ids[item, m]] += each * count[item, m]
+            out[b, item] += OWN[0] * near + OWN[1]
+            place += 1

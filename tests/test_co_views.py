@@ -1,0 +1,84 @@
+"""The table of co-views against a plain one, and within its bounds."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from learner import co_views
+from learner.co_views import BACKWARDS, OWN, PRIOR, WINDOW, CoViews
+
+ONE = np.float32(1)
+
+
+class PlainCoViews:
+    """By the definition, with all neighbours kept; in float32, as it is there."""
+
+    def __init__(self):
+        self.count, self.total = {}, {}
+
+    def observe(self, history, item):
+        """history: newest first, 0 unknown or padding."""
+        if not item:
+            return
+        recent = list(dict.fromkeys(i for i in history if i))[:WINDOW]
+        for place, before in enumerate(recent):
+            if before != item:
+                weight = ONE / np.float32(place + 1)
+                for a, b, w in ((before, item, weight), (item, before, BACKWARDS * weight)):
+                    near = self.count.setdefault(a, {})
+                    near[b] = near.get(b, np.float32(0)) + w
+                    self.total[a] = self.total.get(a, np.float32(0)) + w
+
+    def scores(self, history, items):
+        out = np.zeros(items, np.float32)
+        for place, item in enumerate(dict.fromkeys(i for i in history if i)):
+            near = ONE / np.float32(place + 1)
+            each = near / (self.total.get(item, np.float32(0)) + PRIOR)
+            for other, count in self.count.get(item, {}).items():
+                out[other] += each * count
+            out[item] += OWN[0] * near + OWN[1]
+        return out
+
+
+HISTORY = st.lists(st.integers(0, 8), min_size=9, max_size=9)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(HISTORY, st.integers(0, 8)), min_size=1, max_size=40), HISTORY)
+def test_scores_are_those_of_a_plain_table(steps, asked):
+    plain, table = PlainCoViews(), CoViews()
+    table.grow(9)
+    histories = np.array([history for history, _ in steps], np.int32)
+    table.observe(histories, np.array([item for _, item in steps]))
+    for history, item in steps:
+        plain.observe(history, item)
+    expected = plain.scores(asked, 9)
+    assert table.scores(np.array([asked], np.int32), 9)[0].tolist() == expected.tolist()
+    assert expected[0] == 0
+
+
+def test_what_is_seen_together_most_stays_when_there_is_no_more_room(monkeypatch):
+    monkeypatch.setattr(co_views, "NEIGHBOURS", 4)
+    table = CoViews()
+    table.grow(1000)
+    rng = np.random.default_rng(0)
+    for i in range(2000):  # every second step from item 1 to 2 or 3, the others to one of a thousand
+        item = 2 + i % 4 // 2 if i % 2 else int(rng.integers(4, 1000))
+        table.observe(np.array([[1]], np.int32), np.array([item]))
+    score = table.scores(np.array([[1]], np.int32), 1000)[0]
+    score[1] = 0  # itself
+    assert set(np.argsort(-score)[:2].tolist()) == {2, 3}
+    assert np.count_nonzero(score) <= 4
+
+
+def test_room_grows_and_what_is_known_stays():
+    table = CoViews()
+    table.grow(3)
+    table.observe(np.array([[1]], np.int32), np.array([2]))
+    before = table.scores(np.array([[1]], np.int32), 3)
+    table.grow(5000)
+    after = table.scores(np.array([[1, 4999]], np.int32), 5000)
+    assert after[0, :3].tolist() == before[0].tolist()
+    assert after[0, 4999] > 0
