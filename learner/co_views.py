@@ -1,8 +1,8 @@
 """What users went to around the same time: a streaming item-to-item table, of bounded size.
 
-Item-kNN over co-visits is the rule to beat for next items (Ludewig & Jannach 2018): it knows after one step from an item
-to another what a network wants hundreds for. Each step of a user to an item counts it as a neighbour of the few items
-that the user was at before, the more the more recent those are, and less so the other way round:
+Item-kNN over co-visits is the rule to beat for next items (Ludewig & Jannach 2018): it knows after one step what a
+network wants hundreds for. Each step of a user to an item counts it as a neighbour of the few items that the user was
+at before, the more the more recent those are, and less so the other way round:
 
     score(s, a) = Σ_h 1 / (h + 1) · count(item_h, a) / (Σ_b count(item_h, b) + PRIOR)  +  own(h) where a is item h
 

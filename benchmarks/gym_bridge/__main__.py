@@ -147,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"  seed {seed} {agent}: {rows[-1]['score']:.4g}", file=sys.stderr, flush=True)
     print("\n".join(table(rows, len(options.seeds))))
     means = [mean_of(mine) for mine in by_agent(rows).values()]
-    found = {"setup": asdict(setup)}
+    found = {"setup": asdict(setup), "preset": asdict(world.PRESETS[options.preset])}
     record.append(options.json, "gym_bridge", sys.argv[1:], {**found, "rows": [*means, *rows]})
     return 0
 

@@ -8,7 +8,7 @@ mean over the fresh sessions, in which nothing is explored, recorded or learnt.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -16,6 +16,7 @@ import numpy as np
 from benchmarks.gym_bridge.product import Loop, Setup, Shop
 from benchmarks.gym_bridge.recsim import Myopic, RandomVideos, RecSim, RecSimShop, WhiteBox
 from benchmarks.gym_bridge.storefront import Timed, Visits
+from learner.agent import AgentSettings
 
 OURS: Final = "ours"
 FRESH: Final = 10_000_000  # number of the first fresh session
@@ -26,6 +27,7 @@ class Preset:
     """How long to learn, and how to judge."""
 
     by_topic: bool = False  # see RecSimShop
+    gamma: float = 0.997  # how far ahead counts, which a shop sets: an evening is 70 to 100 pages
     pages: int = 300_000  # shown on line
     sessions: int = 5000  # judged
 
@@ -49,6 +51,8 @@ def run(preset: str, agent: str, seed: int, setup: Setup, loop: Loop) -> dict[st
 def play(about: Preset, agent: str, seed: int, setup: Setup, loop: Loop) -> dict[str, Any]:
     """See `run`."""
     environment, storefront = RecSim(seed), RecSimShop(about.by_topic)
+    if setup.agent.gamma == AgentSettings.gamma:  # else somebody asks for another one
+        setup = replace(setup, agent=replace(setup.agent, gamma=about.gamma))
     live: list[float] = []
     pages, live_s = 0, 0.0
     if agent == OURS:
