@@ -17,6 +17,7 @@ from learner import dqn
 from learner.lazy_table import BETAS, Rows, Rule, catch_up, caught_up, follow_share, networks_now, stepped
 from learner.networks import (
     MAX_SLOTS,
+    PRICE_SCALE,
     ItemTensors,
     Keys,
     NetworkSettings,
@@ -25,6 +26,7 @@ from learner.networks import (
     StateTensors,
     first_rows,
     matches,
+    price_levels,
     score_all,
     unknown_items,
 )
@@ -212,6 +214,7 @@ class Agent:
         self._described = torch.zeros(1, dtype=torch.bool, device=self.device)
         self._any_described = False
         self._catalog_copy: dict[str, Tensor] | None = None
+        self._price_scale = torch.tensor(PRICE_SCALE, device=self.device)
         self._show(1)
 
     @property
@@ -266,10 +269,11 @@ class Agent:
         known = np.asarray(catalog.known)
         self.grow(len(known) - 1)
         n = len(known)
-        price = np.nan_to_num(np.asarray(catalog.price, np.float32), nan=-1.0)
+        price = torch.from_numpy(np.array(catalog.price, np.float32)).to(self.device)
+        self._look_prices(price)
         self._items.category[:n] = bucket(catalog.category, self.settings.network.category_buckets)
         self._items.brand[:n] = bucket(catalog.brand, self.settings.network.brand_buckets)
-        self._items.price[:n] = torch.from_numpy(price)
+        self._items.price[:n] = price_levels(price, self._price_scale)
         width = min(self.settings.vector_dim, catalog.vector.shape[1])
         self._items.vector[:n, :width] = torch.from_numpy(np.asarray(catalog.vector[:, :width], np.float32))
         offer = ~np.asarray(catalog.gone) & (np.asarray(catalog.in_stock) | ~known)
@@ -277,6 +281,12 @@ class Agent:
         self._on_offer[0] = False
         self._describe()
         self._catalog_copy = None
+
+    def _look_prices(self, price: Tensor) -> None:
+        """Take in what prices are usual in this catalog; NaN unknown."""
+        logs = torch.log1p(price[~price.isnan()].clamp(min=0))
+        if len(logs) > 1:
+            self._price_scale = torch.stack((logs.mean(), logs.std().clamp(min=0.1)))
 
     def update(self, batch: Batch, kept: int | None = None) -> Update:
         """One gradient step; see the losses in learner.dqn and the equation in learner.networks.
@@ -561,6 +571,7 @@ class Agent:
                 f"catalog.{name}": tensor.cpu().clone() for name, tensor in self._items._asdict().items()
             }
             self._catalog_copy["catalog.on_offer"] = self._on_offer.cpu().clone()
+            self._catalog_copy["catalog.price_scale"] = self._price_scale.cpu().clone()
         return out | self._catalog_copy | {"catalog.seen": self._items.seen.cpu().clone()}
 
     def shape(self) -> dict[str, Any]:
@@ -603,6 +614,7 @@ class Agent:
             )
         )
         self._roomy_offer = on_offer.to(self.device)
+        self._price_scale = torch.from_numpy(state["catalog.price_scale"].copy()).to(self.device)
         self._show(len(on_offer))
         self._describe()
         fresh = first_rows(len(on_offer), self.online.tower.id.num_embeddings, self.settings.dim)

@@ -98,7 +98,7 @@ class ItemTensors(NamedTuple):
 
     category: Tensor  # [N] int64 bucket, 0 unknown
     brand: Tensor  # [N] int64 bucket, 0 unknown
-    price: Tensor  # [N] float32, -1 unknown (published tensors are finite)
+    price: Tensor  # [N] float32, as `price_levels` has it
     vector: Tensor  # [N, vector_dim] float32
     seen: Tensor  # [N] bool: was learnt from; others share the "new item" vector
 
@@ -109,7 +109,7 @@ def unknown_items(count: int, vector_dim: int, device: torch.device | str = "cpu
     return ItemTensors(
         nothing,
         nothing.clone(),
-        torch.full((count,), -1.0, device=device),
+        torch.full((count,), NO_PRICE, device=device),
         torch.zeros(count, vector_dim, device=device),
         torch.zeros(count, dtype=torch.bool, device=device),
     )
@@ -239,12 +239,22 @@ _BLOCK: Final = 1024
 ID_SIZE: Final = 0.5  # of a row, where items' features are of size one
 KINDS: Final = NAMES * AGES  # of a history's entries
 PRICE_FEATURES: Final = 4
+NO_PRICE: Final = -10.0
+PRICE_SCALE: Final = (3.5, 1.5)  # where a catalog does not say
+
+
+def price_levels(price: Tensor, scale: Tensor) -> Tensor:
+    """How far log prices are from the catalog's mean, in its standard deviations: no currency matters. [M] -3..3;
+    NO_PRICE where the price is NaN (published tensors are finite). scale: [2] mean and deviation.
+    """
+    level = ((torch.log1p(price.clamp(min=0)) - scale[0]) / scale[1]).clamp(-3, 3)
+    return torch.where(price.isnan(), NO_PRICE, level)
 
 
 def _price_features(price: Tensor) -> Tensor:
-    """[M, 4]: is known, and log price about typical ones, with its square and cube, all of order one."""
-    known = price >= 0
-    level = torch.where(known, (torch.log1p(price.clamp(min=0)) - 3.5) / 1.5, 0.0).clamp(-3, 3)
+    """[M, 4]: is known, and the level of the price with its square and cube, all of order one."""
+    known = price > NO_PRICE
+    level = torch.where(known, price, 0.0)
     return torch.stack((known.float(), level, level.square() / 3, level**3 / 9), dim=1)
 
 

@@ -23,7 +23,15 @@ from torch import Tensor
 from learner.agent import BOTH, DOUBT, bucket
 from learner.compiled import CompiledQ
 from learner.exploration import DRAWS, GREEDY, Exploration, Scores, Slate, explore
-from learner.networks import ItemTensors, Keys, NetworkSettings, QNetwork, StateTensors, of_category
+from learner.networks import (
+    ItemTensors,
+    Keys,
+    NetworkSettings,
+    QNetwork,
+    StateTensors,
+    of_category,
+    price_levels,
+)
 from learner.replay import Histories
 from learner.weights import Manifest, Weights
 from streaming.interning import hash_string
@@ -98,6 +106,7 @@ class Policy:
         on_offer: Tensor,
         item_ids: Sequence[str],
         doubt: Doubt,
+        price_scale: Tensor,
         before: Policy | None = None,
     ) -> None:
         """before: one whose vocabulary may be the same; what is made of it is then shared."""
@@ -110,6 +119,7 @@ class Policy:
         self._network = network.eval().requires_grad_(False)
         self._items = items
         self._doubt = doubt
+        self._price_scale = price_scale
         self._item_ids: list[str]
         self._id_of: dict[str, int]
         same = before and before.manifest.vocabulary_sha256 == manifest.vocabulary_sha256
@@ -154,6 +164,7 @@ class Policy:
                 tensors["catalog.on_offer"],
                 weights.vocabulary[: rows - 1],  # it may have grown since the tensors were taken
                 Doubt(*(tensors[f"{DOUBT}{name}"] for name in Doubt._fields)),
+                tensors["catalog.price_scale"],
                 before,
             )
         except (KeyError, ValueError, RuntimeError, TypeError, IndexError) as error:
@@ -326,7 +337,8 @@ class Policy:
             hashes = np.array([hash_string(text) for _, text in given], np.uint64)
             getattr(items, field)[_rows(m for m, _ in given)] = bucket(hashes, buckets)
         priced = [(m, c.price) for m, c in enumerate(candidates) if c.price is not None]
-        items.price[_rows(m for m, _ in priced)] = torch.tensor([price for _, price in priced])
+        prices = torch.tensor([price for _, price in priced])
+        items.price[_rows(m for m, _ in priced)] = price_levels(prices, self._price_scale)
         described = [(m, c.vector) for m, c in enumerate(candidates) if len(c.vector)]
         vectors = np.zeros((len(described), settings.vector_dim), np.float32)
         for row, (_, vector) in zip(vectors, described, strict=True):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from learner.agent import Agent, AgentSettings
-from learner.networks import first_rows, score_all
+from learner.networks import _price_features, first_rows, score_all
 from learner.replay import empty_batch
 
 SETTINGS = AgentSettings(
@@ -433,3 +433,36 @@ def test_quantiles_tell_a_gamble_from_a_sure_thing():
     assert certain[1:9].tolist() == pytest.approx([2.0] * 8, abs=0.4)  # the outermost are slow to come in
     assert gamble[:3].tolist() == pytest.approx([0.0] * 3, abs=0.5)
     assert gamble[7:].tolist() == pytest.approx([4.0] * 3, abs=0.5)
+
+
+def priced(price):
+    class Catalog:
+        category = brand = np.zeros(13, np.uint64)
+        in_stock = known = np.arange(13) > 0
+        gone = np.zeros(13, np.bool_)
+        vector = np.zeros((13, 2), np.float32)
+
+    Catalog.price = np.array([np.nan, np.nan, *price], np.float32)
+    return Catalog()
+
+
+def test_dear_is_dear_in_any_currency():
+    price = np.array([3, 5, 8, 12, 20, 35, 60, 90, 150, 400, 900])
+    euros, yen = new_agent(), new_agent()
+    euros.set_catalog(priced(price))
+    yen.set_catalog(priced(165 * price))
+    levels, theirs = (_price_features(agent.items.price)[2:] for agent in (euros, yen))
+    assert levels[:, 1].tolist() == pytest.approx(theirs[:, 1].tolist(), abs=0.15)  # log(1 + x) is not log(x)
+    assert levels[0, 1] < -1 < 1 < levels[-1, 1]
+    assert _price_features(euros.items.price)[:2].tolist() == [[0.0] * 4] * 2  # unknown
+    again = Agent(SETTINGS, seed=5)
+    again.restore(yen.state())
+    assert_same(again, yen)
+
+
+def test_one_price_for_all_or_none_at_all_tells_nothing():
+    agent = new_agent()
+    agent.set_catalog(priced([np.nan] * 11))
+    assert not _price_features(agent.items.price).any()
+    agent.set_catalog(priced([7.0] * 11))
+    assert _price_features(agent.items.price)[2:, 1:].abs().max() < 1e-5

@@ -13,7 +13,7 @@ from learner.weights import Meta, WeightStore
 from streaming.interning import Vocabulary
 from streaming.rewards import CODES
 from tests.serving_process import agent, publish
-from tests.test_agent import batch, trained
+from tests.test_agent import batch, new_agent, priced, trained
 
 ITEMS = 12
 NAMES = [f"item-{i}" for i in range(ITEMS)]
@@ -43,6 +43,22 @@ def test_candidates_of_the_catalog_score_as_in_the_catalog(served):
     states = policy.encode([HISTORY], [10_000])
     q = policy.q_candidates(states, [Candidate(name) for name in NAMES])
     np.testing.assert_allclose(q, policy.q(states)[0, 1:], rtol=1e-3, atol=1e-4)
+
+
+def test_a_price_that_comes_with_a_candidate_means_what_the_catalogs_does(tmp_path):
+    made, words = new_agent(), Vocabulary()
+    words.intern_all(NAMES)
+    price = [1500.0, 90_000.0, 3000.0, 250.0, 777.0, 12_000.0, 800.0, 5000.0, 64_000.0, 10.0, 2.0]
+    made.set_catalog(priced(price))
+    store = WeightStore(f"{tmp_path}/weights")
+    policy = Policy.from_weights(
+        store.load(store.publish(made.tensors(), Meta(settings=made.shape()), words).version)
+    )
+    states = policy.encode([HISTORY], [10_000])
+    by_catalog, told = Candidate(NAMES[2]), Candidate(NAMES[2], price=90_000.0)
+    dearer = Candidate(NAMES[2], price=400.0)
+    q = policy.q_candidates(states, [by_catalog, told, dearer])
+    assert q[0] == q[1] != q[2]
 
 
 def test_a_policy_says_of_a_state_what_the_agent_that_trained_it_says(tmp_path):
