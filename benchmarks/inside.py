@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 
 from benchmarks import record
-from benchmarks.learning import SLOTS, Loop, LoopSettings, changed, histories
+from benchmarks.learning import SLOTS, Loop, LoopSettings, changed, check_changes, histories
 from learner.agent import AgentSettings
 from learner.networks import score_all
 from learner.policy import state_tensors
@@ -40,6 +40,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="append one line of JSON here")
     options = parser.parse_args()
+    check_changes(parser, options.set, AgentSettings(), LoopSettings())
     torch.set_num_threads(1)
     seeds = [look(seed, options.decisions, options.set) for seed in options.seeds]
     mean = {name: float(np.mean([seed[name] for seed in seeds])) for name in seeds[0]}

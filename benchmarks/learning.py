@@ -303,6 +303,19 @@ def changed(settings: Any, changes: Sequence[str]) -> Any:
     return replace(settings, **read)
 
 
+def check_changes(parser: argparse.ArgumentParser, changes: Sequence[str], *settings: Any) -> None:
+    """End with the parser's error where `changed` could not apply these, or none of the settings has such a name."""
+    known = sorted({f.name for some in settings for f in fields(some)})
+    for change in changes:
+        if "=" not in change or change.split("=", 1)[0] not in known:
+            parser.error(f"--set {change}: must be NAME=VALUE, NAME one of {', '.join(known)}")
+        for some in settings:
+            try:
+                changed(some, [change])
+            except ValueError as error:
+                parser.error(f"--set {change}: {error}")
+
+
 def _value(kind: type, text: str) -> Any:
     if kind is not bool:
         return kind(text)
@@ -323,10 +336,7 @@ def main() -> int:
     )
     parser.add_argument("--json", type=Path, help="append one line of JSON here")
     options = parser.parse_args()
-    known = {f.name for f in (*fields(AgentSettings), *fields(LoopSettings))}
-    for change in options.set:
-        if change.split("=", 1)[0] not in known or "=" not in change:
-            parser.error(f"--set {change}: NAME must be one of {', '.join(sorted(known))}")
+    check_changes(parser, options.set, AgentSettings(), LoopSettings())
     torch.set_num_threads(1)
     agent, loop = changed(AgentSettings(), options.set), changed(LoopSettings(), options.set)
     seeds = [run_seed(seed, options.decisions, options.window_h, agent, loop) for seed in options.seeds]

@@ -27,7 +27,7 @@ import numpy.typing as npt
 import torch
 
 from benchmarks import record
-from benchmarks.learning import Loop, LoopSettings, changed
+from benchmarks.learning import Loop, LoopSettings, changed, check_changes
 from learner.agent import AgentSettings
 from learner.networks import MAX_SLOTS
 from learner.policy import state_tensors
@@ -138,6 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", type=Path, help="append one line of JSON here")
     options = parser.parse_args(arguments)
+    check_changes(parser, options.set, AgentSettings(), LoopSettings())
     near = [after - goal for goal, after in pairwise(sorted(options.decisions))]
     if near and min(near) < 2 * options.window:
         parser.error(

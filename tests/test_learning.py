@@ -1,8 +1,10 @@
 """It learns: from its own recommendations, in the simulated shop, within minutes."""
 
+import argparse
+
 import pytest
 
-from benchmarks.learning import LoopSettings, changed, learn, spend_until
+from benchmarks.learning import LoopSettings, changed, check_changes, learn, spend_until
 from learner.agent import AgentSettings
 from simulator.figures import same_visits
 from simulator.shop import HOUR_MS, ShopSettings
@@ -27,3 +29,19 @@ def test_settings_are_changed_by_name():
     assert changed(LoopSettings(), ["beta=0.1", "double=false"]) == LoopSettings(beta=0.1)
     with pytest.raises(ValueError, match="'no': must be true or false"):
         changed(AgentSettings(), ["double=no"])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("double=no", "--set double=no: 'no': must be true or false"),
+        ("gamma=2", "--set gamma=2: gamma=2.0: must be in 0.0..0.999999"),
+        ("n_step=many", "--set n_step=many: invalid literal for int"),
+        ("nothing=1", "--set nothing=1: must be NAME=VALUE, NAME one of alpha, batch_size"),
+        ("gamma", "--set gamma: must be NAME=VALUE"),
+    ],
+)
+def test_a_change_that_cannot_be_made_is_an_error_of_the_command_line(change, said, capsys):
+    with pytest.raises(SystemExit):
+        check_changes(argparse.ArgumentParser(), ["n_step=5", change], AgentSettings(), LoopSettings())
+    assert said in capsys.readouterr().err

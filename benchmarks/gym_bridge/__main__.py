@@ -20,7 +20,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
@@ -32,7 +32,7 @@ from benchmarks import record
 from benchmarks.gym_bridge import recogym_scores, recsim_scores
 from benchmarks.gym_bridge.processes import Lockstep
 from benchmarks.gym_bridge.product import InProcess, Loop, Setup
-from benchmarks.learning import changed
+from benchmarks.learning import changed, check_changes
 from learner.agent import AgentSettings
 from learner.exploration import GREEDY, KINDS, Exploration
 from learner.learner import LearnerSettings
@@ -113,10 +113,7 @@ def options_from(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--json", type=Path, help="append one line of JSON here")
     options = parser.parse_args(arguments)
-    known = {f.name for f in (*fields(AgentSettings), *fields(LearnerSettings))}
-    for change in options.set:
-        if change.split("=", 1)[0] not in known or "=" not in change:
-            parser.error(f"--set {change}: NAME must be one of {', '.join(sorted(known))}")
+    check_changes(parser, options.set, AgentSettings(), LearnerSettings())
     possible = world_of(options.preset).agents(options.preset)
     for agent in options.agent:
         if agent not in possible:
