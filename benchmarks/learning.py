@@ -37,6 +37,7 @@ from learner.replay import Histories, Replay, empty_batch
 from learner.weights import Manifest, Weights
 from simulator.feed import Feed
 from simulator.figures import figures, over_seeds, same_visits
+from simulator.policies import play
 from simulator.shop import HOUR_MS, PURCHASE, Outcome, Shop, ShopSettings, Turn, Visits
 from streaming.interning import hash_string
 from streaming.joiner import Joined, Joiner, JoinSettings
@@ -228,13 +229,8 @@ def learn(
 def spend_until(settings: ShopSettings, seed: int, name: str, end_ms: int) -> Visits:
     """The visits that a policy of benchmarks.shop gets until then."""
     shop, policy = Shop(settings, seed), _maker(settings, seed, name)
-    now = 0
-    while now < end_ms:
-        turn = shop.next_turn()
-        policy.observe(turn.events)
-        outcome = shop.show(turn, policy.recommend(shop, turn, SLOTS))
-        policy.observe(outcome.events)
-        now = int(turn.timestamp_ms.min())
+    for _ in play(shop, policy, SLOTS, end_ms=end_ms):
+        pass
     return shop.visits()
 
 

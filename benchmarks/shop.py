@@ -29,6 +29,7 @@ from simulator.policies import (
     Popularity,
     Random,
     Recommender,
+    play,
 )
 from simulator.shop import HOUR_MS, Mind, Shop, ShopSettings, Visits
 
@@ -46,15 +47,8 @@ def spend(
     """The visits that began in these days, bar the last hour, and CPU microseconds for a decision, policy included."""
     shop = Shop(settings, seed)
     end_ms = settings.start_ms + days * DAY_MS
-    decisions, began = 0, time.process_time()
-    now = 0
-    while now < end_ms:
-        turn = shop.next_turn()
-        policy.observe(turn.events)
-        outcome = shop.show(turn, policy.recommend(shop, turn, slate_size))
-        policy.observe(outcome.events)
-        decisions += len(turn.shopper)
-        now = int(turn.timestamp_ms.min())
+    began = time.process_time()
+    decisions = sum(len(turn.shopper) for turn, _, _ in play(shop, policy, slate_size, end_ms=end_ms))
     cost_us = 1e6 * (time.process_time() - began) / decisions
     visits = shop.visits()
     begun = visits.start_ms < end_ms - HOUR_MS

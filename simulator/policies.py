@@ -6,6 +6,7 @@ All fill slates for the same `Shop` and meet the same shoppers (the shop's luck 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Final, Protocol
 
@@ -270,17 +271,19 @@ def visit_state(shop: Shop, minds: Minds) -> Floats:
 
 
 def play(
-    shop: Shop, policy: Recommender, slate_size: int, decisions: int
+    shop: Shop, policy: Recommender, slate_size: int, decisions: float = math.inf, end_ms: float = math.inf
 ) -> Iterator[tuple[Turn, Rows, Outcome]]:
-    """Let a policy serve the shop for at least so many decisions; yields turn, slates and outcome."""
-    served = 0
-    while served < decisions:
+    """Let a policy serve the shop until it has made so many decisions, or event time has come so far; yields turn,
+    slates and outcome."""
+    served, now = 0, 0
+    while served < decisions and now < end_ms:
         turn = shop.next_turn()
         policy.observe(turn.events)
         slates = policy.recommend(shop, turn, slate_size)
         outcome = shop.show(turn, slates)
         policy.observe(outcome.events)
         served += len(turn.shopper)
+        now = int(turn.timestamp_ms.min())
         yield turn, slates, outcome
 
 
