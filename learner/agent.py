@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -192,6 +192,8 @@ class Agent:
         self.updates = 0
         self.last_target_sync_update = 0
         self.slots = 1.0  # shown in a slate, lately
+        # lately: decisions, those that brought their candidates, and how many these were in all
+        self._offers = np.zeros(3)
         self._generator = torch.Generator().manual_seed(seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -254,33 +256,70 @@ class Agent:
         self._described = functional.pad(self._described, (0, rows - len(self._described)))
         self._catalog_copy = None
 
-    def _describe(self) -> None:
-        """Note which items the catalog has a vector of, which tells it from others of its category; [N] bool. Their ids
-        have nothing to tell apart before they are learnt of, and start from zero.
+    def _describe(self, rows: Tensor | None = None) -> None:
+        """Note which items have a vector, which tells them from others of their category; of these rows, or all. Their
+        ids have nothing to tell apart before they are learnt of, and start from zero.
         """
-        self._described = (self._items.vector != 0).any(dim=1)
+        if rows is None:
+            rows = torch.arange(self.rows, device=self.device)
+        self._described[rows] = (self._items.vector[rows] != 0).any(dim=1)
         self._any_described = bool(self._described.any())
-        told_apart = self._described & ~self._items.seen
+        told_apart = rows[self._described[rows] & ~self._items.seen[rows]]
         for network in (self.online, self.target):
-            network.tower.id.weight.detach()[: self.rows][told_apart] = 0.0
+            network.tower.id.weight.detach()[told_apart] = 0.0
 
     def set_catalog(self, catalog: CatalogArrays) -> None:
-        """Take over the catalog as it stands: features, and what may be recommended. Grows as needed."""
-        known = np.asarray(catalog.known)
+        """Take over the catalog as it stands: features, and what may be recommended. Grows as needed. Items that it has
+        never had stay as `describe` told."""
+        known, gone = np.asarray(catalog.known), np.asarray(catalog.gone)
         self.grow(len(known) - 1)
-        n = len(known)
-        price = torch.from_numpy(np.array(catalog.price, np.float32)).to(self.device)
-        self._look_prices(price)
-        self._items.category[:n] = bucket(catalog.category, self.settings.network.category_buckets)
-        self._items.brand[:n] = bucket(catalog.brand, self.settings.network.brand_buckets)
-        self._items.price[:n] = price_levels(price, self._price_scale)
-        width = min(self.settings.vector_dim, catalog.vector.shape[1])
-        self._items.vector[:n, :width] = torch.from_numpy(np.asarray(catalog.vector[:, :width], np.float32))
-        offer = ~np.asarray(catalog.gone) & (np.asarray(catalog.in_stock) | ~known)
-        self._on_offer[:n] = torch.from_numpy(offer)
+        self._look_prices(self._to(np.array(catalog.price, np.float32)))
+        told = np.flatnonzero(known | gone)
+        features = (getattr(catalog, name)[told] for name in ("category", "brand", "price", "vector"))
+        self._put_features(told, *features)
+        self._on_offer[: len(known)] = torch.from_numpy(~gone & (np.asarray(catalog.in_stock) | ~known))
         self._on_offer[0] = False
         self._describe()
         self._catalog_copy = None
+
+    def describe(self, ids: npt.NDArray[np.integer], items: CatalogArrays) -> None:
+        """Take over the features of items that came with a request, of vocabulary ids [M] that there is room for. Those
+        that the catalog has or had stay as it says. items: arrays [M]; known: [M], that the catalog has or had them.
+        """
+        new = ~np.asarray(items.known)
+        if new.any():
+            features = (getattr(items, name)[new] for name in ("category", "brand", "price", "vector"))
+            self._put_features(ids[new], *features)
+            self._describe(self._to(ids[new], torch.int64))
+            self._catalog_copy = None
+
+    def look_at_offers(self, decisions: int, candidates: Sequence[int]) -> None:
+        """Note how many decisions came in, and how many candidates those that brought theirs had."""
+        kept = max(0.0, 1.0 - decisions / OFFER_MEMORY)
+        self._offers = kept * self._offers + (decisions, len(candidates), sum(candidates))
+
+    @property
+    def offers(self) -> int:
+        """Candidates that a request brings, where most of them do; 0: they rank the catalog."""
+        decisions, bring, candidates = self._offers.tolist()
+        return round(candidates / bring) if bring > decisions / 2 else 0
+
+    def _put_features(
+        self,
+        ids: npt.NDArray[np.integer],
+        category: npt.NDArray[np.uint64],
+        brand: npt.NDArray[np.uint64],
+        price: npt.NDArray[np.float32],
+        vector: npt.NDArray[np.float32],
+    ) -> None:
+        """Features of these rows, [M], anew."""
+        rows, width = self._to(ids, torch.int64), min(self.settings.vector_dim, vector.shape[1])
+        network = self.settings.network
+        self._items.category[rows] = bucket(category, network.category_buckets).to(self.device)
+        self._items.brand[rows] = bucket(brand, network.brand_buckets).to(self.device)
+        self._items.price[rows] = price_levels(self._to(np.array(price, np.float32)), self._price_scale)
+        self._items.vector[rows] = 0.0
+        self._items.vector[rows, :width] = self._to(np.array(vector[:, :width], np.float32))
 
     def _look_prices(self, price: Tensor) -> None:
         """Take in what prices are usual in this catalog; NaN unknown."""
@@ -450,13 +489,25 @@ class Agent:
             advantage = self.online.advantage_all(self.online.queries(state, keys, there), keys)
         else:
             advantage = self.target.advantage_all(judged, judge)
-        slots = min(self.settings.slate_size or round(self.slots), int(rows.on_offer.sum()))
-        best = dqn.best_items(advantage, rows.on_offer, slots)
+        offer = self._offer(rows.on_offer, len(goes_on))
+        slots = min(self.settings.slate_size or round(self.slots), int(offer.sum(dim=-1).min()))
+        best = dqn.best_items(advantage, offer, slots)
         place = torch.arange(slots, device=self.device)  # the best comes first, and is looked at most
         value[goes_on] = dqn.slate_value(
             self.settings.gamma * judged.unchosen, self.target.advantage_at(judged, judge, best, place)
         )
         return value
+
+    def _offer(self, on_offer: Tensor, states: int) -> Tensor:
+        """What could be shown next in each of these states, [states, N] bool; [N] where that is the same for all: the
+        catalog. Where requests bring their candidates it is so many as they do, drawn from what there is: the best of
+        all that ever was on offer is never to be had again.
+        """
+        if not 0 < self.offers < int(on_offer.sum()):
+            return on_offer
+        keys = torch.rand(states, len(on_offer), generator=self._generator).to(self.device)
+        drawn = keys.masked_fill(~on_offer, -1.0).topk(self.offers, dim=1).indices
+        return torch.zeros_like(keys, dtype=torch.bool).scatter_(1, drawn, True)
 
     def _judge(self, aisle: _Aisle | None) -> Keys:
         """The target network's keys."""
@@ -594,6 +645,7 @@ class Agent:
             [self.updates, self.last_target_sync_update, self._unit_looks, *self._unaided_looks], np.int64
         )
         out["slots"] = np.array([self.slots])
+        out["offers"] = self._offers.copy()
         out["unit"] = np.array([self.unit])
         return out
 
@@ -643,6 +695,7 @@ class Agent:
         _fill(self._unaided, state["unaided"], "unaided")
         counters = (int(n) for n in state["counters"])
         self.updates, self.last_target_sync_update, self._unit_looks, *self._unaided_looks = counters
+        self._offers = state["offers"].copy()
         self.slots, self.unit = float(state["slots"][0]), float(state["unit"][0])
 
     @torch.no_grad()
@@ -767,6 +820,7 @@ class Agent:
 BOTH: Final = "both."  # prefix of what online and target network share
 DOUBT: Final = "doubt."  # prefix of what is not known of how items answer: see `Fit.variance`
 UNIT_MEMORY: Final = 1000  # updates over which what a choice earns is a mean
+OFFER_MEMORY: Final = 1000  # decisions over which what is on offer is a mean
 UNAIDED_MEMORY: Final = 200  # updates over which what sets unaided choices apart is a mean
 BY_ITEM: Final = ("tower.id.weight",)  # tables with one row for each vocabulary id
 _EPS: Final = 1e-6  # of Adam

@@ -15,7 +15,7 @@ def best_items(q: Tensor, on_offer: Tensor, slots: int) -> Tensor:
     """The `slots` best next actions, [B, K] ids: with q of the online network the arg max of double DQN (van Hasselt et
     al. 2016, equation 4), with the target network's that of DQN (Mnih et al. 2015).
 
-    q: [B, N]; on_offer: [N] bool. The mask touches the selection only:
+    q: [B, N]; on_offer: [N] or [B, N] bool, at least `slots` of them. The mask touches the selection only:
     -inf in an evaluated value would make -inf * 0 = NaN of an ended session.
     """
     masked = q.masked_fill(~on_offer, -torch.inf)

@@ -33,7 +33,7 @@ from streaming.join_settings import JoinSettings
 from streaming.join_tables import whole
 from streaming.joiner import Joiner, JoinerError
 from streaming.log import RecordBatch
-from streaming.schemas import Codec, frame_of
+from streaming.schemas import Codec, SchemaError, frame_of
 from streaming.transitions import Joined, Rejects
 
 STATE_FORMAT: Final = 6
@@ -111,6 +111,7 @@ class Learner:
     ) -> None:
         """partitions: of the topic, now; to find users whose producer hashes keys otherwise than we do."""
         self.settings = settings
+        self._codec = codec
         self.vocabulary = Vocabulary()
         self.catalog = Catalog(codec, self.vocabulary)
         self.decoder = Decoder(codec, self.vocabulary, partitions)
@@ -146,6 +147,7 @@ class Learner:
         """
         columns = self.decoder.decode(batch)
         self._note_unknown(batch, columns)
+        self._look_at_candidates(batch, columns)
         joined = self.joiner.push(columns)
         bad = np.flatnonzero(columns.kind == Kind.BAD)
         if len(bad) < len(columns.kind):
@@ -163,6 +165,26 @@ class Learner:
             frame = frame_of(batch, row)
             assert frame is not None  # else it would be a BAD_FRAME
             self.journal.unread(frame, int(batch.partition[row]), int(batch.offset[row]))
+
+    def _look_at_candidates(self, batch: RecordBatch, columns: Columns) -> None:
+        """Features that came with a request are those of the items shown, where the catalog says nothing of them."""
+        told: dict[str, Mapping[str, Any]] = {}
+        offered = []
+        for row in np.flatnonzero(columns.candidates & (columns.kind == Kind.DECISION)).tolist():
+            try:
+                _, decision = self._codec.decode(batch.value(row) or b"")
+            except SchemaError:  # a field that is not learnt from is damaged
+                continue
+            offered.append(len(decision["candidates"]))
+            shown = {slot["item_id"] for slot in decision["slate"]}
+            for candidate in decision["candidates"]:
+                if candidate["item_id"] in shown and _says_something(candidate):
+                    told[candidate["item_id"]] = candidate
+        if told:
+            ids, items = self.catalog.described(list(told), list(told.values()))
+            self.agent.grow(len(self.vocabulary))
+            self.agent.describe(ids, items)
+        self.agent.look_at_offers(int(np.count_nonzero(columns.kind == Kind.DECISION)), offered)
 
     def advance(self, due_ms: Mapping[int, int], positions: Mapping[int, int]) -> int:
         """Let event time pass in partitions that are idle; returns how many transitions that gave.
@@ -300,6 +322,11 @@ class Learner:
         else:
             self.band.adjust(self.band.low, self.band.high, inserted, updates)
         return token
+
+
+def _says_something(candidate: Mapping[str, Any]) -> bool:
+    """Of the item itself."""
+    return any(candidate[name] not in (None, "", []) for name in ("category", "brand", "price", "vector"))
 
 
 def join_states(parts: Mapping[str, Part]) -> Iterator[tuple[int, dict[str, npt.NDArray[Any]]]]:

@@ -63,6 +63,23 @@ class Catalog:
             self._put_all([item_id for item_id, _ in good], [item for _, item in good])
         return Rejects(np.array([i for i, _ in bad], np.int64), np.array([r for _, r in bad], np.uint8))
 
+    def described(
+        self, item_ids: Sequence[str], items: Sequence[Mapping[str, Any]]
+    ) -> tuple[npt.NDArray[np.int64], Catalog]:
+        """Items that came with a request, as a catalog of their own: their vocabulary ids [M], which must be interned,
+        and row by row what is said of them; `known` says which of them this catalog has or had, or are to stay unknown.
+
+        items: category, brand and price may be None, vector empty (Candidate of proto/decision.avsc).
+        """
+        ids = self._vocabulary.ids(item_ids).astype(np.int64)
+        told = Catalog(self._codec, self._vocabulary)
+        told._reserve(len(items), max((len(item["vector"]) for item in items), default=1))
+        for row, item in enumerate(items):
+            told._describe(row, {"in_stock": True, **item})
+        mine = self.known | self.gone
+        told.known = (ids == 0) | (ids < len(mine)) & mine[np.minimum(ids, len(mine) - 1)]  # 0: has no room
+        return ids, told
+
     def expect(self, known: npt.NDArray[np.integer]) -> None:
         """These vocabulary ids were in the catalog once: they count as gone until their records come again."""
         if len(known):

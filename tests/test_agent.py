@@ -466,3 +466,25 @@ def test_one_price_for_all_or_none_at_all_tells_nothing():
     assert not _price_features(agent.items.price).any()
     agent.set_catalog(priced([7.0] * 11))
     assert _price_features(agent.items.price)[2:, 1:].abs().max() < 1e-5
+
+
+def test_where_requests_bring_their_candidates_so_many_are_on_offer_next():
+    agent = new_agent()
+    everything = agent._on_offer
+    agent.look_at_offers(10, [])
+    assert agent.offers == 0
+    assert agent._offer(everything, 5) is everything
+    agent.look_at_offers(30, [4] * 15 + [6] * 15)
+    assert agent.offers == 5
+    some = agent._offer(everything, 4000)
+    assert some.sum(dim=1).tolist() == [5] * 4000
+    often = some.float().mean(dim=0)
+    assert often[0] == 0  # the unknown item is never on offer
+    assert often[1:].tolist() == pytest.approx([5 / ITEMS] * ITEMS, abs=0.04)
+    agent.look_at_offers(30, [1000] * 30)  # more than there are: all of them
+    assert agent._offer(everything, 5) is everything
+    again = Agent(SETTINGS, seed=5)
+    again.restore(agent.state())
+    assert again.offers == agent.offers
+    agent.look_at_offers(2000, [])  # a shop that sends none any more
+    assert agent.offers == 0
