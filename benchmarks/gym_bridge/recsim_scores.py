@@ -35,6 +35,7 @@ class Preset:
 PRESETS: Final = {
     "evolution": Preset(),
     "evolution by topic": Preset(by_topic=True),
+    "evolution, short": Preset(pages=40_000, sessions=500),
 }
 
 
