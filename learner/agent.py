@@ -260,11 +260,12 @@ class Agent:
         """Note which items have a vector, which tells them from others of their category; of these rows, or all. Their
         ids have nothing to tell apart before they are learnt of, and start from zero.
         """
-        if rows is None:
-            rows = torch.arange(self.rows, device=self.device)
-        self._described[rows] = (self._items.vector[rows] != 0).any(dim=1)
+        at = slice(None) if rows is None else rows  # all of them in place: there may be a million
+        described = (self._items.vector[at] != 0).any(dim=1)
+        self._described[at] = described
         self._any_described = bool(self._described.any())
-        told_apart = rows[self._described[rows] & ~self._items.seen[rows]]
+        new = torch.nonzero(described & ~self._items.seen[at]).squeeze(1)
+        told_apart = new if rows is None else rows[new]
         for network in (self.online, self.target):
             network.tower.id.weight.detach()[told_apart] = 0.0
 
@@ -317,9 +318,9 @@ class Agent:
         network = self.settings.network
         self._items.category[rows] = bucket(category, network.category_buckets).to(self.device)
         self._items.brand[rows] = bucket(brand, network.brand_buckets).to(self.device)
-        self._items.price[rows] = price_levels(self._to(np.array(price, np.float32)), self._price_scale)
+        self._items.price[rows] = price_levels(self._to(np.asarray(price, np.float32)), self._price_scale)
         self._items.vector[rows] = 0.0
-        self._items.vector[rows, :width] = self._to(np.array(vector[:, :width], np.float32))
+        self._items.vector[rows, :width] = self._to(np.asarray(vector[:, :width], np.float32))
 
     def _look_prices(self, price: Tensor) -> None:
         """Take in what prices are usual in this catalog; NaN unknown."""

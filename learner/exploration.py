@@ -32,9 +32,7 @@ class Exploration:
     """
 
     kind: Kind = "greedy"
-    temperature: float = (
-        0.1  # boltzmann; how far below the best e times less likely begins, see `boltzmann_slate`
-    )
+    temperature: float = 0.1  # boltzmann; see `_Boltzmann`
     scale: float = 0.5  # thompson; of the standard deviation of what is believed
 
     def __post_init__(self) -> None:
