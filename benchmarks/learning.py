@@ -180,7 +180,7 @@ class Loop:
         for _ in range(self._band.updates_left(replay.inserted, agent.updates)):
             s = agent.settings
             batch = replay.sample(
-                s.batch_size, self._draw, self.settings.beta, s.n_step, s.gamma or None, out=self._batch
+                s.batch_size, self._draw, self.settings.beta, s.steps, s.gamma or None, out=self._batch
             )
             replay.update_priorities(batch.index, agent.update(batch).td_error)
         self.updates_s += time.process_time() - began

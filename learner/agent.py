@@ -43,7 +43,9 @@ class AgentSettings:
     """How the agent learns."""
 
     gamma: float = _setting(0.97, "discount for each further step; 0..1, 1 excluded")
-    n_step: int = _setting(3, "steps of reward counted before bootstrapping; 1..32")
+    n_step: int = _setting(
+        0, "steps of reward counted before bootstrapping; 0: a tenth of the horizon 1 / (1 - gamma); 0..100"
+    )
     batch_size: int = _setting(128, "transitions in one update; 1..65536")
     double: bool = _setting(
         True,
@@ -89,7 +91,7 @@ class AgentSettings:
     def __post_init__(self) -> None:
         bounds = {
             "gamma": (0.0, 0.999999),
-            "n_step": (1, 32),
+            "n_step": (0, MAX_STEPS),
             "batch_size": (1, 65536),
             "learning_rate": (1e-9, 1.0),
             "target_tau": (0, 1),
@@ -115,6 +117,13 @@ class AgentSettings:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise ValueError(f"{name}={value}: must be in {low}..{high}")
+
+    @property
+    def steps(self) -> int:
+        """Of reward before bootstrapping. The further ahead counts, the more bootstraps news would have to go through,
+        each of which waits for the target network to follow.
+        """
+        return self.n_step or min(max(1, round(0.1 / (1.0 - self.gamma))), MAX_STEPS)
 
     @property
     def network(self) -> NetworkSettings:
@@ -820,6 +829,7 @@ class Agent:
 
 BOTH: Final = "both."  # prefix of what online and target network share
 DOUBT: Final = "doubt."  # prefix of what is not known of how items answer: see `Fit.variance`
+MAX_STEPS: Final = 100  # of n-step returns
 UNIT_MEMORY: Final = 1000  # updates over which what a choice earns is a mean
 OFFER_MEMORY: Final = 1000  # decisions over which what is on offer is a mean
 UNAIDED_MEMORY: Final = 200  # updates over which what sets unaided choices apart is a mean

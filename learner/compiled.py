@@ -26,6 +26,7 @@ from learner.networks import (
     COUNTS,
     NAMES,
     SESSION_AGES,
+    SUM_SCALE,
     NetworkSettings,
     QNetwork,
     Shelf,
@@ -186,6 +187,7 @@ def _vectors(
     features = np.empty(channels * d + COUNTS, np.float32)
     hidden = np.empty(len(p.hidden.bias), np.float32)
     phi = np.empty(d, np.float32)
+    visit = np.empty(len(p.unchosen.weight), np.float32)
     gain = np.empty(len(p.gain.bias), np.float32)
     lean = np.empty(1, np.float32)
     value_hidden = np.empty(len(p.unchosen.bias), np.float32)
@@ -213,10 +215,34 @@ def _vectors(
         for i in range(2 * half):
             x = gain[i] if i < half else p.gamma * gain[i]
             constants[batch + b, 0] += _add_row(p.gain_key, i, x, w)
-        _apply(p.unchosen, phi, value_hidden, True)
+        _sum_up(p, item[b], name[b], phi, features, visit)
+        _apply(p.unchosen, visit, value_hidden, True)
         _apply(p.unchosen_out, value_hidden, ahead[b], False)
         ahead[b, 0] *= p.gamma
     return vectors, own, constants, ahead, copy, alike
+
+
+@jit
+def _sum_up(
+    p: _Parameters,
+    item: npt.NDArray[np.int32],
+    name: npt.NDArray[np.uint8],
+    phi: Floats,
+    features: Floats,
+    visit: Floats,
+) -> None:
+    """Fill in what V0 is read from: φ, plain sums over the history, counts."""
+    d = len(phi)
+    visit[:] = 0
+    for h in range(len(item)):
+        if name[h] > 0:
+            for j in range(d):
+                visit[d + j] += p.tower[item[h], j] / np.float32(SUM_SCALE)
+            visit[2 * d] += 1 / np.float32(SUM_SCALE)
+    for j in range(d):
+        visit[j] = phi[j]
+    for i in range(COUNTS):
+        visit[2 * d + 1 + i] = features[len(features) - COUNTS + i]
 
 
 @jit

@@ -36,8 +36,8 @@ from streaming.log import RecordBatch
 from streaming.schemas import Codec, SchemaError, frame_of
 from streaming.transitions import Joined, Rejects
 
-STATE_FORMAT: Final = 6
-READABLE_FORMATS: Final = (6,)
+STATE_FORMAT: Final = 7
+READABLE_FORMATS: Final = (7,)
 
 
 class CannotContinue(Exception):
@@ -237,7 +237,7 @@ class Learner:
             agent.settings.batch_size,
             self.rng,
             self.settings.priority_beta,
-            agent.settings.n_step,
+            agent.settings.steps,
             agent.settings.gamma,
             out=self._batch,
         )

@@ -7,7 +7,8 @@ equations 11-15, there for slates and here for single slots too):
 
     p(s, a)  choice: probability that a, shown in s, earns anything at all (a click, a purchase, ...)
     m(s, a)  what it then earns, at once
-    V0(s)    value of where the visit stands next if nothing is chosen: the mean of `quantiles` of its distribution
+    V0(s)    value of where the visit stands next if nothing is chosen: the mean of `quantiles` of its distribution;
+             read from φ(s) and from plain sums over the history, which tell how far the visit has come
     g(s, a)  how much more that value is if a is chosen: what planning adds to greed
 
 This is a dueling network (Wang et al. 2016, equation 7) whose advantage is p · (m + γ g), and Q = R + γ C with
@@ -288,8 +289,10 @@ class HistoryEncoder(nn.Module):
 
     def forward(
         self, state: StateTensors, kinds: Tensor, tower: Tensor, local: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """φ, [B, d], and what share of each channel every entry of the history has, [B, H, C].
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """φ, [B, d]; what share of each channel every entry of the history has, [B, H, C]; and what all of it comes to:
+        plain sums of its items' vectors, and counts, [B, visit_features(d)], no gradient. Shares tell what is liked,
+        sums how much there has been of it, and so how far the visit has come.
 
         kinds: [B, H] of `entry_kinds`; tower: [N, d]; local: [B, H], its rows that the history's items are.
         """
@@ -298,12 +301,21 @@ class HistoryEncoder(nn.Module):
         real = (state.name > 0).unsqueeze(2)
         weight = functional.embedding(kinds, table) * place * real  # [B, H, C]
         share = weight / (weight.sum(dim=1, keepdim=True) + 0.5)
-        pooled = torch.bmm(share.transpose(1, 2), functional.embedding(local, tower)).flatten(1)  # [B, C * d]
-        hidden = functional.relu(self.hidden(torch.cat((pooled, _counts(state, kinds)), dim=1)))
-        return self.mix(pooled) + self.out(hidden), share
+        entries, counts = functional.embedding(local, tower), _counts(state, kinds)
+        pooled = torch.bmm(share.transpose(1, 2), entries).flatten(1)  # [B, C * d]
+        hidden = functional.relu(self.hidden(torch.cat((pooled, counts), dim=1)))
+        each = real.float().transpose(1, 2) / SUM_SCALE  # [B, 1, H]
+        total = torch.cat((torch.bmm(each, entries.detach()).squeeze(1), each.sum(dim=2), counts), dim=1)
+        return self.mix(pooled) + self.out(hidden), share, total
 
 
 COUNTS: Final = 2 * NAMES + 5
+SUM_SCALE: Final = 16.0  # entries that sums are told in
+
+
+def visit_features(d: int) -> int:
+    """How many numbers say what all of a history comes to."""
+    return d + 1 + COUNTS
 
 
 def entry_kinds(state: StateTensors) -> Tensor:
@@ -355,7 +367,9 @@ class QNetwork(nn.Module):
         self.query = nn.Linear(d, 2 * v)  # reward, continuation
         self.key = nn.Linear(d, 2 * v)
         self.unchosen = nn.Sequential(
-            nn.Linear(d, settings.hidden), nn.ReLU(), nn.Linear(settings.hidden, settings.quantiles)
+            nn.Linear(d + visit_features(d), settings.hidden),
+            nn.ReLU(),
+            nn.Linear(settings.hidden, settings.quantiles),
         )
         self.position = nn.Parameter(torch.zeros(MAX_SLOTS))  # choice log-odds by slot, against slot 0
         self._start()
@@ -434,7 +448,7 @@ class QNetwork(nn.Module):
         are, and by which they are known to `score_all` and `score_at`; None: row i is vocabulary id i."""
         item = state.item if local is None else local
         kinds, category = entry_kinds(state), shelf.category[item]
-        phi, share = self.encoder(state, kinds, shelf.tower, item)
+        phi, share, total = self.encoder(state, kinds, shelf.tower, item)
         # the unknown item (0) and padding must not pull on anything
         has_item, has_category = state.item > 0, category > 0
         copy = self.copy[kinds] * has_item  # [B, H]
@@ -449,7 +463,7 @@ class QNetwork(nn.Module):
             Query(organic, copy, item, alike, category),
             Query(choice, self.prior * copy + more_copy, item, self.prior * alike + more_alike, category),
             self.query(still),
-            self.unchosen(still),
+            self.unchosen(torch.cat((still, total), dim=1)),
             kinds,
             share.detach(),
         )
