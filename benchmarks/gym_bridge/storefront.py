@@ -7,6 +7,7 @@ an environment tells what nobody can see (true probabilities, say), goes to the 
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, SupportsFloat
@@ -15,6 +16,7 @@ from learner.policy import Candidate
 from streaming.rewards import RewardTable
 
 START_MS = 1_767_225_600_000  # 2026-01-01
+SAY_S = 30.0  # between two lines on how far a run has come
 
 
 class Deed(NamedTuple):
@@ -129,12 +131,14 @@ class LoggingPolicy(Protocol):
 
 
 class Visits:
-    """Plays visits one after another, on one clock."""
+    """Plays visits one after another, on one clock; says each 30 s on standard error how many these were."""
 
     def __init__(self, environment: Environment, storefront: Storefront, recommender: Recommender) -> None:
         self._environment, self._storefront, self._recommender = environment, storefront, recommender
         self._step_ms = round(1000 * storefront.step_s)
         self._now_ms = START_MS
+        self._visits = self._pages = 0
+        self._said_s = time.monotonic()
 
     def play(self, user: int, logging: LoggingPolicy | None = None) -> list[dict[str, Any]]:
         """One user's visit, from the first page to the last; returns the `info` of each step, with its `reward`.
@@ -152,7 +156,14 @@ class Visits:
             infos.append({**info, "reward": float(reward)})
             over = terminated or truncated
             page = self._turn(user_id, observation)
+        self._say(len(infos))
         return infos
+
+    def _say(self, pages: int) -> None:
+        self._visits, self._pages = self._visits + 1, self._pages + pages
+        if (now_s := time.monotonic()) - self._said_s >= SAY_S:
+            self._said_s = now_s
+            print(f"    {self._visits:,} visits, {self._pages:,} pages", file=sys.stderr, flush=True)
 
     def _turn(self, user_id: str, observation: Any) -> Page:
         """Take in what the user did."""
