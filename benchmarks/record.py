@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -31,7 +32,7 @@ def append(file: Path | None, benchmark: str, arguments: Sequence[str], figures:
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit.stdout.strip(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-        "command": " ".join(["python", "-m", f"benchmarks.{benchmark}", *arguments]),
+        "command": shlex.join(["python", "-m", f"benchmarks.{benchmark}", *arguments]),
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as lines:
