@@ -44,7 +44,8 @@ class AgentSettings:
 
     gamma: float = _setting(0.97, "discount for each further step; 0..1, 1 excluded")
     n_step: int = _setting(
-        0, "steps of reward counted before bootstrapping; 0: a tenth of the horizon 1 / (1 - gamma); 0..100"
+        0,
+        "steps of reward counted before bootstrapping; 0: a tenth of the horizon 1 / (1 - gamma), at most 100; 0..100",
     )
     batch_size: int = _setting(128, "transitions in one update; 1..65536")
     double: bool = _setting(
@@ -394,9 +395,8 @@ class Agent:
         organic = rows.organic.unsqueeze(1)
         chosen = rows.present & (organic | (rows.slate_reward != 0))
         each = rows.each
-        unaided = self._unaided * organic  # [B, 2]
-        earned = dqn.huber(reward + unaided[:, :1], rows.slate_reward, settings.huber_delta)
-        self._look_unaided(0, rows.slate_reward - reward, each * organic)
+        unaided = self._look_unaided(0, rows.slate_reward - reward, each * organic) * organic
+        earned = dqn.huber(reward + unaided, rows.slate_reward, settings.huber_delta)
         losses = {
             "choice": dqn.weighted_mean(
                 dqn.choice_loss(choice + self.online.position_of(rows.slot), chosen), each * ~organic
@@ -407,8 +407,8 @@ class Agent:
             later = dqn.continuation_target(target, rows.slate_reward[:, :1], settings.gamma)
             ahead = queries.unchosen + (continuation * chosen).sum(dim=1, keepdim=True)
             delta = settings.huber_delta if settings.quantiles == 1 else settings.quantile_delta
-            error = dqn.quantile_huber(ahead + unaided[:, 1:], later, delta)
-            self._look_unaided(1, (later - ahead).mean(dim=1), rows.weight * rows.organic)
+            unaided = self._look_unaided(1, (later - ahead).mean(dim=1), rows.weight * rows.organic) * organic
+            error = dqn.quantile_huber(ahead + unaided, later, delta)
             losses["td"] = settings.td_weight * dqn.weighted_mean(error, rows.weight)
         if settings.sqn_weight > 0:
             losses["next_item"] = settings.sqn_weight * self._next_item_loss(rows, keys, queries)
@@ -443,15 +443,17 @@ class Agent:
         self._unaided.mul_(ratio)
 
     @torch.no_grad()
-    def _look_unaided(self, which: int, left_over: Tensor, weight: Tensor) -> None:
+    def _look_unaided(self, which: int, left_over: Tensor, weight: Tensor) -> Tensor:
         """Take in by how much what users choose unaided earns (0), or leads to (1), otherwise than chosen slots do: the
-        mean of what the heads leave over. Were it a parameter, the heads would chase it for as long as Adam moves it.
+        mean of what the heads leave over; returns it, [1]. Were it a parameter, the heads would chase it for as long as
+        Adam moves it; and they would chase the first batch's, were they to learn from it before it was looked at.
         """
         total = weight.sum()
         if bool(total > 0):
             self._unaided_looks[which] += 1
             share = 1 / min(self._unaided_looks[which], UNAIDED_MEMORY)
             self._unaided[which].lerp_((left_over * weight).sum() / total, share)
+        return self._unaided[which : which + 1]
 
     @torch.no_grad()
     def _shown(self, rows: _Rows, keys: Keys, queries: Queries, choice: Tensor) -> Shown:

@@ -183,9 +183,7 @@ def test_that_unaided_choices_earn_otherwise_says_nothing_of_the_items_they_went
         keys = agent.online.keys(agent.items)
         queries = agent.online.queries(agent._state(batch(99).state), keys)
         earns = agent.online.parts_at(queries, keys, torch.arange(1, ITEMS + 1).expand(16, -1))[1]
-    assert (
-        earns - 1
-    ).abs().max() < 0.4  # a click earns one, whatever it is on; taken as clicks, these would earn 0
+    assert (earns - 1).abs().max() < 0.15  # a click earns one, whatever it is on
 
 
 def test_what_an_entry_does_to_choice_beside_interest_takes_many_clicks_to_say():
