@@ -193,7 +193,7 @@ def _vectors(
     value_hidden = np.empty(len(p.unchosen.bias), np.float32)
     half = len(p.gain_key.bias) // 2
     for b in range(batch):
-        _features(p, item[b], name[b], age_s[b], value[b], features, copy[b], alike[b])
+        _features(p, item[b], name[b], age_s[b], value[b], features, visit[d:], copy[b], alike[b])
         for i in range(len(pooled)):
             pooled[i] = features[i]
         _apply(p.hidden, features, hidden, True)
@@ -215,34 +215,12 @@ def _vectors(
         for i in range(2 * half):
             x = gain[i] if i < half else p.gamma * gain[i]
             constants[batch + b, 0] += _add_row(p.gain_key, i, x, w)
-        _sum_up(p, item[b], name[b], phi, features, visit)
+        for i in range(d):
+            visit[i] = phi[i]
         _apply(p.unchosen, visit, value_hidden, True)
         _apply(p.unchosen_out, value_hidden, ahead[b], False)
         ahead[b, 0] *= p.gamma
     return vectors, own, constants, ahead, copy, alike
-
-
-@jit
-def _sum_up(
-    p: _Parameters,
-    item: npt.NDArray[np.int32],
-    name: npt.NDArray[np.uint8],
-    phi: Floats,
-    features: Floats,
-    visit: Floats,
-) -> None:
-    """Fill in what V0 is read from: φ, plain sums over the history, counts."""
-    d = len(phi)
-    visit[:] = 0
-    for h in range(len(item)):
-        if name[h] > 0:
-            for j in range(d):
-                visit[d + j] += p.tower[item[h], j] / np.float32(SUM_SCALE)
-            visit[2 * d] += 1 / np.float32(SUM_SCALE)
-    for j in range(d):
-        visit[j] = phi[j]
-    for i in range(COUNTS):
-        visit[2 * d + 1 + i] = features[len(features) - COUNTS + i]
 
 
 @jit
@@ -261,13 +239,16 @@ def _features(
     age_s: Floats,
     value: Floats,
     features: Floats,
+    sums: Floats,
     copy: Floats,
     alike: Floats,
 ) -> None:
-    """Fill in what `HistoryEncoder` pools and counts of one history, its `copy`, and its `alike` by category."""
+    """Fill in what `HistoryEncoder` pools, counts and sums of one history, its `copy`, and its `alike` by category."""
     channels, d = p.place.shape[1], p.tower.shape[1]
     for i in range(len(features)):
         features[i] = 0
+    for i in range(d + 1):
+        sums[i] = 0
     total = np.empty(channels, np.float32)
     for c in range(channels):
         total[c] = 0.5
@@ -287,6 +268,10 @@ def _features(
             total[c] += weight
             for j in range(d):
                 features[c * d + j] += weight * p.tower[item[h], j]
+        one = np.float32(1 / SUM_SCALE)
+        for j in range(d):
+            sums[j] += one * p.tower[item[h], j]
+        sums[d] += one
         if item[h] > 0:
             copy[h] = p.copy[kind]
         if age < SESSION_AGES:
@@ -314,6 +299,8 @@ def _features(
         features[i] = np.log1p(features[i])
     for i in range(ends, ends + 3):
         features[i] = np.log1p(features[i]) / np.float32(10)
+    for i in range(COUNTS):
+        sums[d + 1 + i] = features[counts + i]
 
 
 @jit

@@ -302,10 +302,11 @@ class HistoryEncoder(nn.Module):
         weight = functional.embedding(kinds, table) * place * real  # [B, H, C]
         share = weight / (weight.sum(dim=1, keepdim=True) + 0.5)
         entries, counts = functional.embedding(local, tower), _counts(state, kinds)
-        pooled = torch.bmm(share.transpose(1, 2), entries).flatten(1)  # [B, C * d]
+        each = real.float() / SUM_SCALE  # [B, H, 1]
+        sums = torch.bmm(torch.cat((share, each), dim=2).transpose(1, 2), entries)  # [B, C + 1, d]
+        pooled = sums[:, :-1].flatten(1)  # [B, C * d]
         hidden = functional.relu(self.hidden(torch.cat((pooled, counts), dim=1)))
-        each = real.float().transpose(1, 2) / SUM_SCALE  # [B, 1, H]
-        total = torch.cat((torch.bmm(each, entries.detach()).squeeze(1), each.sum(dim=2), counts), dim=1)
+        total = torch.cat((sums[:, -1].detach(), each.sum(dim=1), counts), dim=1)
         return self.mix(pooled) + self.out(hidden), share, total
 
 
