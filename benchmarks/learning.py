@@ -171,6 +171,7 @@ class Loop:
 
     def _take(self, joined: Joined) -> None:
         """What the joiner made of a turn."""
+        self.agent.meet(joined.transitions.action)
         self._replay.insert(joined)
 
     def _learn(self) -> None:

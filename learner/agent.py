@@ -45,7 +45,7 @@ class AgentSettings:
     gamma: float = _setting(0.97, "discount for each further step; 0..1, 1 excluded")
     n_step: int = _setting(
         0,
-        "steps of reward counted before bootstrapping; 0: a tenth of the horizon 1 / (1 - gamma), at most 100; 0..100",
+        "steps of reward counted before bootstrapping; 0: 0.003 / (1 - gamma)^2, at most 100; 0..100",
     )
     batch_size: int = _setting(128, "transitions in one update; 1..65536")
     double: bool = _setting(
@@ -54,6 +54,9 @@ class AgentSettings:
         "else both by the target network (DQN)",
     )
     learning_rate: float = _setting(0.002, "of Adam; > 0")
+    value_rate: float = _setting(
+        4.0, "that of the heads of reward and of what is to come, in so many times the rest's; > 0"
+    )
     target_tau: float = _setting(
         0.005, "share of the way that the target network goes to the online one at each update; 0..1, 0: none"
     )
@@ -95,6 +98,7 @@ class AgentSettings:
             "n_step": (0, MAX_STEPS),
             "batch_size": (1, 65536),
             "learning_rate": (1e-9, 1.0),
+            "value_rate": (1e-3, 1e3),
             "target_tau": (0, 1),
             "target_sync_updates": (1, 10**9),
             "slate_size": (0, MAX_SLOTS),
@@ -122,9 +126,9 @@ class AgentSettings:
     @property
     def steps(self) -> int:
         """Of reward before bootstrapping. The further ahead counts, the more bootstraps news would have to go through,
-        each of which waits for the target network to follow.
+        each of which waits for the target network to follow; and the more comes of what a state does not tell.
         """
-        return self.n_step or min(max(1, round(0.1 / (1.0 - self.gamma))), MAX_STEPS)
+        return self.n_step or min(max(1, round(0.003 / (1.0 - self.gamma) ** 2)), MAX_STEPS)
 
     @property
     def network(self) -> NetworkSettings:
@@ -220,6 +224,7 @@ class Agent:
         self._optimiser = self._new_optimiser()
         self._roomy_items = unknown_items(1, settings.vector_dim, self.device)
         self._roomy_offer = torch.zeros(1, dtype=torch.bool, device=self.device)
+        self._met = torch.zeros(1, dtype=torch.int32, device=self.device)  # times: see `meet`
         self._at: Tensor | None = (
             None  # the update after which each row stands as it lies there; None: all do now
         )
@@ -257,6 +262,7 @@ class Agent:
                 *(torch.cat(pair) for pair in zip(self._roomy_items, fresh, strict=True))
             )
             self._roomy_offer = torch.cat((self._roomy_offer, self._roomy_offer.new_ones(more)))
+            self._met = functional.pad(self._met, (0, more))
         self._show(rows)
 
     def _show(self, rows: int) -> None:
@@ -303,6 +309,16 @@ class Agent:
             self._put_features(ids[new], *features)
             self._describe(self._to(ids[new], torch.int64))
             self._catalog_copy = None
+
+    def meet(self, ids: npt.NDArray[np.integer]) -> None:
+        """Note that these items, vocabulary ids [T] that there is room for, were shown or gone to, once more each.
+
+        An item that a vector describes has a row of its own from the `MEETINGS`th time on. Before, all that a row could
+        tell is what became of a few slots, and drawn from replay again and again it would tell just that: items that
+        come once and never again would each be known by whether they were clicked.
+        """
+        told = self._to(ids, torch.int64)
+        self._met.index_add_(0, told, torch.ones_like(told, dtype=torch.int32))
 
     def look_at_offers(self, decisions: int, candidates: Sequence[int]) -> None:
         """Note how many decisions came in, and how many candidates those that brought theirs had."""
@@ -498,28 +514,47 @@ class Agent:
         judge = self._judge(rows.aisle)
         judged = self.target.queries(state, judge, there)
         if self.settings.double:
-            advantage = self.online.advantage_all(self.online.queries(state, keys, there), keys)
+            best = self._best(rows, self.online, self.online.queries(state, keys, there), keys)
         else:
-            advantage = self.target.advantage_all(judged, judge)
-        offer = self._offer(rows.on_offer, len(goes_on))
-        slots = min(self.settings.slate_size or round(self.slots), int(offer.sum(dim=-1).min()))
-        best = dqn.best_items(advantage, offer, slots)
-        place = torch.arange(slots, device=self.device)  # the best comes first, and is looked at most
+            best = self._best(rows, self.target, judged, judge)
+        place = torch.arange(best.shape[1], device=self.device)  # the best comes first, and is looked at most
         value[goes_on] = dqn.slate_value(
             self.settings.gamma * judged.unchosen, self.target.advantage_at(judged, judge, best, place)
         )
         return value
 
-    def _offer(self, on_offer: Tensor, states: int) -> Tensor:
-        """What could be shown next in each of these states, [states, N] bool; [N] where that is the same for all: the
+    def _best(self, rows: _Rows, network: QNetwork, queries: Queries, keys: Keys) -> Tensor:
+        """The best slate in each of S states by this network, [S, K] rows of the keys."""
+        states = len(queries.gain)
+        slots = self.settings.slate_size or round(self.slots)
+        offer = self._offer(rows.on_offer, states)
+        if offer is not None:
+            q = network.advantage_at(queries, keys, offer)
+            return offer.gather(1, dqn.best_items(q, torch.ones_like(offer[0], dtype=torch.bool), slots))
+        # so many states at once as leave what is worked out in the processor's cache
+        size = states if self.device.type != "cpu" else max(1, _CACHED // len(rows.on_offer))
+        blocks = [slice(start, start + size) for start in range(0, states, size)]
+        slots = min(slots, int(rows.on_offer.sum()))
+        return torch.cat(
+            [
+                dqn.best_items(network.advantage_all(queries.rows(block), keys), rows.on_offer, slots)
+                for block in blocks
+            ]
+        )
+
+    def _offer(self, on_offer: Tensor, states: int) -> Tensor | None:
+        """What could be shown next in each of these states, [states, O] rows of on_offer [N]; None: all of it, the
         catalog. Where requests bring their candidates it is so many as they do, drawn from what there is: the best of
         all that ever was on offer is never to be had again.
         """
-        if not 0 < self.offers < int(on_offer.sum()):
-            return on_offer
-        keys = torch.rand(states, len(on_offer), generator=self._generator).to(self.device)
-        drawn = keys.masked_fill(~on_offer, -1.0).topk(self.offers, dim=1).indices
-        return torch.zeros_like(keys, dtype=torch.bool).scatter_(1, drawn, True)
+        there_are = torch.nonzero(on_offer).squeeze(1)
+        if not 0 < self.offers < len(there_are):
+            return None
+        # each state's are so many in a row, from anywhere in one order of all: different ones, all as likely
+        order = torch.randperm(len(there_are), generator=self._generator)
+        first = torch.randint(len(order), (states, 1), generator=self._generator)
+        drawn = order[(first + torch.arange(self.offers)) % len(order)]
+        return there_are[drawn.to(self.device)]
 
     def _judge(self, aisle: _Aisle | None) -> Keys:
         """The target network's keys."""
@@ -656,6 +691,7 @@ class Agent:
         out["counters"] = np.array(
             [self.updates, self.last_target_sync_update, self._unit_looks, *self._unaided_looks], np.int64
         )
+        out["met"] = self._met[: self.rows].cpu().numpy().copy()
         out["slots"] = np.array([self.slots])
         out["offers"] = self._offers.copy()
         out["unit"] = np.array([self.unit])
@@ -678,6 +714,7 @@ class Agent:
             )
         )
         self._roomy_offer = on_offer.to(self.device)
+        self._met = torch.from_numpy(state["met"].copy()).to(self.device)
         self._price_scale = torch.from_numpy(state["catalog.price_scale"].copy()).to(self.device)
         self._show(len(on_offer))
         self._describe()
@@ -729,8 +766,8 @@ class Agent:
         width = max(1, int(np.count_nonzero(batch.slate, axis=1).max()))
         slate = self._to(batch.slate[:, :width], torch.int64)
         present = slate > 0
-        self._items.seen[slate] = True
-        self._items.seen[state.item] = True
+        for ids in (slate, state.item):
+            self._items.seen[ids] = ~self._described[ids] | (self._met[ids] >= MEETINGS)
         self._items.seen[0] = False
         slots = batch.slots[~batch.organic]
         if len(slots):
@@ -787,9 +824,16 @@ class Agent:
         return drawn.to(self.device) & described
 
     def _new_optimiser(self) -> torch.optim.AdamW:
+        rate, heads = self.settings.learning_rate, list(self.online.heads_of_value())
+        theirs = {id(parameter) for parameter in heads}
+        rest = [parameter for parameter in self.online.parameters() if id(parameter) not in theirs]
+        groups: list[dict[str, Any]] = [
+            {"params": rest},
+            {"params": heads, "lr": self.settings.value_rate * rate},
+        ]
         return torch.optim.AdamW(
-            self.online.parameters(),
-            lr=self.settings.learning_rate,
+            groups,
+            lr=rate,
             betas=BETAS,
             weight_decay=0.0,
             eps=_EPS,
@@ -832,7 +876,9 @@ class Agent:
 BOTH: Final = "both."  # prefix of what online and target network share
 DOUBT: Final = "doubt."  # prefix of what is not known of how items answer: see `Fit.variance`
 MAX_STEPS: Final = 100  # of n-step returns
+MEETINGS: Final = 3  # with an item that a vector describes, before its id has a row of its own
 UNIT_MEMORY: Final = 1000  # updates over which what a choice earns is a mean
+_CACHED: Final = 1 << 18  # numbers in one matrix over all items
 OFFER_MEMORY: Final = 1000  # decisions over which what is on offer is a mean
 UNAIDED_MEMORY: Final = 200  # updates over which what sets unaided choices apart is a mean
 BY_ITEM: Final = ("tower.id.weight",)  # tables with one row for each vocabulary id

@@ -81,7 +81,7 @@ class CompiledQ:
 
     def __init__(self, network: QNetwork, shelf: Shelf) -> None:
         self._parameters = _parameters(network, shelf)
-        self._keys = torch.cat((shelf.tower, shelf.bias.unsqueeze(1)), dim=1).T.contiguous()  # [d + 1, N]
+        self._keys = _keys(shelf).contiguous()  # [d + 1, N]
         self._own = shelf.own.T.contiguous()  # [d + 1, N]
         self._category = shelf.category
         self._buckets = int(shelf.category.max()) + 1
@@ -93,16 +93,51 @@ class CompiledQ:
 
     def parts(self, states: Histories) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Log-odds of choice and m + γ g, [B, N] each; γ V0, [B, 1]; φ̄ of learner.response, [B, d]."""
-        vectors, own, constants, value, copy, alike = _vectors(
-            self._parameters, self._buckets, states.item, states.name, states.age_s, states.value
-        )
-        scores = torch.mm(torch.from_numpy(vectors), self._keys)
-        scores += torch.from_numpy(constants)
-        log_odds, gain = scores[: len(value)], scores[len(value) :]
-        log_odds.addmm_(torch.from_numpy(own), self._own)
-        log_odds += torch.from_numpy(alike).index_select(1, self._category)
-        log_odds.scatter_add_(1, torch.from_numpy(states.item.astype(np.int64)), torch.from_numpy(copy))
-        return log_odds, gain, torch.from_numpy(value), torch.from_numpy(own[:, :-1])
+        views = self._views(states)
+        log_odds, gain = views.scores(self._keys, self._own)
+        log_odds += views.alike.index_select(1, self._category)
+        log_odds.scatter_add_(1, torch.from_numpy(states.item.astype(np.int64)), views.copy)
+        return log_odds, gain, views.value, views.own[:, :-1]
+
+    def parts_among(
+        self, states: Histories, shelf: Shelf, ids: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same of the M items of a shelf of its own. ids: [M] by which the states know them, 0: do not."""
+        views = self._views(states)
+        log_odds, gain = views.scores(_keys(shelf), shelf.own.T)
+        known = shelf.category < self._buckets  # of others there is nothing in a history
+        log_odds += views.alike.index_select(1, shelf.category * known) * known
+        item = torch.from_numpy(states.item.astype(np.int64))
+        same = (item.unsqueeze(1) == ids.unsqueeze(1)) & (ids > 0).unsqueeze(1)  # [B, M, H]
+        log_odds += (same * views.copy.unsqueeze(1)).sum(dim=2)
+        return log_odds, gain, views.value, views.own[:, :-1]
+
+    def _views(self, states: Histories) -> _Views:
+        columns = (states.item, states.name, states.age_s, states.value)
+        return _Views(*map(torch.from_numpy, _vectors(self._parameters, self._buckets, *columns)))
+
+
+class _Views(NamedTuple):
+    """What `_vectors` makes of B states."""
+
+    vectors: Tensor
+    own: Tensor
+    constants: Tensor
+    value: Tensor
+    copy: Tensor
+    alike: Tensor
+
+    def scores(self, keys: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-odds of choice, but for pulls of histories, and m + γ g, [B, M] each. keys, own: [d + 1, M]."""
+        scores = torch.mm(self.vectors, keys)
+        scores += self.constants
+        log_odds, gain = scores[: len(self.own)], scores[len(self.own) :]
+        return log_odds.addmm_(self.own, own), gain
+
+
+def _keys(shelf: Shelf) -> Tensor:
+    """[ψ(a), bias of a], [d + 1, M]."""
+    return torch.cat((shelf.tower, shelf.bias.unsqueeze(1)), dim=1).T
 
 
 def compile_q() -> None:

@@ -36,8 +36,8 @@ from streaming.log import RecordBatch
 from streaming.schemas import Codec, SchemaError, frame_of
 from streaming.transitions import Joined, Rejects
 
-STATE_FORMAT: Final = 7
-READABLE_FORMATS: Final = (7,)
+STATE_FORMAT: Final = 8
+READABLE_FORMATS: Final = (8,)
 
 
 class CannotContinue(Exception):
@@ -203,6 +203,7 @@ class Learner:
 
     def _remember(self, joined: Joined) -> int:
         self.agent.grow(len(self.vocabulary))
+        self.agent.meet(joined.transitions.action)
         if self.observe is not None and len(joined.transitions.action):
             self.observe(joined, self.agent)
         return self.replay.insert(joined)

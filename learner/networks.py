@@ -32,7 +32,7 @@ by one matrix product.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final, NamedTuple, Self, cast
 
@@ -101,7 +101,7 @@ class ItemTensors(NamedTuple):
     brand: Tensor  # [N] int64 bucket, 0 unknown
     price: Tensor  # [N] float32, as `price_levels` has it
     vector: Tensor  # [N, vector_dim] float32
-    seen: Tensor  # [N] bool: was learnt from; others share the "new item" vector
+    seen: Tensor  # [N] bool: has a row of its own by now; others share the "new item" vector
 
 
 def unknown_items(count: int, vector_dim: int, device: torch.device | str = "cpu") -> ItemTensors:
@@ -147,7 +147,7 @@ class Query(NamedTuple):
     alike: Tensor  # [B, H] weights on items of the history's categories
     category: Tensor  # [B, H]
 
-    def rows(self, which: Tensor) -> Query:
+    def rows(self, which: Tensor | slice) -> Query:
         """The view of these states."""
         return Query(*(column[which] for column in self))
 
@@ -162,10 +162,18 @@ class Queries(NamedTuple):
     kinds: Tensor  # [B, H] of the history's entries
     share: Tensor  # [B, H, C] that each has of each of the encoder's channels
 
+    def rows(self, which: slice) -> Queries:
+        """The views of these states."""
+        return Queries(
+            self.organic.rows(which), self.choice.rows(which), *(column[which] for column in self[2:])
+        )
+
 
 def score_all(query: Query, keys: Tensor, category: Tensor) -> Tensor:
     """Scores of all items, [B, N]. keys: [N, D]; category: [N]."""
-    return (query.vector @ keys.T).scatter_add(1, query.item, query.copy) + of_category(query, category)
+    scores = query.vector @ keys.T
+    scores += of_category(query, category)
+    return scores.scatter_add_(1, query.item, query.copy)
 
 
 def score_at(query: Query, keys: Tensor, category: Tensor, ids: Tensor) -> Tensor:
@@ -193,8 +201,8 @@ def of_category(query: Query, category: Tensor) -> Tensor:
 class ItemTower(nn.Module):
     """ψ: id embedding + hashed category + hashed brand + price + dense vector → d; and a bias by id.
 
-    An id's own row learns what its features do not say; ids never trained share one learnt row, so that a new item
-    scores from its features from its first second. Whoever learns lets rows start from `first_rows`.
+    An id's own row learns what its features do not say; ids that little is known of yet share one learnt row, so that a
+    new item scores from its features from its first second. Whoever learns lets rows start from `first_rows`.
     """
 
     def __init__(self, settings: NetworkSettings, items: int) -> None:
@@ -396,6 +404,11 @@ class QNetwork(nn.Module):
                 layer.bias[one] = 1.0
             self.query.bias[end - 1] = bias
 
+    def heads_of_value(self) -> Iterator[nn.Parameter]:
+        """The parameters that m, g and V0 have for themselves."""
+        for head in (self.query, self.key, self.unchosen):
+            yield from head.parameters()
+
     def valued(self) -> tuple[Tensor, ...]:
         """The parameters in which m, g and V0 are linear: times x, they make Q x times what it was."""
         last = cast(nn.Linear, self.unchosen[2])
@@ -432,9 +445,9 @@ class QNetwork(nn.Module):
         """The heads' keys of the items that `shelf` would give."""
         return self._keys(self.shelf(items, ids, forget, own))
 
-    def keys_with(self, items: ItemTensors, ids: Tensor) -> Keys:
-        """The heads' keys of M items whose features come with the request. items: of M rows; ids: [M], 0 unknown."""
-        return self._keys(self._shelf(items, items.seen, self.tower.id(ids), self.response.own[ids]))
+    def shelf_with(self, items: ItemTensors, ids: Tensor) -> Shelf:
+        """M items whose features come with the request. items: of M rows; ids: [M], 0 unknown."""
+        return self._shelf(items, items.seen, self.tower.id(ids), self.response.own[ids])
 
     def _keys(self, shelf: Shelf) -> Keys:
         d = self.settings.dim
@@ -495,8 +508,12 @@ class QNetwork(nn.Module):
 
     def advantage_all(self, queries: Queries, keys: Keys) -> Tensor:
         """p · (m + γ g) of all N items, [B, N]: what showing an item adds to showing nothing of interest."""
-        choice = score_all(queries.choice, keys.choice, keys.category)
-        return torch.sigmoid(choice) * self.gain_all(queries, keys)
+        choice = score_all(queries.choice, keys.choice, keys.category).sigmoid_()
+        return (
+            choice * self.gain_all(queries, keys)
+            if choice.requires_grad
+            else choice.mul_(self.gain_all(queries, keys))
+        )
 
     def advantage_at(self, queries: Queries, keys: Keys, ids: Tensor, slot: Tensor | None = None) -> Tensor:
         """p · (m + γ g) at ids [B, K], [B, K]. slot: [K] or [B, K], where in the slate each is shown; None: first."""

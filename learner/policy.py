@@ -25,11 +25,10 @@ from learner.compiled import CompiledQ
 from learner.exploration import DRAWS, GREEDY, Exploration, Scores, Slate, explore
 from learner.networks import (
     ItemTensors,
-    Keys,
     NetworkSettings,
     QNetwork,
+    Shelf,
     StateTensors,
-    of_category,
     price_levels,
 )
 from learner.replay import Histories
@@ -218,15 +217,8 @@ class Policy:
         self, state: Histories, candidates: Sequence[Candidate]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """As `CompiledQ.parts`, of one user's M candidates; and their vocabulary ids, [M]."""
-        keys, ids = self._candidate_keys(candidates)
-        queries = self._network.queries(state_tensors(state), self._shelf)
-        choice = queries.choice
-        log_odds = choice.vector @ keys.choice.T
-        same = (choice.item == ids.unsqueeze(1)) & (ids > 0).unsqueeze(1)  # [M, H]
-        log_odds = log_odds + (same * choice.copy).sum(dim=1) + of_category(choice, keys.category)
-        more, phi = self._network.response, queries.organic.vector[:, :-1]
-        states = (phi - more.state_mean) / more.state_scale
-        return log_odds, self._network.gain_all(queries, keys), self._network.value(queries), states, ids
+        shelf, ids = self._shelf_of(candidates)
+        return *self._compiled.parts_among(state, shelf, ids), ids
 
     def scores(self, states: Histories, exploration: Exploration, rng: np.random.Generator) -> list[Scores]:
         """What `explore` needs of B users, over all items as `q`."""
@@ -327,8 +319,8 @@ class Policy:
                 f"version {self.version}: compiled probe values differ from the network's by {apart:g}"
             )
 
-    def _candidate_keys(self, candidates: Sequence[Candidate]) -> tuple[Keys, Tensor]:
-        """Keys of items with features of their own, and their vocabulary ids, [M]."""
+    def _shelf_of(self, candidates: Sequence[Candidate]) -> tuple[Shelf, Tensor]:
+        """Items with features of their own, and their vocabulary ids, [M]."""
         settings, base = self._network.settings, self._items
         ids = torch.from_numpy(self.ids([c.item_id for c in candidates]).astype(np.int64))
         items = ItemTensors(*(column[ids] for column in base))
@@ -345,7 +337,7 @@ class Policy:
             width = min(len(row), len(vector))
             row[:width] = vector[:width]
         items.vector[_rows(m for m, _ in described)] = torch.from_numpy(vectors)
-        return self._network.keys_with(items, ids), ids
+        return self._network.shelf_with(items, ids), ids
 
 
 def _drawn(

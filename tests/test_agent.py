@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from learner.agent import Agent, AgentSettings
+from learner.agent import MEETINGS, Agent, AgentSettings
 from learner.networks import SUM_SCALE, _price_features, entry_kinds, first_rows, score_all
 from learner.replay import empty_batch
 
@@ -324,6 +325,30 @@ def test_a_large_catalog_that_is_small_after_a_restart_stands_where_it_stood():
     trained(range(5, 7), again)
 
 
+def test_an_item_that_a_vector_describes_has_a_row_of_its_own_once_it_was_met_often_enough():
+    agent, told = new_agent(), batch(1)
+    agent.items.vector[1:] = 1.0
+    agent.items.vector[4] = 0.0
+    agent._describe()
+    told.slate[:], told.state.item[:] = 0, 0
+    told.slate[:, :3], told.action[:], told.state.item[:, :2] = [2, 3, 4], 2, [5, 4]
+    agent.meet(np.repeat([2, 3, 5], MEETINGS - 1))
+    agent.update(told)
+    # drawn from replay however often, it was met no oftener; what nothing describes has nothing else to be known by
+    assert torch.nonzero(agent.items.seen).flatten().tolist() == [4]
+    agent.meet(np.array([2, 5, 1]))
+    again = Agent(SETTINGS, seed=3)
+    again.restore(agent.state())
+    for each in (agent, again):
+        each.update(told)
+        assert torch.nonzero(each.items.seen).flatten().tolist() == [2, 4, 5]
+    for each in (agent, again):
+        each.meet(np.array([3]))
+        each.grow(5000)
+        each.update(told)
+        assert torch.nonzero(each.items.seen).flatten().tolist() == [2, 3, 4, 5]
+
+
 def test_an_item_never_seen_scores_by_its_features_as_its_like_do():
     class Catalog:
         category = np.array([0, *([7] * 6), *([9] * 6)], np.uint64)
@@ -473,16 +498,17 @@ def test_where_requests_bring_their_candidates_so_many_are_on_offer_next():
     everything = agent._on_offer
     agent.look_at_offers(10, [])
     assert agent.offers == 0
-    assert agent._offer(everything, 5) is everything
+    assert agent._offer(everything, 5) is None
     agent.look_at_offers(30, [4] * 15 + [6] * 15)
     assert agent.offers == 5
-    some = agent._offer(everything, 4000)
+    drawn = agent._offer(everything, 4000)
+    some = torch.zeros(4000, len(everything)).scatter_(1, drawn, 1.0)
     assert some.sum(dim=1).tolist() == [5] * 4000
-    often = some.float().mean(dim=0)
+    often = some.mean(dim=0)
     assert often[0] == 0  # the unknown item is never on offer
     assert often[1:].tolist() == pytest.approx([5 / ITEMS] * ITEMS, abs=0.04)
     agent.look_at_offers(30, [1000] * 30)  # more than there are: all of them
-    assert agent._offer(everything, 5) is everything
+    assert agent._offer(everything, 5) is None
     again = Agent(SETTINGS, seed=5)
     again.restore(agent.state())
     assert again.offers == agent.offers
@@ -490,10 +516,25 @@ def test_where_requests_bring_their_candidates_so_many_are_on_offer_next():
     assert agent.offers == 0
 
 
+def test_heads_of_value_learn_so_many_times_as_fast():
+    agent = new_agent(replace(SETTINGS, learning_rate=1e-4, value_rate=7.0))
+    before = copy.deepcopy(agent.online)
+    agent.update(batch(1))
+    pairs = zip(agent.online.named_parameters(), before.parameters(), strict=True)
+    # Adam's first step is as far as its rate, however steep it is there
+    far = {name: (new - old).abs().max().item() for (name, new), old in pairs}
+    heads = {name for name in far if name.split(".")[0] in ("query", "key", "unchosen")}
+    moved = {name for name, step in far.items() if step > 0}
+    assert moved > heads
+    for name in moved:
+        assert far[name] == pytest.approx(7e-4 if name in heads else 1e-4, rel=0.02), name
+
+
 @pytest.mark.parametrize(
-    ("gamma", "n_step", "steps"), [(0.97, 0, 3), (0.0, 0, 1), (0.99, 0, 10), (0.9999, 0, 100), (0.97, 7, 7)]
+    ("gamma", "n_step", "steps"),
+    [(0.97, 0, 3), (0.0, 0, 1), (0.99, 0, 30), (0.997, 0, 100), (0.9999, 0, 100), (0.97, 7, 7)],
 )
-def test_returns_are_counted_over_a_tenth_of_the_horizon(gamma, n_step, steps):
+def test_returns_are_counted_over_the_more_steps_the_further_ahead_counts(gamma, n_step, steps):
     assert AgentSettings(gamma=gamma, n_step=n_step).steps == steps
 
 

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from learner.agent import bucket
 from learner.exploration import Exploration
-from learner.policy import Candidate, Entry, Policy
+from learner.policy import Candidate, Entry, Policy, state_tensors
 from learner.response import WIDTHS
 from learner.weights import Meta, WeightStore
-from streaming.interning import Vocabulary
+from streaming.interning import Vocabulary, hash_string
 from streaming.rewards import CODES
 from tests.serving_process import agent, publish
 from tests.test_agent import batch, new_agent, priced, trained
@@ -42,7 +43,28 @@ def test_candidates_of_the_catalog_score_as_in_the_catalog(served):
     policy = served
     states = policy.encode([HISTORY], [10_000])
     q = policy.q_candidates(states, [Candidate(name) for name in NAMES])
-    np.testing.assert_allclose(q, policy.q(states)[0, 1:], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(q, policy.q(states)[0, 1:], rtol=1e-4, atol=1e-5)
+
+
+def test_a_candidate_is_pulled_on_as_the_category_that_it_comes_with_is(tmp_path):
+    made, names = agent(ITEMS), [f"made up {i}" for i in range(20)]
+    buckets = bucket(np.array([hash_string(name) for name in names], np.uint64), 1024)
+    made.items.category[3] = buckets[3]  # the history's item is of that one
+    store = WeightStore(f"{tmp_path}/weights")
+    policy = Policy.from_weights(store.load(publish(store, NAMES, made=made)))
+    states = policy.encode([[Entry(NAMES[2], "view_item", 9_000)]], [10_000])
+    offered = [Candidate(NAMES[0], name) for name in names]
+    with torch.no_grad():
+        network, shelf = policy._network, policy._shelf_of(offered)[0]
+        queries = network.queries(state_tensors(states), policy._shelf)
+        keys = network._keys(shelf)
+        same = queries.choice.category.unsqueeze(1) == keys.category.unsqueeze(1)
+        pull = (queries.choice.alike.unsqueeze(1) * same).sum(dim=2)
+        choice = queries.choice.vector @ keys.choice.T + pull
+        wanted = network.value(queries) + torch.sigmoid(choice) * network.gain_all(queries, keys)
+    assert torch.nonzero(pull[0]).flatten().tolist() == [3]
+    assert buckets.max() >= policy._compiled._buckets  # some are of none that a history can have
+    np.testing.assert_allclose(policy.q_candidates(states, offered), wanted[0].numpy(), rtol=1e-4, atol=1e-5)
 
 
 def test_a_price_that_comes_with_a_candidate_means_what_the_catalogs_does(tmp_path):
