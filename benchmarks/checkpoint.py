@@ -162,7 +162,7 @@ class Bench:
             self.trainer._intake.read(0.1)
             if self.trainer._records == before:
                 more(50_000)
-        learner.band.adjust(PER_TRANSITION, PER_TRANSITION, learner.replay.inserted, 0)  # nothing is owed
+        learner.band.adjust(PER_TRANSITION, PER_TRANSITION, learner.worth, 0)  # nothing is owed
 
     def turn(self, seconds: float, checkpoints: bool) -> float:
         """Updates a second over so long."""

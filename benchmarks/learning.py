@@ -31,7 +31,8 @@ from benchmarks import record
 from benchmarks.shop import policies
 from learner.agent import Agent, AgentSettings
 from learner.exploration import GREEDY, Exploration
-from learner.pacing import Band
+from learner.learner import LearnerSettings
+from learner.pacing import Band, worth
 from learner.policy import Policy
 from learner.replay import Histories, Replay, empty_batch
 from learner.weights import Manifest, Weights
@@ -84,6 +85,10 @@ class LoopSettings:
     )
     updates_per_transition: float = field(
         default=0.01, metadata={"help": "gradient steps for each transition"}
+    )
+    updates_young: float = field(
+        default=LearnerSettings.updates_young,
+        metadata={"help": "times that, about, while few choices have been learnt from"},
     )
     min_replay: int = field(default=1000, metadata={"help": "transitions before the first update"})
     capacity: int = field(default=1_000_000, metadata={"help": "transitions kept"})
@@ -174,11 +179,18 @@ class Loop:
         self.agent.meet(joined.transitions.action)
         self._replay.insert(joined)
 
+    @property
+    def _worth(self) -> int:
+        inserted = self._replay.inserted
+        if inserted <= self._band.min_replay:
+            return inserted
+        return worth(inserted, self._replay.chosen, self.settings.updates_young)
+
     def _learn(self) -> None:
         """As many updates as the band allows."""
         agent, replay = self.agent, self._replay
         began = time.process_time()
-        for _ in range(self._band.updates_left(replay.inserted, agent.updates)):
+        for _ in range(self._band.updates_left(self._worth, agent.updates)):
             s = agent.settings
             batch = replay.sample(
                 s.batch_size, self._draw, self.settings.beta, s.steps, s.gamma or None, out=self._batch

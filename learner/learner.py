@@ -21,7 +21,7 @@ import numpy.typing as npt
 from learner.agent import Agent, AgentSettings, Update
 from learner.checkpoint import Keep, Later, Part
 from learner.journal import Journal
-from learner.pacing import Band
+from learner.pacing import Band, worth
 from learner.replay import Batch, Replay, empty_batch
 from learner.weights import Meta
 from streaming.arena import Empty
@@ -66,6 +66,9 @@ class LearnerSettings:
     min_replay: int = _setting(1000, "transitions before the first update; >= 1")
     updates_low: float = _setting(0.0, "fewer updates per transition than this hold up reading; >= 0")
     updates_high: float = _setting(0.01, "no more updates per transition than this; > 0")
+    updates_young: float = _setting(
+        3.0, "times that, about, while few choices have been learnt from; >= 1, 1: no more at any time"
+    )
     seed: int = _setting(0, "of weights and sampling; >= 0")
 
     def __post_init__(self) -> None:
@@ -77,6 +80,7 @@ class LearnerSettings:
             "min_replay": (1, 1 << 30),
             "updates_low": (0, 1e6),
             "updates_high": (1e-9, 1e6),
+            "updates_young": (1, 1e3),
             "seed": (0, 2**63 - 1),
         }
         for name, (low, high) in checks.items():
@@ -211,16 +215,24 @@ class Learner:
     # --- replay → weights
 
     @property
+    def worth(self) -> int:
+        """What the transitions so far are worth to the band: see `learner.pacing.worth`."""
+        replay = self.replay
+        if replay.inserted <= self.band.min_replay:
+            return replay.inserted
+        return worth(replay.inserted, replay.chosen, self.settings.updates_young)
+
+    @property
     def updates_left(self) -> int:
         """Updates that the band allows before the next transition comes; 0 also while replay holds too little."""
         if len(self.replay) < max(self.agent.settings.batch_size, 1):
             return 0
-        return self.band.updates_left(self.replay.inserted, self.agent.updates)
+        return self.band.updates_left(self.worth, self.agent.updates)
 
     @property
     def may_read(self) -> bool:
         """Whether the band lets more transitions in; never False while training may not catch up."""
-        return self.updates_left == 0 or self.band.may_ingest(self.replay.inserted, self.agent.updates)
+        return self.updates_left == 0 or self.band.may_ingest(self.worth, self.agent.updates)
 
     def train(self, most: int, enough: Callable[[], bool] = lambda: False) -> int:
         """At most so many updates, as many as the band allows, and no more once `enough` says so; returns the count."""
@@ -266,6 +278,10 @@ class Learner:
             settings=self.agent.shape(),
         )
 
+    @property
+    def _limits(self) -> list[float]:
+        return [self.band.low, self.band.high, self.band.min_replay, self.settings.updates_young]
+
     def snapshot(self, since: int = 0, empty: Empty = np.empty) -> tuple[int, dict[str, Part | Keep]]:
         """(token, parts): all of its memory, as copies; the next call's `since` is the token, once this one is safe.
 
@@ -277,7 +293,7 @@ class Learner:
                 "format": STATE_FORMAT,
                 "rng": self.rng.bit_generator.state,
                 "band": self.band.state(),
-                "limits": [self.band.low, self.band.high, self.band.min_replay],
+                "limits": self._limits,
                 "events_through_ms": self.events_through_ms,
                 "catalog": self.catalog.met(),
             },
@@ -317,11 +333,11 @@ class Learner:
         self.rng.bit_generator.state = state["rng"]
         self.events_through_ms = state["events_through_ms"]
         self.catalog.expect(state["catalog"])
-        inserted, updates = self.replay.inserted, self.agent.updates
-        if state["limits"] == [self.band.low, self.band.high, self.band.min_replay]:
-            self.band.restore(state["band"], inserted, updates)
+        updates = self.agent.updates
+        if state["limits"] == self._limits:
+            self.band.restore(state["band"], self.worth, updates)
         else:
-            self.band.adjust(self.band.low, self.band.high, inserted, updates)
+            self.band.adjust(self.band.low, self.band.high, self.worth, updates)
         return token
 
 

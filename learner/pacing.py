@@ -2,6 +2,10 @@
 
     low <= updates / (transitions - min_replay) <= high
 
+While few choices have been learnt from, the transitions count for more (`worth`): there is all to learn then, and
+little to learn it from. How much more depends on the choices made, not on the transitions: where one slot in a hundred
+is chosen, to go over them oftener learns their luck.
+
 Above the band training waits for data; below it partitions wait for training. Nothing here ever blocks: each
 loop asks before it goes on, and keeps polling its log meanwhile. At least one of the two may always go on.
 """
@@ -9,7 +13,18 @@ loop asks before it goes on, and keeps polling its log meanwhile. At least one o
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Final, NamedTuple
+
+EXTRA: Final = 100_000  # transitions that all choices together are worth, times young - 1
+CHOICES: Final = 40_000  # transitions of steps with a choice that are worth half of it
+
+
+def worth(transitions: int, chosen: int, young: float) -> int:
+    """What replay is worth to `Band`, in transitions. chosen: those it holds of steps in which something was chosen from
+    a slate; young: times as many updates as later that the first transitions give, about, where every second step has a
+    choice.
+    """
+    return transitions + round((young - 1.0) * EXTRA * chosen / (chosen + CHOICES))
 
 
 class _Limits(NamedTuple):
@@ -22,7 +37,8 @@ class _Limits(NamedTuple):
 
 
 class Band:
-    """May we train? May we read on? `transitions` and `updates` are totals since the learner was new.
+    """May we train? May we read on? `transitions`, or what they are worth, and `updates` are totals since the learner
+    was new.
 
     low, high: updates per transition, 0 <= low <= high, high > 0. min_replay: transitions before the first update.
     """

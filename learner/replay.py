@@ -709,8 +709,13 @@ class Replay:
 
     @property
     def inserted(self) -> int:
-        """Transitions ever added, duplicates not counted; the count that `Band` paces by."""
+        """Transitions ever added, duplicates not counted."""
         return int(self._store.cursor[_HEAD])
+
+    @property
+    def chosen(self) -> int:
+        """Transitions kept of steps in which something was chosen from a slate."""
+        return int(self._store.chosen[1])
 
     def counters(self) -> dict[str, int]:
         """Counts since the buffer was new, which survive a restore; and what it holds now."""

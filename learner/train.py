@@ -228,7 +228,7 @@ class Trainer:
         if self._intake.parked:
             return f"the registry cannot be asked: partitions {self._intake.parked} wait"
         learner = self._learner
-        reason = learner.band.reason(learner.replay.inserted, learner.agent.updates)
+        reason = learner.band.reason(learner.worth, learner.agent.updates)
         return "" if "training waits for new" in reason else reason
 
     # --- records → replay
@@ -445,7 +445,7 @@ class Trainer:
         metrics.event_time.set(learner.events_through_ms / 1000)
         metrics.catalog_refused.set(self._catalog.refused)
         metrics.items.set(len(learner.vocabulary))
-        ratio = learner.band.ratio(learner.replay.inserted, learner.agent.updates)
+        ratio = learner.band.ratio(learner.worth, learner.agent.updates)
         metrics.updates_per_transition.set(ratio)
         metrics.stalled.labels("reading").set(not learner.may_read)
         metrics.stalled.labels("training").set(learner.updates_left == 0)

@@ -135,13 +135,17 @@ def test_transitions_do_not_depend_on_how_records_were_cut(records):
         assert encode(a[name]) == encode(b[name]), name
 
 
-def test_no_update_is_made_before_min_replay_and_then_as_many_as_the_band_allows(records):
-    learner = new_learner()
+@pytest.mark.parametrize("young", [1.0, 3.0])
+def test_no_update_is_made_before_min_replay_and_then_as_many_as_the_band_allows(records, young):
+    learner = new_learner(replace(SETTINGS, updates_young=young))
     learner.take(rows(records[0], 0, 80))
     assert 0 < learner.replay.inserted < 200
     assert learner.train(10**9) == 0
     learner.take(rows(records[0], 80, len(records[0])))
-    due = int(0.05 * (learner.replay.inserted - 200) + 1e-9)
+    chosen = learner.replay.chosen
+    assert 100 < chosen < learner.replay.inserted
+    extra = round((young - 1) * 100_000 * chosen / (chosen + 40_000))
+    due = int(0.05 * (learner.replay.inserted + extra - 200) + 1e-9)
     assert learner.train(10**9) == due > 0
     assert learner.train(10**9) == 0
 
@@ -192,7 +196,11 @@ def test_another_band_counts_from_the_restart_on(records):
     after = restored(before, settings=LearnerSettings(min_replay=200, updates_high=5.0))
     assert after.updates_left == 0
     after.take(rows(records[0], 1000, len(records[0])))
-    assert after.updates_left == 5 * (after.replay.inserted - before.replay.inserted) > 0
+    assert (
+        after.updates_left
+        == 5 * (after.worth - before.worth)
+        > 5 * (after.replay.inserted - before.replay.inserted)
+    )
 
 
 def test_a_checkpoint_of_another_shape_is_refused_by_name(records):

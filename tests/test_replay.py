@@ -462,7 +462,7 @@ def test_how_many_choices_are_kept_is_known_after_rows_have_gone_and_after_a_res
         steps = [Step(start + n, [float(n == 1), 0.0]) for n in range(3)]
         replay.insert(joined(steps, amendments=[(0, start - 1, 0, 1.0)] if start % 2 else ()))
         kept = everything(replay)
-        assert replay._store.chosen[1] == ((kept.step_reward != 0) & ~kept.organic).sum()
+        assert replay.chosen == ((kept.step_reward != 0) & ~kept.organic).sum()
     again = Replay(8, H, alpha=0.0, chosen_share=0.25)
     again.restore(replay.snapshot()[1])
     assert again._store.chosen.tolist() == replay._store.chosen.tolist()
