@@ -20,9 +20,9 @@ CHOICES: Final = 40_000  # transitions of steps with a choice that are worth hal
 
 
 def worth(transitions: int, chosen: int, young: float) -> int:
-    """What replay is worth to `Band`, in transitions. chosen: those it holds of steps in which something was chosen from
-    a slate; young: times as many updates as later that the first transitions give, about, where every second step has a
-    choice.
+    """What replay is worth to `Band`, in transitions. chosen: those it holds of steps in which something was chosen
+    from a slate; young: times as many updates as later that the first transitions give, about, where every second step
+    has a choice.
     """
     return transitions + round((young - 1.0) * EXTRA * chosen / (chosen + CHOICES))
 
