@@ -150,6 +150,17 @@ def test_no_update_is_made_before_min_replay_and_then_as_many_as_the_band_allows
     assert learner.train(10**9) == 0
 
 
+def test_every_transition_is_a_meeting_with_its_item(records):
+    learner = new_learner()
+    feed(learner, records[0], stop=700)
+    action = learner.replay.contents().action
+    assert (
+        learner.agent._met[: learner.agent.rows].tolist()
+        == np.bincount(action, minlength=learner.agent.rows).tolist()
+    )
+    assert np.count_nonzero(learner.agent._met) > 30
+
+
 def test_it_learns_where_nothing_later_counts(records):
     learner = new_learner(agent=replace(AGENT, gamma=0.0))
     feed(learner, records[0])
