@@ -55,7 +55,7 @@ class AgentSettings:
     )
     learning_rate: float = _setting(0.002, "of Adam; > 0")
     value_rate: float = _setting(
-        4.0, "that of the heads of reward and of what is to come, in so many times the rest's; > 0"
+        4.0, "times --learning-rate, for the heads of reward and of what is to come; 0.001..1000"
     )
     target_tau: float = _setting(
         0.005, "share of the way that the target network goes to the online one at each update; 0..1, 0: none"

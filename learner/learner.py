@@ -67,7 +67,7 @@ class LearnerSettings:
     updates_low: float = _setting(0.0, "fewer updates per transition than this hold up reading; >= 0")
     updates_high: float = _setting(0.01, "no more updates per transition than this; > 0")
     updates_young: float = _setting(
-        3.0, "times that, about, while few choices have been learnt from; >= 1, 1: no more at any time"
+        3.0, "times --updates-high, about, while few choices have been learnt from; 1..1000, 1: never more"
     )
     seed: int = _setting(0, "of weights and sampling; >= 0")
 
