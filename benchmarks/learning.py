@@ -32,7 +32,7 @@ from benchmarks.shop import policies
 from learner.agent import Agent, AgentSettings
 from learner.exploration import GREEDY, Exploration
 from learner.learner import LearnerSettings
-from learner.pacing import Band, worth
+from learner.pacing import Band
 from learner.policy import Policy
 from learner.replay import Histories, Replay, empty_batch
 from learner.weights import Manifest, Weights
@@ -111,7 +111,7 @@ class Loop:
         self._replay = Replay(
             loop.capacity, agent.history_length, alpha=loop.alpha, chosen_share=loop.chosen_share
         )
-        self._band = Band(0.0, loop.updates_per_transition, loop.min_replay)
+        self._band = Band(0.0, loop.updates_per_transition, loop.min_replay, loop.updates_young)
         self._batch = empty_batch(agent.batch_size, agent.history_length)
         self._explore, self._draw = np.random.default_rng([seed, 21]), np.random.default_rng([seed, 22])
         self._exploration = Exploration(loop.exploration)  # type: ignore[arg-type]
@@ -179,18 +179,12 @@ class Loop:
         self.agent.meet(joined.transitions.action)
         self._replay.insert(joined)
 
-    @property
-    def _worth(self) -> int:
-        inserted = self._replay.inserted
-        if inserted <= self._band.min_replay:
-            return inserted
-        return worth(inserted, self._replay.chosen, self.settings.updates_young)
-
     def _learn(self) -> None:
         """As many updates as the band allows."""
         agent, replay = self.agent, self._replay
         began = time.process_time()
-        for _ in range(self._band.updates_left(self._worth, agent.updates)):
+        worth = self._band.worth(replay.inserted, replay.chosen)
+        for _ in range(self._band.updates_left(worth, agent.updates)):
             s = agent.settings
             batch = replay.sample(
                 s.batch_size, self._draw, self.settings.beta, s.steps, s.gamma or None, out=self._batch

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from learner.agent import Agent, AgentSettings, Update
 from learner.checkpoint import Keep, Later, Part
 from learner.journal import Journal
-from learner.pacing import Band, worth
+from learner.pacing import Band
 from learner.replay import Batch, Replay, empty_batch
 from learner.weights import Meta
 from streaming.arena import Empty
@@ -129,7 +129,9 @@ class Learner:
             chosen_share=settings.chosen_share,
         )
         self.agent = Agent(agent, device, settings.seed)
-        self.band = Band(settings.updates_low, settings.updates_high, settings.min_replay)
+        self.band = Band(
+            settings.updates_low, settings.updates_high, settings.min_replay, settings.updates_young
+        )
         self.rng = np.random.default_rng([settings.seed, 1])
         self.events_through_ms = 0  # newest event time taken in; 0: none
         self.last: Update | None = None  # the update made last
@@ -216,11 +218,8 @@ class Learner:
 
     @property
     def worth(self) -> int:
-        """What the transitions so far are worth to the band: see `learner.pacing.worth`."""
-        replay = self.replay
-        if replay.inserted <= self.band.min_replay:
-            return replay.inserted
-        return worth(replay.inserted, replay.chosen, self.settings.updates_young)
+        """What the transitions so far are worth to the band."""
+        return self.band.worth(self.replay.inserted, self.replay.chosen)
 
     @property
     def updates_left(self) -> int:
@@ -280,7 +279,8 @@ class Learner:
 
     @property
     def _limits(self) -> list[float]:
-        return [self.band.low, self.band.high, self.band.min_replay, self.settings.updates_young]
+        """What the band's counts hang on: choices that another capacity does not keep are worth nothing any more."""
+        return [*self.band.settings, self.replay.capacity]
 
     def snapshot(self, since: int = 0, empty: Empty = np.empty) -> tuple[int, dict[str, Part | Keep]]:
         """(token, parts): all of its memory, as copies; the next call's `since` is the token, once this one is safe.

@@ -509,11 +509,8 @@ class QNetwork(nn.Module):
     def advantage_all(self, queries: Queries, keys: Keys) -> Tensor:
         """p · (m + γ g) of all N items, [B, N]: what showing an item adds to showing nothing of interest."""
         choice = score_all(queries.choice, keys.choice, keys.category).sigmoid_()
-        return (
-            choice * self.gain_all(queries, keys)
-            if choice.requires_grad
-            else choice.mul_(self.gain_all(queries, keys))
-        )
+        gain = self.gain_all(queries, keys)
+        return choice * gain if choice.requires_grad else choice.mul_(gain)
 
     def advantage_at(self, queries: Queries, keys: Keys, ids: Tensor, slot: Tensor | None = None) -> Tensor:
         """p · (m + γ g) at ids [B, K], [B, K]. slot: [K] or [B, K], where in the slate each is shown; None: first."""

@@ -2,7 +2,7 @@
 
     low <= updates / (transitions - min_replay) <= high
 
-While few choices have been learnt from, the transitions count for more (`worth`): there is all to learn then, and
+While few choices have been learnt from, the transitions count for more (`Band.worth`): there is all to learn then, and
 little to learn it from. How much more depends on the choices made, not on the transitions: where one slot in a hundred
 is chosen, to go over them oftener learns their luck.
 
@@ -19,14 +19,6 @@ EXTRA: Final = 100_000  # transitions that all choices together are worth, times
 CHOICES: Final = 40_000  # transitions of steps with a choice that are worth half of it
 
 
-def worth(transitions: int, chosen: int, young: float) -> int:
-    """What replay is worth to `Band`, in transitions. chosen: those it holds of steps in which something was chosen
-    from a slate; young: times as many updates as later that the first transitions give, about, where every second step
-    has a choice.
-    """
-    return transitions + round((young - 1.0) * EXTRA * chosen / (chosen + CHOICES))
-
-
 class _Limits(NamedTuple):
     """What holds now; replaced whole, so that other threads see one setting or the other."""
 
@@ -41,12 +33,15 @@ class Band:
     was new.
 
     low, high: updates per transition, 0 <= low <= high, high > 0. min_replay: transitions before the first update.
+    young: times as many as later that the first transitions give, about, where every second step has a choice; >= 1.
     """
 
-    def __init__(self, low: float, high: float, min_replay: int) -> None:
+    def __init__(self, low: float, high: float, min_replay: int, young: float = 1.0) -> None:
         if min_replay < 1:
             raise ValueError(f"min_replay must be >= 1 transitions, not {min_replay}")
-        self.min_replay = min_replay
+        if not 1.0 <= young < math.inf:
+            raise ValueError(f"young must be >= 1 times as many updates, not {young}")
+        self.min_replay, self._young = min_replay, young
         self._limits = _Limits(*_checked(low, high), min_replay, 0)
 
     @property
@@ -58,6 +53,22 @@ class Band:
     def high(self) -> float:
         """Above this many updates per transition training waits."""
         return self._limits.high
+
+    @property
+    def settings(self) -> list[float]:
+        """All that it was made with, or adjusted to."""
+        return [self.low, self.high, self.min_replay, self._young]
+
+    def worth(self, transitions: int, chosen: int) -> int:
+        """What so many transitions are worth, for all that asks for `transitions` here. chosen: those that replay holds
+        of steps in which something was chosen from a slate.
+
+        >>> Band(low=0.0, high=0.01, min_replay=100, young=3.0).worth(transitions=100_000, chosen=40_000)
+        200000
+        """
+        if transitions <= self.min_replay:
+            return transitions
+        return transitions + round((self._young - 1.0) * EXTRA * chosen / (chosen + CHOICES))
 
     def adjust(self, low: float, high: float, transitions: int, updates: int) -> None:
         """Change the band while running. It counts from now on: nothing is owed for what was before."""

@@ -214,6 +214,16 @@ def test_another_band_counts_from_the_restart_on(records):
     )
 
 
+def test_choices_that_a_smaller_replay_does_not_keep_hold_up_nothing(records):
+    before = new_learner()
+    feed(before, records[0], stop=1000)
+    after = restored(before, settings=replace(SETTINGS, replay_capacity=200))
+    assert after.worth < before.worth - 100
+    worth = after.worth
+    after.take(rows(records[0], 1000, len(records[0])))
+    assert after.updates_left == int(0.05 * (after.worth - worth) + 1e-9) > 0
+
+
 def test_a_checkpoint_of_another_shape_is_refused_by_name(records):
     before = new_learner()
     feed(before, records[0], stop=500)

@@ -54,6 +54,17 @@ def test_a_loop_that_asks_stays_in_the_band_up_to_one_poll(limits, min_replay, p
         assert updates >= min(low * (counted - size), math.floor(high * max(counted - size, 0))) - 1e-6
 
 
+def test_choices_are_worth_more_transitions_the_fewer_there_are_and_nothing_before_the_first_update():
+    band = Band(0.0, 0.01, min_replay=1000, young=3.0)
+    assert [band.worth(1000, 500), band.worth(1001, 0)] == [1000, 1001]
+    assert band.worth(10_000, 400) == 10_000 + 1980
+    assert band.worth(10**7, 10**9) == pytest.approx(10**7 + 200_000, abs=10)
+    assert Band(0.0, 0.01, min_replay=1000).worth(10_000, 400) == 10_000
+    assert band.settings == [0.0, 0.01, 1000, 3.0]
+    with pytest.raises(ValueError, match=r"young must be >= 1 times as many updates, not 0\.5"):
+        Band(0.0, 1.0, min_replay=1, young=0.5)
+
+
 def test_after_a_change_of_the_band_nothing_is_owed_for_what_was_before():
     band = Band(0.01, 0.02, min_replay=100)
     assert band.may_ingest(1_000_100, 10_000)
