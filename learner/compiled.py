@@ -105,8 +105,8 @@ class CompiledQ:
         """The same of the M items of a shelf of its own. ids: [M] by which the states know them, 0: do not."""
         views = self._views(states)
         log_odds, gain = views.scores(_keys(shelf), shelf.own.T)
-        known = shelf.category < self._buckets  # of others there is nothing in a history
-        log_odds += views.alike.index_select(1, shelf.category * known) * known
+        known = shelf.category < self._buckets  # others are of no history, as bucket 0 pulls on nothing
+        log_odds += views.alike.index_select(1, shelf.category * known)
         item = torch.from_numpy(states.item.astype(np.int64))
         same = (item.unsqueeze(1) == ids.unsqueeze(1)) & (ids > 0).unsqueeze(1)  # [B, M, H]
         log_odds += (same * views.copy.unsqueeze(1)).sum(dim=2)
