@@ -102,7 +102,7 @@ def learnt(loop: Loop, turn: Turn) -> tuple[Floats, Floats]:
     state = state_tensors(histories(turn, agent.settings.history_length))
     keys = agent.target.keys(agent.items)
     queries = agent.target.queries(state, keys)
-    log_odds = score_all(queries.choice, keys.choice, keys.category)
+    log_odds = score_all(*agent.target.choice(queries, keys), keys.category)
     gain = agent.target.gain_all(queries, keys)
     return _array(torch.sigmoid(log_odds.double())), _array(agent.unit * gain.double())
 

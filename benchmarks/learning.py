@@ -177,6 +177,7 @@ class Loop:
     def _take(self, joined: Joined) -> None:
         """What the joiner made of a turn."""
         self.agent.meet(joined.transitions.action)
+        self.agent.foretell(joined)
         self._replay.insert(joined)
 
     def _learn(self) -> None:
@@ -189,7 +190,7 @@ class Loop:
             batch = replay.sample(
                 s.batch_size, self._draw, self.settings.beta, s.steps, s.gamma or None, out=self._batch
             )
-            replay.update_priorities(batch.index, agent.update(batch).td_error)
+            replay.update_priorities(batch.index, agent.update(batch, len(replay)).td_error)
         self.updates_s += time.process_time() - began
 
 

@@ -32,6 +32,8 @@ from learner.networks import (
 )
 from learner.replay import Batch, Histories
 from learner.response import Fit, Shown
+from learner.stacking import StackFit
+from streaming.transitions import Joined
 
 
 def _setting(default: float | int | bool, text: str) -> Any:
@@ -89,6 +91,9 @@ class AgentSettings:
     )
     dim: int = _setting(32, "size of item vectors; 1..1024")
     hidden: int = _setting(64, "size of hidden layers; 1..4096")
+    stack: bool = _setting(
+        True, "choice as it was foretold is set right by what then came, before anything is learnt of it"
+    )
     history_length: int = _setting(32, "history entries in a state; 1..1000")
     vector_dim: int = _setting(32, "dense catalog features used; 1..256")
 
@@ -216,11 +221,13 @@ class Agent:
         self.online.to(self.device)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         self.target.response = self.online.response  # it is a mean already
+        self.target.stack = self.online.stack
         self._unaided = torch.zeros(2, device=self.device)  # reward, continuation: see `_look_unaided`
         self._unaided_looks = [0, 0]
         self.unit = 1.0  # of value, in reward units: see `_look_unit`
         self._unit_looks = 0
         self._response = Fit(self.online.response)
+        self._stack = StackFit(self.online.stack)
         self._optimiser = self._new_optimiser()
         self._roomy_items = unknown_items(1, settings.vector_dim, self.device)
         self._roomy_offer = torch.zeros(1, dtype=torch.bool, device=self.device)
@@ -320,6 +327,47 @@ class Agent:
         told = self._to(ids, torch.int64)
         self._met.index_add_(0, told, torch.ones_like(told, dtype=torch.int32))
 
+    @torch.no_grad()
+    def foretell(self, joined: Joined) -> None:
+        """Note what is foretold of these slots, and what came: before anything is learnt from them, and of vocabulary
+        ids that there is room for. A reward that comes later than its transition was made is not counted."""
+        if not self.settings.stack or self.updates == 0:  # nothing is known: that says nothing of what is
+            return
+        t = joined.transitions
+        shown = np.flatnonzero(~t.organic & (t.action > 0))
+        for start in range(0, len(shown), _FORETOLD):
+            rows = shown[start : start + _FORETOLD]
+            action = t.action[rows]
+            of, which = np.unique(t.state[rows], return_inverse=True)
+            states = Histories(*(getattr(joined.states, name)[of] for name in Histories._fields))
+            self._stack.note(
+                action, *self._foretold(states, which, action, t.slot[rows]), t.reward[rows] != 0
+            )
+
+    def _foretold(
+        self,
+        histories: Histories,
+        which: npt.NDArray[np.intp],
+        action: npt.NDArray[np.int32],
+        slot: npt.NDArray[np.int16],
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """z of the network that is served, and √share, [T] each. which: [T] rows of the histories."""
+        state, item = self._state(histories), self._to(action, torch.int64)
+        ids = torch.unique(torch.cat((state.item.flatten(), item, item.new_zeros(1))))
+        here, at = torch.searchsorted(ids, state.item), torch.searchsorted(ids, item).unsqueeze(1)
+        own = None
+        if self.rows > self.settings.exact_items:
+            own = self._take(ids).table.target
+            self._response.catch_up(ids)
+        else:
+            self._catch_up()
+        keys = self.target.keys(self._items, ids, own=own)
+        queries = self.target.queries(state, keys, here).rows(self._to(which, torch.int64))
+        place = self._to(slot, torch.int64).clamp(0, MAX_SLOTS - 1)
+        log_odds = self.target.parts_at(queries, keys, at)[0][:, 0] + self.target.position_of(place)
+        share = (queries.back * (queries.choice.item == at)).sum(dim=1)
+        return log_odds.cpu().numpy(), share.cpu().numpy()
+
     def look_at_offers(self, decisions: int, candidates: Sequence[int]) -> None:
         """Note how many decisions came in, and how many candidates those that brought theirs had."""
         kept = max(0.0, 1.0 - decisions / OFFER_MEMORY)
@@ -371,11 +419,7 @@ class Agent:
         parts = self.online.parts_at(queries, keys, rows.slate)
         losses = self._losses(rows, keys, queries, target, *parts)
         shown = self._shown(rows, keys, queries, parts[0])
-        q = self._q(
-            queries,
-            parts[0][:, 0] + self.online.position_of(rows.slot[:, 0]),
-            *(part[:, 0] for part in parts[1:]),
-        )
+        q = self._q(rows, keys, queries)
         loss = self._step(losses, rows.aisle)
         self._response.learn(shown, rows.share)
         if rows.aisle is None:
@@ -422,6 +466,7 @@ class Agent:
         if settings.gamma > 0:  # else nothing is to come
             later = dqn.continuation_target(target, rows.slate_reward[:, :1], settings.gamma)
             ahead = queries.unchosen + (continuation * chosen).sum(dim=1, keepdim=True)
+            ahead = ahead + queries.hint * self._likelier(rows, keys, queries)
             delta = settings.huber_delta if settings.quantiles == 1 else settings.quantile_delta
             unaided = self._look_unaided(1, (later - ahead).mean(dim=1), rows.weight * rows.organic) * organic
             error = dqn.quantile_huber(ahead + unaided, later, delta)
@@ -434,6 +479,15 @@ class Agent:
             conservative = dqn.conservative_loss(q_all, q_action, rows.on_offer)
             losses["conservative"] = settings.cql_weight * dqn.weighted_mean(conservative, rows.weight)
         return losses
+
+    @torch.no_grad()
+    def _likelier(self, rows: _Rows, keys: Keys, queries: Queries) -> Tensor:
+        """How much likelier something was chosen of what was shown than of the batch's other slates, [B, 1]; 0 where
+        the user went there unaided."""
+        chance = (self.online.chance_at(queries, keys, rows.slate, rows.slot) * rows.present).sum(dim=1)
+        weight = rows.weight * ~rows.organic
+        usual = (chance * weight).sum() / weight.sum().clamp(min=1e-9)
+        return ((chance - usual) * ~rows.organic).unsqueeze(1)
 
     @torch.no_grad()
     def _look_unit(self, batch: Batch) -> None:
@@ -649,7 +703,13 @@ class Agent:
                 if id(parameter) in valued:
                     out[f"{prefix}.{name}"] *= self.unit  # servers speak in reward units
         out |= {f"{BOTH}response.{name}": value for name, value in self._response.served(self.rows).items()}
-        out[f"{DOUBT}variance"] = self._response.variance(self.rows).cpu()
+        stack = self.online.stack
+        out[f"{BOTH}stack.weights"] = stack.weights.cpu().clone()
+        out[f"{BOTH}stack.level"] = stack.level[: self.rows].cpu().clone()
+        variance = (stack.weights[1] ** 2 * self._response.variance(self.rows)).cpu()
+        if self.settings.stack:
+            variance[:, 0] += self._stack.variance(self.rows)
+        out[f"{DOUBT}variance"] = variance
         out[f"{DOUBT}directions"] = self._response.directions.cpu().clone()
         if self._at is not None:
             now = networks_now(self._table(), self._described, self.updates, self._rule)
@@ -680,6 +740,7 @@ class Agent:
         """Everything, exactly: networks, optimiser, catalog, generator, counters."""
         out = {name: tensor.numpy() for name, tensor in self._tensors().items()}
         out |= {f"response.{name}": value.numpy() for name, value in self._response.state(self.rows).items()}
+        out |= {f"stack.{name}": value for name, value in self._stack.state(self.rows).items()}
         if self._at is not None:
             out["at"] = self._at[: self.rows].cpu().numpy().copy()
         for name, parameter in self.online.named_parameters():
@@ -731,11 +792,14 @@ class Agent:
                 _fill(like, state[f"adam.{key}.{name}"], name)
                 self._optimiser.state[parameter][key] = like
         known = {
-            name.removeprefix("response."): torch.from_numpy(value.copy())
-            for name, value in state.items()
-            if name.startswith("response.")
+            prefix: {
+                name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)
+            }
+            for prefix in ("response.", "stack.")
         }
-        self._response.restore(known)
+        self._response.restore({n: torch.from_numpy(value.copy()) for n, value in known["response."].items()})
+        if self.settings.stack:  # else choice is as foretold
+            self._stack.restore(known["stack."])
         self._at = None
         if "at" in state:
             self._at = torch.zeros(capacity, dtype=torch.int64, device=self.device)
@@ -748,10 +812,9 @@ class Agent:
         self.slots, self.unit = float(state["slots"][0]), float(state["unit"][0])
 
     @torch.no_grad()
-    def _q(self, queries: Queries, choice: Tensor, reward: Tensor, continuation: Tensor) -> Tensor:
+    def _q(self, rows: _Rows, keys: Keys, queries: Queries) -> Tensor:
         """Q(s, a) of the batch's own actions, [B], detached."""
-        gamma = self.settings.gamma
-        return gamma * queries.unchosen.mean(dim=1) + torch.sigmoid(choice) * (reward + gamma * continuation)
+        return self.online.q_at(queries, keys, rows.slate[:, :1], rows.slot[:, :1])[:, 0]
 
     def _check(self, batch: Batch) -> None:
         top = max(int(part.max()) for part in (batch.slate, batch.state.item, batch.next_state.item))
@@ -868,6 +931,7 @@ class Agent:
             new = renamed.get(old, old)
             self._optimiser.state[new] = {key: _padded(value, new) for key, value in state.items()}
         self._response.reserve(capacity)
+        self._stack.reserve(capacity)
         if self._at is not None:
             more = self._at.new_full((capacity - len(self._at),), self.updates)
             self._at = torch.cat((self._at, more))
@@ -883,6 +947,7 @@ OFFER_MEMORY: Final = 1000  # decisions over which what is on offer is a mean
 UNAIDED_MEMORY: Final = 200  # updates over which what sets unaided choices apart is a mean
 BY_ITEM: Final = ("tower.id.weight",)  # tables with one row for each vocabulary id
 _EPS: Final = 1e-6  # of Adam
+_FORETOLD: Final = 1024  # slots at once
 _FIRST_ROOM: Final = 1024  # rows of the tables by id
 
 

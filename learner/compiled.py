@@ -8,6 +8,7 @@ and one against what each item has of its own (learner.response):
 
     log-odds of choice = u(s) · key(a) + o(s) · own(a) + c(s)
                          + Σ_h copy[h] [history item h is a] + Σ_h alike[h] [it is of a's category]
+                         (set right as learner.stacking has it: all but o times κ, and κ in own)
     m + γ g            = w(s) · key(a) + e(s)
 """
 
@@ -63,7 +64,7 @@ class _Parameters(NamedTuple):
     hidden: _Layer
     out: _Layer
     lean: _Layer  # φ → choice
-    gain: _Layer  # φ → reward and continuation [2v']
+    gain: _Layer  # φ̄ → reward and continuation [2v']
     organic_key: _Layer  # d + 1 numbers
     gain_key: _Layer  # 2v'
     shared: Floats  # [d + 1, d] of learner.response, for ψ - its mean
@@ -73,6 +74,7 @@ class _Parameters(NamedTuple):
     unchosen: _Layer
     unchosen_out: _Layer
     prior: np.float32
+    going_back: np.float32  # ω of learner.stacking
     gamma: np.float32
 
 
@@ -82,7 +84,8 @@ class CompiledQ:
     def __init__(self, network: QNetwork, shelf: Shelf) -> None:
         self._parameters = _parameters(network, shelf)
         self._keys = _keys(shelf).contiguous()  # [d + 1, N]
-        self._own = shelf.own.T.contiguous()  # [d + 1, N]
+        self._scale = network.stack.weights[1]
+        self._own = self._own_of(shelf).contiguous()  # [d + 1, N]
         self._category = shelf.category
         self._buckets = int(shelf.category.max()) + 1
 
@@ -104,13 +107,19 @@ class CompiledQ:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The same of the M items of a shelf of its own. ids: [M] by which the states know them, 0: do not."""
         views = self._views(states)
-        log_odds, gain = views.scores(_keys(shelf), shelf.own.T)
+        log_odds, gain = views.scores(_keys(shelf), self._own_of(shelf))
         known = shelf.category < self._buckets  # others are of no history, as bucket 0 pulls on nothing
         log_odds += views.alike.index_select(1, shelf.category * known)
         item = torch.from_numpy(states.item.astype(np.int64))
         same = (item.unsqueeze(1) == ids.unsqueeze(1)) & (ids > 0).unsqueeze(1)  # [B, M, H]
         log_odds += (same * views.copy.unsqueeze(1)).sum(dim=2)
         return log_odds, gain, views.value, views.own[:, :-1]
+
+    def _own_of(self, shelf: Shelf) -> Tensor:
+        """What each item has of its own, [d + 1, M]."""
+        own = self._scale * shelf.own
+        own[:, -1] += shelf.level
+        return own.T
 
     def _views(self, states: Histories) -> _Views:
         columns = (states.item, states.name, states.age_s, states.value)
@@ -159,23 +168,28 @@ def _parameters(network: QNetwork, shelf: Shelf) -> _Parameters:
     entry = torch.zeros(1, settings.history_length)
     place = place_buckets(StateTensors(entry, entry, entry, entry))[0]
     more = network.response
+    c, scale, going_back = network.stack.weights
+    prior = scale * network.prior
     first, last = cast(nn.Linear, network.unchosen[0]), cast(nn.Linear, network.unchosen[2])
     return _Parameters(
         kind=_array(torch.exp(encoder.name_weight.unsqueeze(1) + encoder.age_weight).flatten(0, 1)),
         place=_array(torch.exp(encoder.place_weight[place])),
-        copy=_array(network.prior * network.copy + more.copy),
-        alike=_array(network.prior * network.alike + more.alike),
-        share=_array(network.prior * network.share + more.share),
+        copy=_array(prior * network.copy + scale * more.copy),
+        alike=_array(prior * network.alike + scale * more.alike),
+        share=_array(prior * network.share + scale * more.share),
         tower=_array(shelf.tower),
         category=shelf.category.numpy(),
         mix=_Layer(_array(encoder.mix.weight.T), np.zeros(settings.dim, np.float32)),
         hidden=_layer(encoder.hidden),
         out=_layer(encoder.out),
-        lean=_layer(network.lean),
+        lean=_Layer(_array(scale * network.lean.weight.T), _array(scale * network.lean.bias + c)),
         gain=_layer(network.query),
         organic_key=_Layer(_array(network.organic_key.weight), _array(network.organic_key.bias)),
-        gain_key=_Layer(_array(network.key.weight), _array(network.key.bias)),
-        shared=_array(more.shared / more.item_scale),
+        gain_key=_Layer(
+            _array(network.key.weight / more.item_scale),
+            _array(network.key.bias - network.key.weight @ (more.item_mean / more.item_scale)),
+        ),
+        shared=_array(scale * more.shared / more.item_scale),
         state_scale=np.float32(more.state_scale.item()),
         state_mean=_array(more.state_mean),
         item_mean=_array(more.item_mean),
@@ -183,7 +197,8 @@ def _parameters(network: QNetwork, shelf: Shelf) -> _Parameters:
         unchosen_out=_Layer(  # of their mean
             _array(last.weight.mean(dim=0, keepdim=True).T), _array(last.bias.mean(dim=0, keepdim=True))
         ),
-        prior=np.float32(network.prior.item()),
+        prior=np.float32(prior.item()),
+        going_back=np.float32(going_back.item()),
         gamma=np.float32(settings.gamma),
     )
 
@@ -235,10 +250,10 @@ def _vectors(
         _apply(p.out, hidden, phi, False)
         _add(p.mix.weight, pooled, phi)
         _apply(p.lean, phi, lean, False)
-        _apply(p.gain, phi, gain, False)
         u, w = vectors[b], vectors[batch + b]
         for i in range(d):
-            own[b, i] = (phi[i] - p.state_mean[i]) / p.state_scale
+            own[b, i] = visit[i] = (phi[i] - p.state_mean[i]) / p.state_scale
+        _apply(p.gain, visit[:d], gain, False)
         _respond(p, own[b], u)
         constants[b, 0] = lean[0]
         for i in range(d):
@@ -250,8 +265,6 @@ def _vectors(
         for i in range(2 * half):
             x = gain[i] if i < half else p.gamma * gain[i]
             constants[batch + b, 0] += _add_row(p.gain_key, i, x, w)
-        for i in range(d):
-            visit[i] = phi[i]
         _apply(p.unchosen, visit, value_hidden, True)
         _apply(p.unchosen_out, value_hidden, ahead[b], False)
         ahead[b, 0] *= p.gamma
@@ -288,6 +301,7 @@ def _features(
     for c in range(channels):
         total[c] = 0.5
     kinds = np.zeros(len(item), np.int64)
+    items = 0
     counts = channels * d
     ends = counts + 2 * NAMES
     for h in range(len(item)):
@@ -309,12 +323,19 @@ def _features(
         sums[d] += one
         if item[h] > 0:
             copy[h] = p.copy[kind]
+            items += 1
         if age < SESSION_AGES:
             features[counts + name[h]] += 1
             features[ends + 1] = max(features[ends + 1], age_s[h])
         else:
             features[counts + NAMES + name[h]] += 1
         features[ends + 2] += max(value[h], np.float32(0))
+    for h in range(len(item)):
+        if item[h] > 0:
+            same = 0
+            for other in item:
+                same += other == item[h]
+            copy[h] += p.going_back / np.sqrt(np.float32(same * items))
     for c in range(channels):
         for j in range(d):
             features[c * d + j] /= total[c]

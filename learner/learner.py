@@ -36,8 +36,8 @@ from streaming.log import RecordBatch
 from streaming.schemas import Codec, SchemaError, frame_of
 from streaming.transitions import Joined, Rejects
 
-STATE_FORMAT: Final = 8
-READABLE_FORMATS: Final = (8,)
+STATE_FORMAT: Final = 9
+READABLE_FORMATS: Final = (9,)
 
 
 class CannotContinue(Exception):
@@ -212,6 +212,7 @@ class Learner:
         self.agent.meet(joined.transitions.action)
         if self.observe is not None and len(joined.transitions.action):
             self.observe(joined, self.agent)
+        self.agent.foretell(joined)
         return self.replay.insert(joined)
 
     # --- replay → weights

@@ -43,6 +43,10 @@ class Metrics:
             "learner_q_spread",
             "Standard deviation of Q(s, a) over the last update's actions, reward units; 0 for long: they are dead.",
         )
+        self.foretold_scale = gauge(
+            "learner_foretold_scale",
+            "What choice's log-odds are multiplied with, by what came of those foretold; far below 1: luck was learnt.",
+        )
         self.updates_per_transition = gauge(
             "learner_updates_per_transition", "Gradient steps for each transition, since the first start."
         )

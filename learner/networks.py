@@ -10,6 +10,9 @@ equations 11-15, there for slates and here for single slots too):
     V0(s)    value of where the visit stands next if nothing is chosen: the mean of `quantiles` of its distribution;
              read from φ(s) and from plain sums over the history, which tell how far the visit has come
     g(s, a)  how much more that value is if a is chosen: what planning adds to greed
+    n(s)     beside Q: how much more is to come where a choice was likelier, made or not. Who is shown what
+             they like chooses more often, and does better anyway; without n, g would take that for what choosing does
+             (choices given their probability say what they do: Robinson 1988, Rosenbaum & Rubin 1983)
 
 This is a dueling network (Wang et al. 2016, equation 7) whose advantage is p · (m + γ g), and Q = R + γ C with
 R = p m. At the fixed point of the Bellman equation it is exact wherever reward and next state depend on what was
@@ -21,7 +24,11 @@ the organic head, which is p's prior.
 The log-odds of p are what the user goes to unaided, and how items answer otherwise than that tells (learner.response, a
 Bayesian last layer, with a leaning of the state to choose at all):
 
-    logit p(s, a) = β · organic(s, a) + response(s, a) + lean(s)
+    z(s, a) = β · organic(s, a) + response(s, a) + lean(s)
+
+and p is what they come to once they are set right by what came of slots foretold by them (learner.stacking):
+
+    logit p(s, a) = c + κ z(s, a) + ω √share(s, a) + level_a
 
 The encoder and the tower learn from choices alone, on slates and unaided; the heads of reward and continuation read
 them as they are (no gradient), since returns are far noisier than choices.
@@ -41,6 +48,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from learner.response import Response
+from learner.stacking import Stack, going_back
 from streaming.rewards import CODES, EVENT_NAMES
 
 # Upper ends of the recency buckets, seconds; the last bucket is open. 30 minutes ends a visit.
@@ -122,6 +130,7 @@ class Shelf(NamedTuple):
     tower: Tensor  # [N, d] ψ(a)
     bias: Tensor  # [N] by id, of organic interest
     own: Tensor  # [N, d + 1] by id, of learner.response
+    level: Tensor  # [N] by id, of learner.stacking
     category: Tensor  # [N] int64 bucket, 0 unknown
 
 
@@ -130,7 +139,8 @@ class Keys(NamedTuple):
 
     tower: Tensor  # [N, d] ψ(a)
     organic: Tensor  # [N, d + 1]
-    choice: Tensor  # [N, d + 2]
+    choice: Tensor  # [N, d + 2] of z
+    level: Tensor  # [N] beside it
     gain: Tensor  # [N, 2v'] reward, then continuation
     category: Tensor  # [N] int64 bucket, 0 unknown
 
@@ -156,13 +166,15 @@ class Queries(NamedTuple):
     """All heads' views of B states."""
 
     organic: Query
-    choice: Query
+    choice: Query  # of z
+    back: Tensor  # [B, H] of `going_back`
     gain: Tensor  # [B, 2v'] reward, then continuation
     unchosen: Tensor  # [B, quantiles] V0(s)
+    hint: Tensor  # [B, 1] n(s)
     kinds: Tensor  # [B, H] of the history's entries
     share: Tensor  # [B, H, C] that each has of each of the encoder's channels
 
-    def rows(self, which: slice) -> Queries:
+    def rows(self, which: Tensor | slice) -> Queries:
         """The views of these states."""
         return Queries(
             self.organic.rows(which), self.choice.rows(which), *(column[which] for column in self[2:])
@@ -372,6 +384,7 @@ class QNetwork(nn.Module):
         self.prior = nn.Parameter(torch.tensor(0.3))  # β: how far choice follows organic interest
         self.organic_key = nn.Linear(d, d + 1)
         self.response = Response(d, items, KINDS, settings.channels)
+        self.stack = Stack(items)
         self.lean = nn.Linear(d, 1)  # choice log-odds of whatever is shown
         self.query = nn.Linear(d, 2 * v)  # reward, continuation
         self.key = nn.Linear(d, 2 * v)
@@ -380,6 +393,8 @@ class QNetwork(nn.Module):
             nn.ReLU(),
             nn.Linear(settings.hidden, settings.quantiles),
         )
+        # it starts from zero, and draws nothing
+        self.hint: nn.Linear = nn.utils.skip_init(nn.Linear, d, 1)  # type: ignore[no-untyped-call]
         self.position = nn.Parameter(torch.zeros(MAX_SLOTS))  # choice log-odds by slot, against slot 0
         self._start()
 
@@ -393,6 +408,7 @@ class QNetwork(nn.Module):
         self.organic_key.weight.zero_()
         self.organic_key.weight[:d] = torch.eye(d) * 2.0
         self.lean.weight.zero_()
+        self.hint.weight.zero_()
         self.lean.bias.fill_(-3.0)  # one slot in twenty
         for layer in (self.query, self.key):
             nn.init.normal_(layer.weight[:v], std=0.3 * d**-0.5)
@@ -405,14 +421,14 @@ class QNetwork(nn.Module):
             self.query.bias[end - 1] = bias
 
     def heads_of_value(self) -> Iterator[nn.Parameter]:
-        """The parameters that m, g and V0 have for themselves."""
-        for head in (self.query, self.key, self.unchosen):
+        """The parameters that m, g, V0 and n have for themselves."""
+        for head in (self.query, self.key, self.unchosen, self.hint):
             yield from head.parameters()
 
     def valued(self) -> tuple[Tensor, ...]:
-        """The parameters in which m, g and V0 are linear: times x, they make Q x times what it was."""
+        """The parameters in which m, g, V0 and n are linear: times x, they make Q x times what it was."""
         last = cast(nn.Linear, self.unchosen[2])
-        return self.query.weight, self.query.bias, last.weight, last.bias
+        return tuple(x for head in (self.query, last, self.hint) for x in (head.weight, head.bias))
 
     def shelf(
         self,
@@ -423,17 +439,20 @@ class QNetwork(nn.Module):
     ) -> Shelf:
         """The items given by ids [M], or all. forget: [M] bool, as never learnt from. own: [M, d + 1], in place of
         these rows of the id table."""
-        response = self.response.own[: len(items.seen)] if ids is None else self.response.own[ids]
+        which = slice(len(items.seen)) if ids is None else ids
+        response, level = self.response.own[which], self.stack.level[which]
         if ids is not None:
             items = ItemTensors(*(column[ids] for column in items))
         known = items.seen if forget is None else items.seen & ~forget
         if own is None:
             own = self.tower.id.weight[: len(known)] if ids is None else self.tower.id(ids)
-        return self._shelf(items, known, own, response)
+        return self._shelf(items, known, own, response, level)
 
-    def _shelf(self, items: ItemTensors, known: Tensor, own: Tensor, response: Tensor) -> Shelf:
+    def _shelf(
+        self, items: ItemTensors, known: Tensor, own: Tensor, response: Tensor, level: Tensor
+    ) -> Shelf:
         vectors, bias = self.tower(items, known, own)
-        return Shelf(vectors, bias, response, items.category)
+        return Shelf(vectors, bias, response, level, items.category)
 
     def keys(
         self,
@@ -447,7 +466,8 @@ class QNetwork(nn.Module):
 
     def shelf_with(self, items: ItemTensors, ids: Tensor) -> Shelf:
         """M items whose features come with the request. items: of M rows; ids: [M], 0 unknown."""
-        return self._shelf(items, items.seen, self.tower.id(ids), self.response.own[ids])
+        own, level = self.response.own[ids], self.stack.level[ids]
+        return self._shelf(items, items.seen, self.tower.id(ids), own, level)
 
     def _keys(self, shelf: Shelf) -> Keys:
         d = self.settings.dim
@@ -455,7 +475,8 @@ class QNetwork(nn.Module):
         organic = torch.cat((organic[:, :d], organic[:, d:] + shelf.bias.unsqueeze(1)), dim=1)
         choice = self.prior * organic + self.response.keys(shelf.tower, shelf.own)
         choice = torch.cat((choice, choice.new_ones(len(choice), 1)), dim=1)
-        return Keys(shelf.tower, organic, choice, self.key(shelf.tower.detach()), shelf.category)
+        gain = self.key(self.response.of_item(shelf.tower.detach()))
+        return Keys(shelf.tower, organic, choice, shelf.level, gain, shelf.category)
 
     def queries(self, state: StateTensors, shelf: Shelf | Keys, local: Tensor | None = None) -> Queries:
         """Every head's view of the states. shelf: of the history's items at least; local: [B, H] rows of it that these
@@ -471,13 +492,16 @@ class QNetwork(nn.Module):
         more_copy = more.copy[kinds] * has_item
         more_alike = (more.alike[kinds] + share.detach() @ more.share) * has_category
         organic = torch.cat((phi, phi.new_ones(len(phi), 1)), dim=1)
-        still = phi.detach()  # returns are noise beside choices: they must not bend what choice is read from
+        # returns are noise beside choices: they must not bend what choice is read from
+        still = self.response.of_state(phi.detach())
         choice = torch.cat((organic, self.lean(phi)), dim=1)
         return Queries(
             Query(organic, copy, item, alike, category),
             Query(choice, self.prior * copy + more_copy, item, self.prior * alike + more_alike, category),
+            going_back(state.item),
             self.query(still),
             self.unchosen(torch.cat((still, total), dim=1)),
+            self.hint(still),
             kinds,
             share.detach(),
         )
@@ -500,24 +524,44 @@ class QNetwork(nn.Module):
         gain = torch.cat((queries.gain[:, :half], self.settings.gamma * queries.gain[:, half:]), dim=1)
         return gain @ keys.gain.T
 
+    def choice(self, queries: Queries, keys: Keys) -> tuple[Query, Tensor]:
+        """What log-odds of choice, set right, are scored by: the states' view, and the items' keys [N, d + 2]."""
+        c, scale, own = self.stack.weights
+        z, pull = queries.choice, keys.choice
+        vector = torch.cat((z.vector[:, :-1], scale * z.vector[:, -1:] + c), dim=1)
+        level = scale * pull[:, -2:-1] + keys.level.unsqueeze(1)
+        return (
+            z._replace(vector=vector, copy=scale * z.copy + own * queries.back, alike=scale * z.alike),
+            torch.cat((scale * pull[:, :-2], level, pull[:, -1:]), dim=1),
+        )
+
     def parts_at(self, queries: Queries, keys: Keys, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Choice log-odds, m and g at ids [B, K], each [B, K]."""
+        """z, m and g at ids [B, K], each [B, K]."""
+        return score_at(queries.choice, keys.choice, keys.category, ids), *self._gains_at(queries, keys, ids)
+
+    def _gains_at(self, queries: Queries, keys: Keys, ids: Tensor) -> tuple[Tensor, Tensor]:
         product = functional.embedding(ids, keys.gain) * queries.gain.unsqueeze(1)
         reward, continuation = product.reshape(*ids.shape, 2, -1).sum(dim=3).unbind(dim=2)
-        return score_at(queries.choice, keys.choice, keys.category, ids), reward, continuation
+        return reward, continuation
 
     def advantage_all(self, queries: Queries, keys: Keys) -> Tensor:
         """p · (m + γ g) of all N items, [B, N]: what showing an item adds to showing nothing of interest."""
-        choice = score_all(queries.choice, keys.choice, keys.category).sigmoid_()
+        query, pull = self.choice(queries, keys)
+        choice = score_all(query, pull, keys.category).sigmoid_()
         gain = self.gain_all(queries, keys)
         return choice * gain if choice.requires_grad else choice.mul_(gain)
 
     def advantage_at(self, queries: Queries, keys: Keys, ids: Tensor, slot: Tensor | None = None) -> Tensor:
         """p · (m + γ g) at ids [B, K], [B, K]. slot: [K] or [B, K], where in the slate each is shown; None: first."""
-        choice, reward, continuation = self.parts_at(queries, keys, ids)
-        if slot is not None:
-            choice = choice + self.position_of(slot)
-        return torch.sigmoid(choice) * (reward + self.settings.gamma * continuation)
+        reward, continuation = self._gains_at(queries, keys, ids)
+        gain = reward + self.settings.gamma * continuation
+        return self.chance_at(queries, keys, ids, slot) * gain
+
+    def chance_at(self, queries: Queries, keys: Keys, ids: Tensor, slot: Tensor | None = None) -> Tensor:
+        """p at ids [B, K], [B, K]. slot: see `advantage_at`."""
+        query, pull = self.choice(queries, keys)
+        log_odds = score_at(query, pull, keys.category, ids)
+        return torch.sigmoid(log_odds if slot is None else log_odds + self.position_of(slot))
 
     def position_of(self, slot: Tensor) -> Tensor:
         """Choice log-odds of places in a slate, against the first; of the shape of `slot`, 0..MAX_SLOTS - 1."""

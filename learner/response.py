@@ -38,6 +38,8 @@ PULL_WIDTH: Final = 1e-4  # σ² of what one entry of a history adds
 # choices oftener (learner.replay) has made small
 PACE: Final = 3.0
 _RIDGE: Final = 1e-3
+# of the scales of φ and ψ, usually 1 to 3: where all that was shown so far is alike, what differs is not thousands off
+SMALLEST: Final = 0.25
 
 
 def _pace(q: float) -> float:
@@ -71,9 +73,17 @@ class Response(nn.Module):
         self.register_buffer("state_scale", torch.ones(1))  # root of the mean square of φ - its mean
         self.register_buffer("item_scale", torch.ones(1))
 
+    def of_state(self, phi: Tensor) -> Tensor:
+        """φ̄: φ [..., d], centred and of unit size, as are those of the states that slates were shown in."""
+        return (phi - self.state_mean) / self.state_scale
+
+    def of_item(self, tower: Tensor) -> Tensor:
+        """ψ̄: ψ [..., d], centred and of unit size, as are those of the items shown."""
+        return (tower - self.item_mean) / self.item_scale
+
     def keys(self, tower: Tensor, own: Tensor) -> Tensor:
         """What [φ, 1] has to be multiplied with, [N, d + 1]. tower: [N, d] ψ; own: [N, d + 1] rows of `own`."""
-        keys = own + ((tower - self.item_mean) / self.item_scale) @ self.shared.T
+        keys = own + self.of_item(tower) @ self.shared.T
         slope, level = keys[:, :-1] / self.state_scale, keys[:, -1]
         return torch.cat((slope, (level - slope @ self.state_mean).unsqueeze(1)), dim=1)
 
@@ -152,8 +162,7 @@ class Fit:
         self.looked += q
         self._look(shown, q)
         response = self.response
-        phi = (shown.phi - response.state_mean) / response.state_scale
-        psi = (shown.tower - response.item_mean) / response.item_scale
+        phi, psi = response.of_state(shown.phi), response.of_item(shown.tower)
         towards = phi @ self.directions  # [B, d]
         size, length = (towards * phi).sum(dim=1, keepdim=True), psi.square().sum(dim=2)  # means of one
         gradient = shown.weight * (shown.chosen.float() - shown.chance)  # [B, K]
@@ -176,8 +185,8 @@ class Fit:
             mean.lerp_(weights @ vectors, share)
             apart = vectors - mean
             cov.lerp_((apart * weights.unsqueeze(1)).T @ apart, share).diagonal().add_(1e-9)
-        response.state_scale.fill_(self.state_cov.trace().sqrt())
-        response.item_scale.fill_(self.item_cov.trace().sqrt())
+        response.state_scale.fill_(self.state_cov.trace().sqrt().clamp(min=SMALLEST))
+        response.item_scale.fill_(self.item_cov.trace().sqrt().clamp(min=SMALLEST))
         self._derive()
 
     def _move_own(self, ids: Tensor, gradient: Tensor, told: Tensor, towards: Tensor, q: float) -> None:

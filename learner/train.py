@@ -452,6 +452,7 @@ class Trainer:
             metrics.loss.set(last.loss)
             metrics.mean_q.set(last.mean_q)
             metrics.q_spread.set(last.q_spread)
+            metrics.foretold_scale.set(float(learner.agent.online.stack.weights[1]))
 
     def _end(self) -> None:
         """A last version and a last checkpoint, waited for."""

@@ -29,7 +29,7 @@ from learner.blobs import open_blobs
 from learner.fence import Fence, Fenced
 from streaming.interning import Vocabulary
 
-FORMAT: Final = "bellwether-weights/1"
+FORMAT: Final = "bellwether-weights/2"
 CHUNK: Final = 8192  # item ids in one vocabulary file; all but the last file of a vocabulary are full
 
 
@@ -367,8 +367,8 @@ def _parse_manifest(name: str, data: bytes, version: int) -> Manifest:
         body = json.loads(data)
         if body.pop("sha256") != _digest(body):
             raise ValueError("its own hash is wrong")
-        if body.pop("format") != FORMAT:
-            raise ValueError(f"not of format {FORMAT!r}; this server is older than its learner")
+        if (made := body.pop("format")) != FORMAT:
+            raise ValueError(f"is of format {made!r}, this version reads {FORMAT!r}")
         body["positions"] = {int(partition): offset for partition, offset in body["positions"].items()}
         body["shapes"] = {tensor: tuple(shape) for tensor, shape in body["shapes"].items()}
         body["vocabulary_sha256"] = tuple(body["vocabulary_sha256"])

@@ -39,7 +39,7 @@ def network(shape: NetworkSettings, seed: int) -> tuple[QNetwork, ItemTensors]:
         made = QNetwork(shape, ITEMS + 1)
         for parameter in made.parameters():
             parameter += 0.3 * torch.randn(parameter.shape) * (shape.dim**-0.5 if parameter.ndim > 1 else 1.0)
-        for values in made.response.buffers():
+        for values in (*made.response.buffers(), *made.stack.buffers()):
             values += 0.3 * torch.rand(values.shape)
         vector = torch.randn(ITEMS + 1, shape.vector_dim)
     n = ITEMS + 1
