@@ -92,7 +92,7 @@ class AgentSettings:
     dim: int = _setting(32, "size of item vectors; 1..1024")
     hidden: int = _setting(64, "size of hidden layers; 1..4096")
     stack: bool = _setting(
-        True, "choice as it was foretold is set right by what then came, before anything is learnt of it"
+        False, "set choice right by what came of it as it was foretold, before anything was learnt of it"
     )
     history_length: int = _setting(32, "history entries in a state; 1..1000")
     vector_dim: int = _setting(32, "dense catalog features used; 1..256")

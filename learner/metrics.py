@@ -45,7 +45,7 @@ class Metrics:
         )
         self.foretold_scale = gauge(
             "learner_foretold_scale",
-            "What choice's log-odds are multiplied with, by what came of those foretold; far below 1: luck was learnt.",
+            "With --stack, what log-odds foretold are multiplied with, by what came; far below 1: luck was learnt.",
         )
         self.updates_per_transition = gauge(
             "learner_updates_per_transition", "Gradient steps for each transition, since the first start."

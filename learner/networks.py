@@ -26,7 +26,8 @@ Bayesian last layer, with a leaning of the state to choose at all):
 
     z(s, a) = β · organic(s, a) + response(s, a) + lean(s)
 
-and p is what they come to once they are set right by what came of slots foretold by them (learner.stacking):
+and logit p = z; or, with `stack`, what they come to once they are set right by what came of slots foretold by them
+(learner.stacking):
 
     logit p(s, a) = c + κ z(s, a) + ω √share(s, a) + level_a
 

@@ -13,7 +13,10 @@ from learner.agent import Agent, AgentSettings
 from learner.networks import score_at
 from learner.stacking import NEWEST, PRIOR_MEAN, PRIOR_PRECISION, WIDTHS, Stack, StackFit, going_back
 from streaming.transitions import Amendments, Joined, Rejects, States, Transitions
-from tests.test_agent import ITEMS, SETTINGS, batch, new_agent, trained
+from tests.test_agent import ITEMS, batch, new_agent, trained
+from tests.test_agent import SETTINGS as PLAIN
+
+SETTINGS = replace(PLAIN, stack=True)
 
 
 def slots(seed, count, items, weights=(-1.0, 0.4, 1.5), width=0.0):
@@ -180,15 +183,15 @@ def test_what_is_noted_is_what_the_served_network_says_before_it_learns_of_it(ex
 
 
 def test_a_network_that_has_not_learnt_foretells_nothing_and_one_that_is_told_not_to_neither():
-    fresh, told = new_agent(), joined(batch(1))
+    fresh, told = new_agent(SETTINGS), joined(batch(1))
     fresh.foretell(told)
-    without = trained(range(3), new_agent(replace(SETTINGS, stack=False)))
+    without = trained(range(3), new_agent())
     without.foretell(told)
     assert fresh._stack.slots == without._stack.slots == 0
 
 
 def test_q_counts_the_chance_that_was_set_right():
-    agent = trained(range(4))
+    agent = trained(range(4), new_agent(SETTINGS))
     fit, told = agent._stack, slots(8, 5000, ITEMS + 1, width=0.3)[0]
     fit.note(*told)
     with torch.no_grad():
@@ -208,7 +211,7 @@ def test_q_counts_the_chance_that_was_set_right():
 
 
 def test_an_agent_restored_foretells_as_if_it_had_never_stopped():
-    first = trained(range(4))
+    first = trained(range(4), new_agent(SETTINGS))
     first.foretell(joined(batch(50)))
     again = Agent(SETTINGS, seed=99)
     again.restore(first.state())
