@@ -58,6 +58,7 @@ ROWS: Final = {
     "forget": Row("ids never left out", ("forget=0",)),
     "decay": Row("ids not decayed, never left out", ("forget=0", "weight_decay=0")),
     "history": Row("state: the newest entry alone", ("history_length=1",)),
+    "stack": Row("choice set right by what came of what was foretold", ("stack=true",)),
     "boltzmann": Row("Boltzmann exploration, with ε .05", ("exploration=boltzmann",)),
     "thompson": Row("Thompson sampling, with ε .05", ("exploration=thompson",)),
     "greedy": Row("no exploration: ε = 0", ("epsilon=0",)),
