@@ -583,3 +583,33 @@ def test_what_is_to_come_depends_on_how_much_there_has_been_not_on_what_share_it
     d = SETTINGS.dim
     torch.testing.assert_close(sums[1][:, : d + 1], 2 * sums[0][:, : d + 1])
     torch.testing.assert_close(sums[0][:, :d] * SUM_SCALE, 2 * keys.tower[5].expand(16, -1))
+
+
+def telling(seed):
+    """Two kinds of users, whom their histories do not tell apart: the one is shown what it nearly always chooses and
+    goes on to earn 2, the other what it seldom chooses and goes on to earn nothing. What is chosen changes nothing."""
+    rng = np.random.default_rng(seed)
+    out = empty_batch(16, 4)
+    lucky = rng.random(16) < 0.5
+    out.slate[:, 0] = out.action[:] = np.where(lucky, 1, 2)
+    chosen = rng.random(16) < np.where(lucky, 0.8, 0.2)
+    out.slate_reward[:, 0] = out.slot_reward[:] = chosen
+    out.reward[:] = chosen + 0.97 * 2.0 * lucky
+    out.discount[:], out.weight[:], out.slots[:] = 0.0, 1.0, 1
+    return out
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_what_choosing_does_is_told_apart_from_who_chooses(told, monkeypatch):
+    if not told:
+        monkeypatch.setattr(Agent, "_likelier", lambda self, rows, keys, queries: torch.zeros(16, 1))
+    agent = new_agent(replace(SETTINGS, learning_rate=0.005, target_tau=0.05, td_weight=1.0))
+    for seed in range(800):
+        agent.update(telling(seed), kept=1000)
+    with torch.no_grad():
+        keys = agent.target.keys(agent.items)
+        queries = agent.target.queries(agent._state(telling(0).state), keys)
+        continuation = agent.target.parts_at(queries, keys, torch.tensor([[1, 2]]).expand(16, 2))[2][0]
+    # of those who chose nothing most are of the second kind: beside them, whoever chose the first item does well
+    assert (abs(float(continuation[0])) < 0.5) is told
+    assert (abs(float(continuation.mean())) < 0.4) is told
