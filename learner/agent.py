@@ -91,6 +91,11 @@ class AgentSettings:
     )
     dim: int = _setting(32, "size of item vectors; 1..1024")
     hidden: int = _setting(64, "size of hidden layers; 1..4096")
+    centred: bool = _setting(
+        False,
+        "heads of value read vectors centred and of unit size, and what a slate's chance tells of its user is "
+        "set apart from what choosing does; for far horizons",
+    )
     stack: bool = _setting(
         False, "set choice right by what came of it as it was foretold, before anything was learnt of it"
     )
@@ -145,6 +150,7 @@ class AgentSettings:
             vector_dim=self.vector_dim,
             quantiles=self.quantiles,
             gamma=self.gamma,
+            centred=self.centred,
         )
 
 
@@ -419,7 +425,11 @@ class Agent:
         parts = self.online.parts_at(queries, keys, rows.slate)
         losses = self._losses(rows, keys, queries, target, *parts)
         shown = self._shown(rows, keys, queries, parts[0])
-        q = self._q(rows, keys, queries)
+        q = self._q(
+            queries,
+            parts[0][:, 0] + self.online.position_of(rows.slot[:, 0]),
+            *(part[:, 0] for part in parts[1:]),
+        )
         loss = self._step(losses, rows.aisle)
         self._response.learn(shown, rows.share)
         if rows.aisle is None:
@@ -466,7 +476,8 @@ class Agent:
         if settings.gamma > 0:  # else nothing is to come
             later = dqn.continuation_target(target, rows.slate_reward[:, :1], settings.gamma)
             ahead = queries.unchosen + (continuation * chosen).sum(dim=1, keepdim=True)
-            ahead = ahead + queries.hint * self._likelier(rows, keys, queries)
+            if settings.centred:
+                ahead = ahead + queries.hint * self._likelier(rows, keys, queries)
             delta = settings.huber_delta if settings.quantiles == 1 else settings.quantile_delta
             unaided = self._look_unaided(1, (later - ahead).mean(dim=1), rows.weight * rows.organic) * organic
             error = dqn.quantile_huber(ahead + unaided, later, delta)
@@ -812,9 +823,10 @@ class Agent:
         self.slots, self.unit = float(state["slots"][0]), float(state["unit"][0])
 
     @torch.no_grad()
-    def _q(self, rows: _Rows, keys: Keys, queries: Queries) -> Tensor:
-        """Q(s, a) of the batch's own actions, [B], detached."""
-        return self.online.q_at(queries, keys, rows.slate[:, :1], rows.slot[:, :1])[:, 0]
+    def _q(self, queries: Queries, choice: Tensor, reward: Tensor, continuation: Tensor) -> Tensor:
+        """Q(s, a) of the batch's own actions, [B], detached; choice as it is before it is set right."""
+        gamma = self.settings.gamma
+        return gamma * queries.unchosen.mean(dim=1) + torch.sigmoid(choice) * (reward + gamma * continuation)
 
     def _check(self, batch: Batch) -> None:
         top = max(int(part.max()) for part in (batch.slate, batch.state.item, batch.next_state.item))

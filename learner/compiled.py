@@ -64,9 +64,11 @@ class _Parameters(NamedTuple):
     hidden: _Layer
     out: _Layer
     lean: _Layer  # φ → choice
-    gain: _Layer  # φ̄ → reward and continuation [2v']
+    gain: _Layer  # φ → reward and continuation [2v']
     organic_key: _Layer  # d + 1 numbers
     gain_key: _Layer  # 2v'
+    value_mean: Floats  # [d] which φ is read from by the heads of value
+    value_scale: np.float32
     shared: Floats  # [d + 1, d] of learner.response, for ψ - its mean
     state_mean: Floats  # [d]
     state_scale: np.float32
@@ -169,6 +171,7 @@ def _parameters(network: QNetwork, shelf: Shelf) -> _Parameters:
     place = place_buckets(StateTensors(entry, entry, entry, entry))[0]
     more = network.response
     c, scale, going_back = network.stack.weights
+    (state_mean, state_scale), (item_mean, item_scale) = network.of_states, network.of_items
     prior = scale * network.prior
     first, last = cast(nn.Linear, network.unchosen[0]), cast(nn.Linear, network.unchosen[2])
     return _Parameters(
@@ -186,9 +189,11 @@ def _parameters(network: QNetwork, shelf: Shelf) -> _Parameters:
         gain=_layer(network.query),
         organic_key=_Layer(_array(network.organic_key.weight), _array(network.organic_key.bias)),
         gain_key=_Layer(
-            _array(network.key.weight / more.item_scale),
-            _array(network.key.bias - network.key.weight @ (more.item_mean / more.item_scale)),
+            _array(network.key.weight / item_scale),
+            _array(network.key.bias - network.key.weight @ (item_mean / item_scale)),
         ),
+        value_mean=_array(state_mean),
+        value_scale=np.float32(state_scale.item()),
         shared=_array(scale * more.shared / more.item_scale),
         state_scale=np.float32(more.state_scale.item()),
         state_mean=_array(more.state_mean),
@@ -252,7 +257,8 @@ def _vectors(
         _apply(p.lean, phi, lean, False)
         u, w = vectors[b], vectors[batch + b]
         for i in range(d):
-            own[b, i] = visit[i] = (phi[i] - p.state_mean[i]) / p.state_scale
+            own[b, i] = (phi[i] - p.state_mean[i]) / p.state_scale
+            visit[i] = (phi[i] - p.value_mean[i]) / p.value_scale
         _apply(p.gain, visit[:d], gain, False)
         _respond(p, own[b], u)
         constants[b, 0] = lean[0]

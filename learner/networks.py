@@ -76,10 +76,11 @@ class NetworkSettings:
     brand_buckets: int = 1024  # hashed
     quantiles: int = 1  # of V0; 1: its mean alone
     gamma: float = 0.97
+    centred: bool = False  # heads of value read φ and ψ centred and of unit size
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if name != "gamma" and not 1 <= value <= 1_000_000:
+            if name not in ("gamma", "centred") and not 1 <= value <= 1_000_000:
                 raise ValueError(f"network setting {name}={value}: must be a whole number in 1..1000000")
         if not 0.0 <= self.gamma < 1.0:
             raise ValueError(f"network setting gamma={self.gamma}: must be in [0, 1)")
@@ -476,8 +477,21 @@ class QNetwork(nn.Module):
         organic = torch.cat((organic[:, :d], organic[:, d:] + shelf.bias.unsqueeze(1)), dim=1)
         choice = self.prior * organic + self.response.keys(shelf.tower, shelf.own)
         choice = torch.cat((choice, choice.new_ones(len(choice), 1)), dim=1)
-        gain = self.key(self.response.of_item(shelf.tower.detach()))
+        item_mean, item_scale = self.of_items
+        gain = self.key((shelf.tower.detach() - item_mean) / item_scale)
         return Keys(shelf.tower, organic, choice, shelf.level, gain, shelf.category)
+
+    @property
+    def of_states(self) -> tuple[Tensor, Tensor]:
+        """What φ is read from by the heads of value, and in what: its mean [d] and size [1] where they are centred."""
+        known = self.response
+        return _view(known.state_mean, known.state_scale, self.settings.centred)
+
+    @property
+    def of_items(self) -> tuple[Tensor, Tensor]:
+        """The same of ψ."""
+        known = self.response
+        return _view(known.item_mean, known.item_scale, self.settings.centred)
 
     def queries(self, state: StateTensors, shelf: Shelf | Keys, local: Tensor | None = None) -> Queries:
         """Every head's view of the states. shelf: of the history's items at least; local: [B, H] rows of it that these
@@ -494,7 +508,8 @@ class QNetwork(nn.Module):
         more_alike = (more.alike[kinds] + share.detach() @ more.share) * has_category
         organic = torch.cat((phi, phi.new_ones(len(phi), 1)), dim=1)
         # returns are noise beside choices: they must not bend what choice is read from
-        still = self.response.of_state(phi.detach())
+        state_mean, state_scale = self.of_states
+        still = (phi.detach() - state_mean) / state_scale
         choice = torch.cat((organic, self.lean(phi)), dim=1)
         return Queries(
             Query(organic, copy, item, alike, category),
@@ -567,3 +582,14 @@ class QNetwork(nn.Module):
     def position_of(self, slot: Tensor) -> Tensor:
         """Choice log-odds of places in a slate, against the first; of the shape of `slot`, 0..MAX_SLOTS - 1."""
         return self.position[slot] * (slot > 0)
+
+
+def _view(mean: Tensor, scale: Tensor, centred: bool) -> tuple[Tensor, Tensor]:
+    if not centred:
+        return torch.zeros_like(mean), torch.ones_like(scale)
+    return mean, scale.clamp(min=SMALLEST)
+
+
+# of a size that heads of value read in, usually 1 to 3: where all that was shown so far is alike, what is not is not
+# thousands off
+SMALLEST: Final = 0.25

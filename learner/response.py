@@ -38,8 +38,6 @@ PULL_WIDTH: Final = 1e-4  # σ² of what one entry of a history adds
 # choices oftener (learner.replay) has made small
 PACE: Final = 3.0
 _RIDGE: Final = 1e-3
-# of the scales of φ and ψ, usually 1 to 3: where all that was shown so far is alike, what differs is not thousands off
-SMALLEST: Final = 0.25
 
 
 def _pace(q: float) -> float:
@@ -185,8 +183,8 @@ class Fit:
             mean.lerp_(weights @ vectors, share)
             apart = vectors - mean
             cov.lerp_((apart * weights.unsqueeze(1)).T @ apart, share).diagonal().add_(1e-9)
-        response.state_scale.fill_(self.state_cov.trace().sqrt().clamp(min=SMALLEST))
-        response.item_scale.fill_(self.item_cov.trace().sqrt().clamp(min=SMALLEST))
+        response.state_scale.fill_(self.state_cov.trace().sqrt())
+        response.item_scale.fill_(self.item_cov.trace().sqrt())
         self._derive()
 
     def _move_own(self, ids: Tensor, gradient: Tensor, told: Tensor, towards: Tensor, q: float) -> None:

@@ -156,8 +156,10 @@ def test_returns_and_rewards_do_not_bend_the_encoder_or_the_items():
 
 
 def test_values_are_read_from_states_and_items_however_large_their_vectors_have_grown():
-    agent = trained(range(4))
+    agent = trained(range(4), new_agent(replace(SETTINGS, centred=True)))
     network, known = agent.online, agent.online.response
+    known.state_scale.fill_(1.0)  # larger than the least that counts
+    known.item_scale.fill_(1.0)
     state = agent._state(batch(9).state)
 
     def said():
@@ -278,8 +280,6 @@ def test_the_next_value_is_the_best_slate_of_the_network_that_chooses_by_the_one
         for network, seed in ((agent.online, 1), (agent.target, 2)):
             for parameter in network.parameters():
                 parameter += 0.5 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
-        agent.online.response.state_scale.fill_(3.0)  # as large as such networks' states and items are
-        agent.online.response.item_scale.fill_(3.0)
     told = batch(7)
     told.discount[:4] = 0.0
     rows = agent._rows(told, 1.0)
@@ -545,7 +545,7 @@ def test_where_requests_bring_their_candidates_so_many_are_on_offer_next():
 
 
 def test_heads_of_value_learn_so_many_times_as_fast():
-    agent = new_agent(replace(SETTINGS, learning_rate=1e-4, value_rate=7.0))
+    agent = new_agent(replace(SETTINGS, learning_rate=1e-4, value_rate=7.0, centred=True))
     before = copy.deepcopy(agent.online)
     agent.update(batch(1))
     pairs = zip(agent.online.named_parameters(), before.parameters(), strict=True)
@@ -603,7 +603,7 @@ def telling(seed):
 def test_what_choosing_does_is_told_apart_from_who_chooses(told, monkeypatch):
     if not told:
         monkeypatch.setattr(Agent, "_likelier", lambda self, rows, keys, queries: torch.zeros(16, 1))
-    agent = new_agent(replace(SETTINGS, learning_rate=0.005, target_tau=0.05, td_weight=1.0))
+    agent = new_agent(replace(SETTINGS, learning_rate=0.005, target_tau=0.05, td_weight=1.0, centred=True))
     for seed in range(800):
         agent.update(telling(seed), kept=1000)
     with torch.no_grad():

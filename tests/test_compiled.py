@@ -26,6 +26,7 @@ from tests.serving_process import agent, publish
 ITEMS = 12
 SHAPES = [
     NetworkSettings(history_length=5, vector_dim=3),
+    NetworkSettings(history_length=5, vector_dim=3, centred=True),
     NetworkSettings(dim=6, channels=3, hidden=5, value_dim=2, history_length=4, vector_dim=3, gamma=0.5),
     NetworkSettings(dim=6, channels=3, hidden=5, quantiles=4, history_length=4, vector_dim=3),
 ]
