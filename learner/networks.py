@@ -10,8 +10,8 @@ equations 11-15, there for slates and here for single slots too):
     V0(s)    value of where the visit stands next if nothing is chosen: the mean of `quantiles` of its distribution;
              read from φ(s) and from plain sums over the history, which tell how far the visit has come
     g(s, a)  how much more that value is if a is chosen: what planning adds to greed
-    n(s)     beside Q: how much more is to come where a choice was likelier, made or not. Who is shown what
-             they like chooses more often, and does better anyway; without n, g would take that for what choosing does
+    n(s)     with `centred`, beside Q: how much more is to come where a choice was likelier, made or not. Who is shown
+             what they like chooses more often, and does better anyway; without n, g takes that for what choosing does
              (choices given their probability say what they do: Robinson 1988, Rosenbaum & Rubin 1983)
 
 This is a dueling network (Wang et al. 2016, equation 7) whose advantage is p · (m + γ g), and Q = R + γ C with
