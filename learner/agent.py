@@ -151,6 +151,7 @@ class AgentSettings:
             quantiles=self.quantiles,
             gamma=self.gamma,
             centred=self.centred,
+            stack=self.stack,
         )
 
 

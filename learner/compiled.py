@@ -337,7 +337,7 @@ def _features(
             features[counts + NAMES + name[h]] += 1
         features[ends + 2] += max(value[h], np.float32(0))
     for h in range(len(item)):
-        if item[h] > 0:
+        if item[h] > 0 and p.going_back != 0:
             same = 0
             for other in item:
                 same += other == item[h]

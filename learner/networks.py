@@ -77,10 +77,11 @@ class NetworkSettings:
     quantiles: int = 1  # of V0; 1: its mean alone
     gamma: float = 0.97
     centred: bool = False  # heads of value read φ and ψ centred and of unit size
+    stack: bool = False  # choice is set right by learner.stacking
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if name not in ("gamma", "centred") and not 1 <= value <= 1_000_000:
+            if name not in ("gamma", "centred", "stack") and not 1 <= value <= 1_000_000:
                 raise ValueError(f"network setting {name}={value}: must be a whole number in 1..1000000")
         if not 0.0 <= self.gamma < 1.0:
             raise ValueError(f"network setting gamma={self.gamma}: must be in [0, 1)")
@@ -514,7 +515,7 @@ class QNetwork(nn.Module):
         return Queries(
             Query(organic, copy, item, alike, category),
             Query(choice, self.prior * copy + more_copy, item, self.prior * alike + more_alike, category),
-            going_back(state.item),
+            going_back(state.item) if self.settings.stack else torch.zeros_like(copy),
             self.query(still),
             self.unchosen(torch.cat((still, total), dim=1)),
             self.hint(still),
@@ -542,6 +543,8 @@ class QNetwork(nn.Module):
 
     def choice(self, queries: Queries, keys: Keys) -> tuple[Query, Tensor]:
         """What log-odds of choice, set right, are scored by: the states' view, and the items' keys [N, d + 2]."""
+        if not self.settings.stack:
+            return queries.choice, keys.choice
         c, scale, own = self.stack.weights
         z, pull = queries.choice, keys.choice
         vector = torch.cat((z.vector[:, :-1], scale * z.vector[:, -1:] + c), dim=1)

@@ -26,7 +26,7 @@ from tests.serving_process import agent, publish
 ITEMS = 12
 SHAPES = [
     NetworkSettings(history_length=5, vector_dim=3),
-    NetworkSettings(history_length=5, vector_dim=3, centred=True),
+    NetworkSettings(history_length=5, vector_dim=3, centred=True, stack=True),
     NetworkSettings(dim=6, channels=3, hidden=5, value_dim=2, history_length=4, vector_dim=3, gamma=0.5),
     NetworkSettings(dim=6, channels=3, hidden=5, quantiles=4, history_length=4, vector_dim=3),
 ]
@@ -40,7 +40,7 @@ def network(shape: NetworkSettings, seed: int) -> tuple[QNetwork, ItemTensors]:
         made = QNetwork(shape, ITEMS + 1)
         for parameter in made.parameters():
             parameter += 0.3 * torch.randn(parameter.shape) * (shape.dim**-0.5 if parameter.ndim > 1 else 1.0)
-        for values in (*made.response.buffers(), *made.stack.buffers()):
+        for values in (*made.response.buffers(), *(made.stack.buffers() if shape.stack else ())):
             values += 0.3 * torch.rand(values.shape)
         vector = torch.randn(ITEMS + 1, shape.vector_dim)
     n = ITEMS + 1
