@@ -92,7 +92,7 @@ class AgentSettings:
     dim: int = _setting(32, "size of item vectors; 1..1024")
     hidden: int = _setting(64, "size of hidden layers; 1..4096")
     centred: bool = _setting(
-        False,
+        True,
         "heads of value read vectors centred and of unit size, and what a slate's chance tells of its user is "
         "set apart from what choosing does; for far horizons",
     )
@@ -417,6 +417,7 @@ class Agent:
         Raises: ValueError for a batch that names items beyond `grow`.
         """
         self._check(batch)
+        self.online.look()
         rows = self._rows(batch, len(batch.action) / max(kept or 0, len(batch.action)))
         keys = self._keys(rows.aisle)
         queries = self.online.queries(rows.state, keys, rows.here)

@@ -171,7 +171,6 @@ def _parameters(network: QNetwork, shelf: Shelf) -> _Parameters:
     place = place_buckets(StateTensors(entry, entry, entry, entry))[0]
     more = network.response
     c, scale, going_back = network.stack.weights
-    (state_mean, state_scale), (item_mean, item_scale) = network.of_states, network.of_items
     prior = scale * network.prior
     first, last = cast(nn.Linear, network.unchosen[0]), cast(nn.Linear, network.unchosen[2])
     return _Parameters(
@@ -189,11 +188,11 @@ def _parameters(network: QNetwork, shelf: Shelf) -> _Parameters:
         gain=_layer(network.query),
         organic_key=_Layer(_array(network.organic_key.weight), _array(network.organic_key.bias)),
         gain_key=_Layer(
-            _array(network.key.weight / item_scale),
-            _array(network.key.bias - network.key.weight @ (item_mean / item_scale)),
+            _array(network.key.weight / network.item_scale),
+            _array(network.key.bias - network.key.weight @ (network.item_mean / network.item_scale)),
         ),
-        value_mean=_array(state_mean),
-        value_scale=np.float32(state_scale.item()),
+        value_mean=_array(network.state_mean),
+        value_scale=np.float32(network.state_scale.item()),
         shared=_array(scale * more.shared / more.item_scale),
         state_scale=np.float32(more.state_scale.item()),
         state_mean=_array(more.state_mean),

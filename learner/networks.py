@@ -76,7 +76,7 @@ class NetworkSettings:
     brand_buckets: int = 1024  # hashed
     quantiles: int = 1  # of V0; 1: its mean alone
     gamma: float = 0.97
-    centred: bool = False  # heads of value read φ and ψ centred and of unit size
+    centred: bool = True  # heads of value read φ and ψ centred and of unit size
     stack: bool = False  # choice is set right by learner.stacking
 
     def __post_init__(self) -> None:
@@ -399,6 +399,10 @@ class QNetwork(nn.Module):
         # it starts from zero, and draws nothing
         self.hint: nn.Linear = nn.utils.skip_init(nn.Linear, d, 1)  # type: ignore[no-untyped-call]
         self.position = nn.Parameter(torch.zeros(MAX_SLOTS))  # choice log-odds by slot, against slot 0
+        # what heads of value read φ and ψ less of, and in what, both as `look` takes them over: no gradient moves them,
+        # but the target network follows them as it does φ and ψ
+        self.state_mean, self.item_mean = (nn.Parameter(torch.zeros(d), requires_grad=False) for _ in "si")
+        self.state_scale, self.item_scale = (nn.Parameter(torch.ones(1), requires_grad=False) for _ in "si")
         self._start()
 
     @torch.no_grad()
@@ -478,21 +482,17 @@ class QNetwork(nn.Module):
         organic = torch.cat((organic[:, :d], organic[:, d:] + shelf.bias.unsqueeze(1)), dim=1)
         choice = self.prior * organic + self.response.keys(shelf.tower, shelf.own)
         choice = torch.cat((choice, choice.new_ones(len(choice), 1)), dim=1)
-        item_mean, item_scale = self.of_items
-        gain = self.key((shelf.tower.detach() - item_mean) / item_scale)
+        gain = self.key((shelf.tower.detach() - self.item_mean) / self.item_scale)
         return Keys(shelf.tower, organic, choice, shelf.level, gain, shelf.category)
 
-    @property
-    def of_states(self) -> tuple[Tensor, Tensor]:
-        """What φ is read from by the heads of value, and in what: its mean [d] and size [1] where they are centred."""
-        known = self.response
-        return _view(known.state_mean, known.state_scale, self.settings.centred)
-
-    @property
-    def of_items(self) -> tuple[Tensor, Tensor]:
-        """The same of ψ."""
-        known = self.response
-        return _view(known.item_mean, known.item_scale, self.settings.centred)
+    @torch.no_grad()
+    def look(self) -> None:
+        """Have heads of value read φ and ψ by the moments that learner.response knows by now, where they do."""
+        if self.settings.centred:
+            known = self.response
+            for name in ("state", "item"):
+                getattr(self, f"{name}_mean").copy_(getattr(known, f"{name}_mean"))
+                getattr(self, f"{name}_scale").copy_(getattr(known, f"{name}_scale").clamp(min=SMALLEST))
 
     def queries(self, state: StateTensors, shelf: Shelf | Keys, local: Tensor | None = None) -> Queries:
         """Every head's view of the states. shelf: of the history's items at least; local: [B, H] rows of it that these
@@ -509,8 +509,7 @@ class QNetwork(nn.Module):
         more_alike = (more.alike[kinds] + share.detach() @ more.share) * has_category
         organic = torch.cat((phi, phi.new_ones(len(phi), 1)), dim=1)
         # returns are noise beside choices: they must not bend what choice is read from
-        state_mean, state_scale = self.of_states
-        still = (phi.detach() - state_mean) / state_scale
+        still = (phi.detach() - self.state_mean) / self.state_scale
         choice = torch.cat((organic, self.lean(phi)), dim=1)
         return Queries(
             Query(organic, copy, item, alike, category),
@@ -585,12 +584,6 @@ class QNetwork(nn.Module):
     def position_of(self, slot: Tensor) -> Tensor:
         """Choice log-odds of places in a slate, against the first; of the shape of `slot`, 0..MAX_SLOTS - 1."""
         return self.position[slot] * (slot > 0)
-
-
-def _view(mean: Tensor, scale: Tensor, centred: bool) -> tuple[Tensor, Tensor]:
-    if not centred:
-        return torch.zeros_like(mean), torch.ones_like(scale)
-    return mean, scale.clamp(min=SMALLEST)
 
 
 # of a size that heads of value read in, usually 1 to 3: where all that was shown so far is alike, what is not is not

@@ -79,6 +79,9 @@ class ServerProcess:
         return self.process.wait(timeout_s)
 
 
+VIEWS = ("state_mean", "state_scale", "item_mean", "item_scale")  # of QNetwork, that vectors are read by
+
+
 def agent(items: int, seed: int = 0, **settings: Any) -> Agent:
     """An agent that knows vocabulary ids 1..items, with weights of which no two are alike."""
     made = Agent(AgentSettings(**settings), seed=seed)
@@ -100,7 +103,7 @@ def publish(
     tensors = {name: tensor.numpy() for name, tensor in made.tensors().items()}
     rng = np.random.default_rng(seed)
     for name, tensor in tensors.items():
-        if name.split(".")[1] == "hint":  # no part of Q
+        if name.split(".")[1] in ("hint", *VIEWS):  # no part of Q, or not of any size
             continue
         if name.startswith(("online.", "target.")) and tensor.dtype == np.float32:
             tensors[name] = tensor + rng.normal(0, 0.1, tensor.shape).astype(np.float32)

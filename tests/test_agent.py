@@ -163,6 +163,7 @@ def test_values_are_read_from_states_and_items_however_large_their_vectors_have_
     state = agent._state(batch(9).state)
 
     def said():
+        network.look()
         keys = network.keys(agent.items)
         queries = network.queries(state, keys)
         return keys.gain, queries.gain, queries.unchosen
