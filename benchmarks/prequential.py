@@ -42,7 +42,7 @@ from tests.serving_process import ServerProcess
 SESSIONS: Final = "sessions"
 LEARNED: Final = ("learned_next_item", "learned_q")
 _BEGAN_MS: Final = 1_430_000_000_000
-RULES: Final = ("co_views", "recent", "popularity")
+RULES: Final = ("walks", "co_views", "recent", "popularity")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -202,7 +202,7 @@ def show(result: dict[str, Any]) -> None:
         f"learnt in {result['learner_s']} s; {answers['learned']} of {answers['users']} users are served what was "
         f"learnt, {answers['distinct_slates']} different slates\n"
     )
-    kinds = ("all", "last third", "first_time", "repeat", "carts_or_more", "purchases")
+    kinds = ("all", "last third", "with_history", "first_time", "repeat", "carts_or_more", "purchases")
     parts = report | {"last third": report["thirds"][2]}
     print("| HR@20 / MRR@20 | " + " | ".join(f"{kind} ({parts[kind]['steps']:,})" for kind in kinds) + " |")
     print("|---" * (len(kinds) + 1) + "|")

@@ -26,10 +26,12 @@ from learner.networks import (
     StateTensors,
     first_rows,
     matches,
+    place_buckets,
     price_levels,
     score_all,
     unknown_items,
 )
+from learner.recall import BLOCK, EVERY, READ, RecallFit
 from learner.replay import Batch, Histories
 from learner.response import Fit, Shown
 from learner.stacking import StackFit
@@ -96,6 +98,9 @@ class AgentSettings:
         "heads of value read vectors centred and of unit size, and what a slate's chance tells of its user is "
         "set apart from what choosing does; for far horizons",
     )
+    recall: bool = _setting(
+        True, "remember where users went from each item, beside what the network learns of it"
+    )
     stack: bool = _setting(
         False, "set choice right by what came of it as it was foretold, before anything was learnt of it"
     )
@@ -151,6 +156,7 @@ class AgentSettings:
             quantiles=self.quantiles,
             gamma=self.gamma,
             centred=self.centred,
+            recall=self.recall,
             stack=self.stack,
         )
 
@@ -205,6 +211,11 @@ class _Rows(NamedTuple):
     each: Tensor  # [B, K] of the slots: shares of the step's
     organic: Tensor  # [B] bool
 
+    @property
+    def ids(self) -> Tensor | None:
+        """[N] vocabulary ids of the rows; None: row i is id i."""
+        return None if self.aisle is None else self.aisle.ids
+
 
 class Agent:
     """Learns Q from batches. One thread owns it; on CPU the same batches give the same weights, bit for bit.
@@ -229,12 +240,14 @@ class Agent:
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         self.target.response = self.online.response  # it is a mean already
         self.target.stack = self.online.stack
+        self.target.recall = self.online.recall
         self._unaided = torch.zeros(2, device=self.device)  # reward, continuation: see `_look_unaided`
         self._unaided_looks = [0, 0]
         self.unit = 1.0  # of value, in reward units: see `_look_unit`
         self._unit_looks = 0
         self._response = Fit(self.online.response)
         self._stack = StackFit(self.online.stack)
+        self._recall = RecallFit(self.online.recall)
         self._optimiser = self._new_optimiser()
         self._roomy_items = unknown_items(1, settings.vector_dim, self.device)
         self._roomy_offer = torch.zeros(1, dtype=torch.bool, device=self.device)
@@ -334,12 +347,60 @@ class Agent:
         told = self._to(ids, torch.int64)
         self._met.index_add_(0, told, torch.ones_like(told, dtype=torch.int32))
 
-    @torch.no_grad()
     def foretell(self, joined: Joined) -> None:
-        """Note what is foretold of these slots, and what came: before anything is learnt from them, and of vocabulary
-        ids that there is room for. A reward that comes later than its transition was made is not counted."""
-        if not self.settings.stack or self.updates == 0:  # nothing is known: that says nothing of what is
+        """Note what is foretold of these transitions, and what came: before anything is learnt from them, and of
+        vocabulary ids that there is room for."""
+        if self.settings.recall:
+            self._recall_steps(joined)
+        if self.settings.stack and self.updates > 0:  # else nothing is known: that says nothing of what is
+            self._foretell_slots(joined)
+
+    def _recall_steps(self, joined: Joined) -> None:
+        """Learn from where users went unaided, and remember it: see learner.recall."""
+        t = joined.transitions
+        went = np.flatnonzero(t.organic & (t.action > 0))
+        if not len(went):
             return
+        item, histories = t.action[went].astype(np.int64), joined.states.item[t.state[went]]
+        if self.updates > 0 and self.online.recall.has_any:
+            for start in range(0, len(went), EVERY):
+                block = np.arange(start, min(start + EVERY, len(went)))
+                self._learn_recall(joined, went[block[:: -(-len(block) // BLOCK)]])
+        self._recall.observe(histories, item)
+
+    def _learn_recall(self, joined: Joined, which: npt.NDArray[np.intp]) -> None:
+        """One step of what recall weighs by. which: [T] of the transitions."""
+        t = joined.transitions
+        histories = Histories(*(getattr(joined.states, name)[t.state[which]] for name in Histories._fields))
+        state, item = self._state(histories), self._to(t.action[which], torch.int64)
+        self._recall.refresh(histories.item[:, :READ])
+        ids = None
+        with torch.no_grad():
+            if self.rows > self.settings.exact_items:
+                to = self.online.recall.led[self.online.recall.known(state.item[:, :READ])]
+                drawn = torch.randint(self.rows, (self.settings.candidates,), generator=self._generator)
+                ids = torch.unique(
+                    torch.cat((drawn.to(self.device), state.item.flatten(), item, to.flatten()))
+                )
+                keys = self.online.keys(self._items, ids, own=self._take(ids).table.online)
+                here, at = torch.searchsorted(ids, state.item), torch.searchsorted(ids, item)
+            else:
+                self._catch_up()
+                keys, here, at = self.online.keys(self._items), state.item, item
+            queries = self.online.queries(state, keys, here, ids)
+            organic = score_all(queries.organic, keys.organic, keys.category)
+            places = place_buckets(state)
+        self._recall.learn(
+            organic,
+            at,
+            lambda weights: self.online.recall.recalled(
+                state.item, queries.kinds, places, here, ids, weights
+            ),
+        )
+
+    @torch.no_grad()
+    def _foretell_slots(self, joined: Joined) -> None:
+        """For learner.stacking. A reward that comes later than its transition was made is not counted."""
         t = joined.transitions
         shown = np.flatnonzero(~t.organic & (t.action > 0))
         for start in range(0, len(shown), _FORETOLD):
@@ -369,7 +430,8 @@ class Agent:
         else:
             self._catch_up()
         keys = self.target.keys(self._items, ids, own=own)
-        queries = self.target.queries(state, keys, here).rows(self._to(which, torch.int64))
+        self._recall.refresh(histories.item[:, :READ])
+        queries = self.target.queries(state, keys, here, ids).rows(self._to(which, torch.int64))
         place = self._to(slot, torch.int64).clamp(0, MAX_SLOTS - 1)
         log_odds = self.target.parts_at(queries, keys, at)[0][:, 0] + self.target.position_of(place)
         share = (queries.back * (queries.choice.item == at)).sum(dim=1)
@@ -418,9 +480,11 @@ class Agent:
         """
         self._check(batch)
         self.online.look()
+        for histories in (batch.state, batch.next_state):
+            self._recall.refresh(histories.item[:, :READ])
         rows = self._rows(batch, len(batch.action) / max(kept or 0, len(batch.action)))
         keys = self._keys(rows.aisle)
-        queries = self.online.queries(rows.state, keys, rows.here)
+        queries = self.online.queries(rows.state, keys, rows.here, rows.ids)
         target = dqn.n_step_target(
             rows.reward.unsqueeze(1), rows.discount.unsqueeze(1), self._next_value(rows, keys)
         )
@@ -477,7 +541,10 @@ class Agent:
         }
         if settings.gamma > 0:  # else nothing is to come
             later = dqn.continuation_target(target, rows.slate_reward[:, :1], settings.gamma)
-            ahead = queries.unchosen + (continuation * chosen).sum(dim=1, keepdim=True)
+            led = (continuation * chosen).sum(dim=1, keepdim=True)
+            if not self._aided:  # all are chosen: how far that is better than none cannot be told
+                led = led - (led[:, 0] * rows.weight).sum() / rows.weight.sum()
+            ahead = queries.unchosen + led
             if settings.centred:
                 ahead = ahead + queries.hint * self._likelier(rows, keys, queries)
             delta = settings.huber_delta if settings.quantiles == 1 else settings.quantile_delta
@@ -525,14 +592,20 @@ class Agent:
                 parameter.detach().mul_(ratio)
         self._unaided.mul_(ratio)
 
+    @property
+    def _aided(self) -> bool:
+        """Whether any slate has been seen."""
+        return self._response.looked > 0
+
     @torch.no_grad()
     def _look_unaided(self, which: int, left_over: Tensor, weight: Tensor) -> Tensor:
         """Take in by how much what users choose unaided earns (0), or leads to (1), otherwise than chosen slots do: the
-        mean of what the heads leave over; returns it, [1]. Were it a parameter, the heads would chase it for as long as
-        Adam moves it; and they would chase the first batch's, were they to learn from it before it was looked at.
+        mean of what the heads leave over; returns it, [1], 0 before any slate was seen. Were it a parameter, the heads
+        would chase it for as long as Adam moves it; and they would chase the first batch's, were they to learn from it
+        before it was looked at.
         """
         total = weight.sum()
-        if bool(total > 0):
+        if self._aided and bool(total > 0):
             self._unaided_looks[which] += 1
             share = 1 / min(self._unaided_looks[which], UNAIDED_MEMORY)
             self._unaided[which].lerp_((left_over * weight).sum() / total, share)
@@ -547,7 +620,7 @@ class Agent:
             queries.organic.vector[:, :d].detach(),
             keys.tower.detach()[ids],
             keys.organic.detach()[ids, :d],
-            ids if rows.aisle is None else rows.aisle.ids[ids],
+            ids if rows.ids is None else rows.ids[ids],
             rows.slate_reward != 0,
             torch.sigmoid(choice + self.online.position_of(rows.slot)),
             rows.each * ~rows.organic.unsqueeze(1),
@@ -579,9 +652,9 @@ class Agent:
             return value
         state, there = rows.next_state.rows(goes_on), rows.there[goes_on]
         judge = self._judge(rows.aisle)
-        judged = self.target.queries(state, judge, there)
+        judged = self.target.queries(state, judge, there, rows.ids)
         if self.settings.double:
-            best = self._best(rows, self.online, self.online.queries(state, keys, there), keys)
+            best = self._best(rows, self.online, self.online.queries(state, keys, there, rows.ids), keys)
         else:
             best = self._best(rows, self.target, judged, judge)
         place = torch.arange(best.shape[1], device=self.device)  # the best comes first, and is looked at most
@@ -716,6 +789,7 @@ class Agent:
                 if id(parameter) in valued:
                     out[f"{prefix}.{name}"] *= self.unit  # servers speak in reward units
         out |= {f"{BOTH}response.{name}": value for name, value in self._response.served(self.rows).items()}
+        out |= {f"{BOTH}recall.{name}": value for name, value in self._recall.served().items()}
         stack = self.online.stack
         out[f"{BOTH}stack.weights"] = stack.weights.cpu().clone()
         out[f"{BOTH}stack.level"] = stack.level[: self.rows].cpu().clone()
@@ -754,6 +828,7 @@ class Agent:
         out = {name: tensor.numpy() for name, tensor in self._tensors().items()}
         out |= {f"response.{name}": value.numpy() for name, value in self._response.state(self.rows).items()}
         out |= {f"stack.{name}": value for name, value in self._stack.state(self.rows).items()}
+        out |= {f"recall.{name}": value for name, value in self._recall.state().items()}
         if self._at is not None:
             out["at"] = self._at[: self.rows].cpu().numpy().copy()
         for name, parameter in self.online.named_parameters():
@@ -808,11 +883,13 @@ class Agent:
             prefix: {
                 name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)
             }
-            for prefix in ("response.", "stack.")
+            for prefix in ("response.", "stack.", "recall.")
         }
         self._response.restore({n: torch.from_numpy(value.copy()) for n, value in known["response."].items()})
         if self.settings.stack:  # else choice is as foretold
             self._stack.restore(known["stack."])
+        if self.settings.recall:
+            self._recall.restore(known["recall."])
         self._at = None
         if "at" in state:
             self._at = torch.zeros(capacity, dtype=torch.int64, device=self.device)

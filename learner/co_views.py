@@ -7,11 +7,17 @@ at before, the more the more recent those are, and less so the other way round:
     score(s, a) = Σ_h 1 / (h + 1) · count(item_h, a) / (Σ_b count(item_h, b) + PRIOR)  +  own(h) where a is item h
 
 over the distinct items of the history, newest first (h = 0, 1, ...).
+
+Most items have few neighbours that anybody went to, but their neighbours have some. So `walks` also tells where one
+comes to in two steps (a random walk on the graph of items: as in Cooper et al. 2014, P3):
+
+    walk(a, b) = P(a, b) + HOP · Σ_c P(a, c) P(c, b)        P(a, b) = count(a, b) / (Σ_b count(a, b) + PRIOR)
 """
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +28,8 @@ NEIGHBOURS: Final = 64  # kept of an item; the rarest makes room
 WINDOW: Final = 5  # items before a step that are its neighbours
 BACKWARDS: Final = np.float32(0.7)  # weight of the neighbour that came before
 PRIOR: Final = np.float32(5.0)  # counts below which an item's neighbours say little
+HOP: Final = np.float32(3.0)  # weight of two steps: on them lies most of what is yet to be seen
+WALKED: Final = 32  # places kept that a walk leads to
 OWN: Final = (np.float32(0.3), np.float32(0.05))  # own(h) = OWN[0] / (h + 1) + OWN[1]
 
 Ints = npt.NDArray[np.int32]
@@ -54,6 +62,33 @@ class CoViews:
         _score(self._id, self._count, self._total, history, out)
         return out
 
+    def walk_scores(self, history: Ints, items: int) -> Floats:
+        """The same by walk(item_h, a) in place of P(item_h, a): [B, items]."""
+        out = np.zeros((len(history), items), np.float32)
+        met, rows = np.unique(history, return_inverse=True)
+        _score_walks(*self.walks(met), rows.reshape(history.shape), history, out)
+        return out
+
+    def walks(self, items: npt.NDArray[np.integer]) -> tuple[Ints, Floats]:
+        """Where walks from these items [R], of which there is room, lead most: vocabulary ids, 0 where there are no
+        more, and walk(a, b), falling, [R, WALKED] each."""
+        to = np.zeros((len(items), WALKED), np.int32)
+        weight = np.zeros((len(items), WALKED), np.float32)
+        _walk(self._id, self._count, self._total, items.astype(np.int32), to, weight)
+        return to, weight
+
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """Everything. Copies."""
+        return {name: getattr(self, f"_{name}").copy() for name in _STATE}
+
+    def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Go back to what `state` gave."""
+        for name in _STATE:
+            setattr(self, f"_{name}", state[name].copy())
+
+
+_STATE: Final = ("id", "count", "total")
+
 
 @jit
 def _observe(ids: Ints, count: Floats, total: Floats, history: Ints, item: Ints) -> None:
@@ -63,7 +98,7 @@ def _observe(ids: Ints, count: Floats, total: Floats, history: Ints, item: Ints)
         place = 0
         for h in range(history.shape[1]):
             before = history[b, h]
-            if before == 0 or _again(history[b], h):
+            if before == 0 or again(history[b], h):
                 continue
             if before != item[b]:
                 weight = np.float32(1) / np.float32(place + 1)
@@ -77,7 +112,7 @@ def _observe(ids: Ints, count: Floats, total: Floats, history: Ints, item: Ints)
 
 
 @jit
-def _again(history: Ints, h: int) -> bool:
+def again(history: Ints, h: int) -> bool:
     """Whether a newer entry is of the same item."""
     for newer in range(h):  # noqa: SIM110 (compiled)
         if history[newer] == history[h]:
@@ -112,7 +147,7 @@ def _score(ids: Ints, count: Floats, total: Floats, history: Ints, out: Floats) 
         place = 0
         for h in range(history.shape[1]):
             item = history[b, h]
-            if item == 0 or _again(history[b], h):
+            if item == 0 or again(history[b], h):
                 continue
             near = np.float32(1) / np.float32(place + 1)
             each = near / (total[item] + PRIOR)
@@ -123,3 +158,69 @@ def _score(ids: Ints, count: Floats, total: Floats, history: Ints, out: Floats) 
                     out[b, ids[item, m]] += each * count[item, m]
             out[b, item] += OWN[0] * near + OWN[1]
             place += 1
+
+
+@jit
+def _score_walks(to: Ints, weight: Floats, rows: npt.NDArray[np.int64], history: Ints, out: Floats) -> None:
+    for b in range(len(history)):
+        place = 0
+        for h in range(history.shape[1]):
+            item = history[b, h]
+            if item == 0 or again(history[b], h):
+                continue
+            near = np.float32(1) / np.float32(place + 1)
+            for m in range(to.shape[1]):
+                other = to[rows[b, h], m]
+                if other == 0:
+                    break
+                if other < out.shape[1]:
+                    out[b, other] += near * weight[rows[b, h], m]
+            out[b, item] += OWN[0] * near + OWN[1]
+            place += 1
+
+
+@jit
+def _walk(ids: Ints, count: Floats, total: Floats, items: Ints, to: Ints, weight: Floats) -> None:
+    sums = np.zeros(len(total), np.float32)
+    met = np.empty(ids.shape[1] * (ids.shape[1] + 1), np.int32)
+    for r in range(len(items)):
+        start = items[r]
+        n = 0
+        for m in range(ids.shape[1]):
+            first = ids[start, m]
+            if first == 0:
+                break
+            chance = count[start, m] / (total[start] + PRIOR)
+            n = _meet(sums, met, n, first, chance)
+            chance *= HOP / (total[first] + PRIOR)
+            for k in range(ids.shape[1]):
+                second = ids[first, k]
+                if second == 0:
+                    break
+                if second != start:
+                    n = _meet(sums, met, n, second, chance * count[first, k])
+        for m in range(n):
+            _place(to[r], weight[r], met[m], sums[met[m]])
+            sums[met[m]] = 0
+
+
+@jit
+def _meet(sums: Floats, met: Ints, n: int, item: np.int32, chance: np.float32) -> int:
+    """Add to the item's sum; how many have been met by now."""
+    if sums[item] == 0:
+        met[n] = item
+        n += 1
+    sums[item] += chance
+    return n
+
+
+@jit
+def _place(to: Ints, weight: Floats, item: np.int32, sum_: np.float32) -> None:
+    """Put an item where it belongs among the heaviest, if it does; of equals the first met comes first."""
+    m = len(weight) - 1
+    if sum_ <= weight[m]:
+        return
+    while m > 0 and weight[m - 1] < sum_:
+        to[m], weight[m] = to[m - 1], weight[m - 1]
+        m -= 1
+    to[m], weight[m] = item, sum_

@@ -8,6 +8,7 @@ and one against what each item has of its own (learner.response):
 
     log-odds of choice = u(s) · key(a) + o(s) · own(a) + c(s)
                          + Σ_h copy[h] [history item h is a] + Σ_h alike[h] [it is of a's category]
+                         + Σ_h pull[h] · walk(item h, a)        (learner.recall)
                          (set right as learner.stacking has it: all but o times κ, and κ in own)
     m + γ g            = w(s) · key(a) + e(s)
 """
@@ -20,11 +21,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from learner.co_views import again
 from learner.networks import (
     AGE_BOUNDS_S,
     AGES,
     COUNTS,
+    LONGEST,
     NAMES,
     SESSION_AGES,
     SUM_SCALE,
@@ -39,6 +43,8 @@ from learner.replay import Histories
 from streaming.jit import jit
 
 Floats = npt.NDArray[np.float32]
+
+ROOM: Final = 1 << 14  # items that histories name and weights do not know yet
 
 _BOUNDS: Final = np.array(AGE_BOUNDS_S, np.float32)
 
@@ -56,10 +62,15 @@ class _Parameters(NamedTuple):
     kind: Floats  # [KINDS, C] weight of an entry of this event type and recency
     place: Floats  # [H, C] likewise by place
     copy: Floats  # [KINDS] pull of a history item on its own log-odds
+    again: Floats  # [KINDS] the same by learner.recall, of the newest entry of each item ...
+    again_place: Floats  # [H] ... by its place ...
+    often: np.float32  # ... and by the logarithm of how many there are
     alike: Floats  # [KINDS] likewise on those of its category
     share: Floats  # [C] likewise by the entry's share of each channel
     tower: Floats  # [N, d] ψ(a)
     category: npt.NDArray[np.int64]  # [N] bucket, 0 unknown
+    more_tower: Floats  # [ROOM, d] of items that histories alone name: rows N and on
+    more_category: npt.NDArray[np.int64]  # [ROOM]
     mix: _Layer
     hidden: _Layer
     out: _Layer
@@ -75,6 +86,7 @@ class _Parameters(NamedTuple):
     item_mean: Floats  # [d]
     unchosen: _Layer
     unchosen_out: _Layer
+    pull: Floats  # [READ] of learner.recall, times ρ
     prior: np.float32
     going_back: np.float32  # ω of learner.stacking
     gamma: np.float32
@@ -89,7 +101,15 @@ class CompiledQ:
         self._scale = network.stack.weights[1]
         self._own = self._own_of(shelf).contiguous()  # [d + 1, N]
         self._category = shelf.category
-        self._buckets = int(shelf.category.max()) + 1
+        self._recall = network.recall
+        self._items = len(shelf.category)
+        self._buckets = network.settings.category_buckets
+
+    def put(self, shelf: Shelf, first: int) -> None:
+        """Have these M items be N + first, N + first + 1, ... in histories from now on; first + M <= ROOM."""
+        rows = slice(first, first + len(shelf.category))
+        self._parameters.more_tower[rows] = shelf.tower.numpy()
+        self._parameters.more_category[rows] = shelf.category.numpy()
 
     def q(self, states: Histories) -> Tensor:
         """Q(s, a), [B, N]."""
@@ -101,7 +121,10 @@ class CompiledQ:
         views = self._views(states)
         log_odds, gain = views.scores(self._keys, self._own)
         log_odds += views.alike.index_select(1, self._category)
-        log_odds.scatter_add_(1, torch.from_numpy(states.item.astype(np.int64)), views.copy)
+        item = self._known(states)
+        log_odds.scatter_add_(1, item, views.copy)
+        if self._recall.has_any:
+            log_odds.scatter_add_(1, *self._led(item, views.pull))
         return log_odds, gain, views.value, views.own[:, :-1]
 
     def parts_among(
@@ -110,12 +133,27 @@ class CompiledQ:
         """The same of the M items of a shelf of its own. ids: [M] by which the states know them, 0: do not."""
         views = self._views(states)
         log_odds, gain = views.scores(_keys(shelf), self._own_of(shelf))
-        known = shelf.category < self._buckets  # others are of no history, as bucket 0 pulls on nothing
-        log_odds += views.alike.index_select(1, shelf.category * known)
+        log_odds += views.alike.index_select(1, shelf.category)
         item = torch.from_numpy(states.item.astype(np.int64))
         same = (item.unsqueeze(1) == ids.unsqueeze(1)) & (ids > 0).unsqueeze(1)  # [B, M, H]
         log_odds += (same * views.copy.unsqueeze(1)).sum(dim=2)
+        if self._recall.has_any:
+            to, pull = self._led(self._known(states), views.pull)
+            mine, which = torch.unique(ids, return_inverse=True)
+            at = torch.searchsorted(mine, to).clamp(max=len(mine) - 1)
+            pull *= (mine[at] == to) & (to > 0)
+            log_odds += pull.new_zeros(len(pull), len(mine)).scatter_add_(1, at, pull)[:, which]
         return log_odds, gain, views.value, views.own[:, :-1]
+
+    def _known(self, states: Histories) -> Tensor:
+        """[B, H] the histories' items, 0 where they are none of the N."""
+        return torch.from_numpy(np.where(states.item < self._items, states.item, 0).astype(np.int64))
+
+    def _led(self, item: Tensor, pull: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the histories' newest items lead, and how strongly they pull there, [B, READ * WALKED] each."""
+        read = self._recall.known(item[:, : pull.shape[1]])
+        walks = functional.embedding(read, self._recall.walk) * pull.unsqueeze(2)
+        return functional.embedding(read, self._recall.led).flatten(1).long(), walks.flatten(1)
 
     def _own_of(self, shelf: Shelf) -> Tensor:
         """What each item has of its own, [d + 1, M]."""
@@ -137,6 +175,7 @@ class _Views(NamedTuple):
     value: Tensor
     copy: Tensor
     alike: Tensor
+    pull: Tensor
 
     def scores(self, keys: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
         """Log-odds of choice, but for pulls of histories, and m + γ g, [B, M] each. keys, own: [d + 1, M]."""
@@ -171,16 +210,21 @@ def _parameters(network: QNetwork, shelf: Shelf) -> _Parameters:
     place = place_buckets(StateTensors(entry, entry, entry, entry))[0]
     more = network.response
     c, scale, going_back = network.stack.weights
-    prior = scale * network.prior
+    prior, recalled = scale * network.prior, scale * network.recalled
     first, last = cast(nn.Linear, network.unchosen[0]), cast(nn.Linear, network.unchosen[2])
     return _Parameters(
         kind=_array(torch.exp(encoder.name_weight.unsqueeze(1) + encoder.age_weight).flatten(0, 1)),
         place=_array(torch.exp(encoder.place_weight[place])),
         copy=_array(prior * network.copy + scale * more.copy),
+        again=_array(recalled * network.recall.again),
+        again_place=_array(recalled * network.recall.place[place]),
+        often=np.float32((recalled * network.recall.often).item()),
         alike=_array(prior * network.alike + scale * more.alike),
         share=_array(prior * network.share + scale * more.share),
         tower=_array(shelf.tower),
         category=shelf.category.numpy(),
+        more_tower=np.zeros((ROOM, settings.dim), np.float32),
+        more_category=np.zeros(ROOM, np.int64),
         mix=_Layer(_array(encoder.mix.weight.T), np.zeros(settings.dim, np.float32)),
         hidden=_layer(encoder.hidden),
         out=_layer(encoder.out),
@@ -201,6 +245,7 @@ def _parameters(network: QNetwork, shelf: Shelf) -> _Parameters:
         unchosen_out=_Layer(  # of their mean
             _array(last.weight.mean(dim=0, keepdim=True).T), _array(last.bias.mean(dim=0, keepdim=True))
         ),
+        pull=_array(recalled * network.recall.pull),
         prior=np.float32(prior.item()),
         going_back=np.float32(going_back.item()),
         gamma=np.float32(settings.gamma),
@@ -226,9 +271,9 @@ def _vectors(
     name: npt.NDArray[np.uint8],
     age_s: Floats,
     value: Floats,
-) -> tuple[Floats, Floats, Floats, Floats, Floats, Floats]:
+) -> tuple[Floats, Floats, Floats, Floats, Floats, Floats, Floats]:
     """[2B, d + 1] u of all states, then w; [B, d + 1] o; [2B, 1] c, then e; [B, 1] γ V0; [B, H] copy; [B, buckets]
-    sums of alike."""
+    sums of alike; [B, READ or H if less] pull."""
     batch, length = item.shape
     channels, d = p.place.shape[1], p.tower.shape[1]
     vectors = np.zeros((2 * batch, d + 1), np.float32)
@@ -237,6 +282,7 @@ def _vectors(
     ahead = np.zeros((batch, 1), np.float32)
     copy = np.zeros((batch, length), np.float32)
     alike = np.zeros((batch, buckets), np.float32)
+    pull = np.zeros((batch, min(length, len(p.pull))), np.float32)
     pooled = np.empty(channels * d, np.float32)
     features = np.empty(channels * d + COUNTS, np.float32)
     hidden = np.empty(len(p.hidden.bias), np.float32)
@@ -248,11 +294,19 @@ def _vectors(
     half = len(p.gain_key.bias) // 2
     for b in range(batch):
         _features(p, item[b], name[b], age_s[b], value[b], features, visit[d:], copy[b], alike[b])
+        for h in range(pull.shape[1]):
+            if item[b, h] > 0 and not again(item[b], h):
+                pull[b, h] = p.pull[h]
         for i in range(len(pooled)):
             pooled[i] = features[i]
         _apply(p.hidden, features, hidden, True)
         _apply(p.out, hidden, phi, False)
         _add(p.mix.weight, pooled, phi)
+        squares = np.float32(0)
+        for i in range(d):
+            squares += phi[i] * phi[i]
+        for i in range(d):
+            phi[i] /= np.sqrt(np.float32(1) + squares / np.float32(LONGEST**2))
         _apply(p.lean, phi, lean, False)
         u, w = vectors[b], vectors[batch + b]
         for i in range(d):
@@ -273,7 +327,7 @@ def _vectors(
         _apply(p.unchosen, visit, value_hidden, True)
         _apply(p.unchosen_out, value_hidden, ahead[b], False)
         ahead[b, 0] *= p.gamma
-    return vectors, own, constants, ahead, copy, alike
+    return vectors, own, constants, ahead, copy, alike, pull
 
 
 @jit
@@ -297,7 +351,7 @@ def _features(
     alike: Floats,
 ) -> None:
     """Fill in what `HistoryEncoder` pools, counts and sums of one history, its `copy`, and its `alike` by category."""
-    channels, d = p.place.shape[1], p.tower.shape[1]
+    channels, n, d = p.place.shape[1], len(p.tower), p.tower.shape[1]
     for i in range(len(features)):
         features[i] = 0
     for i in range(d + 1):
@@ -317,14 +371,15 @@ def _features(
             if age_s[h] >= bound:
                 age += 1
         kind = kinds[h] = name[h] * AGES + age
+        vector = p.tower[item[h]] if item[h] < n else p.more_tower[item[h] - n]
         for c in range(channels):
             weight = p.kind[kind, c] * p.place[h, c]
             total[c] += weight
             for j in range(d):
-                features[c * d + j] += weight * p.tower[item[h], j]
+                features[c * d + j] += weight * vector[j]
         one = np.float32(1 / SUM_SCALE)
         for j in range(d):
-            sums[j] += one * p.tower[item[h], j]
+            sums[j] += one * vector[j]
         sums[d] += one
         if item[h] > 0:
             copy[h] = p.copy[kind]
@@ -341,11 +396,17 @@ def _features(
             for other in item:
                 same += other == item[h]
             copy[h] += p.going_back / np.sqrt(np.float32(same * items))
+    for h in range(len(item)):
+        if item[h] > 0 and not again(item, h):
+            same = 0
+            for other in item:
+                same += other == item[h]
+            copy[h] += p.again[kinds[h]] + p.again_place[h] + p.often * np.log(np.float32(same))
     for c in range(channels):
         for j in range(d):
             features[c * d + j] /= total[c]
     for h in range(len(item)):
-        category = p.category[item[h]]
+        category = p.category[item[h]] if item[h] < n else p.more_category[item[h] - n]
         if name[h] > 0 and category > 0:
             alike[category] += p.alike[kinds[h]]
             for c in range(channels):

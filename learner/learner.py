@@ -36,8 +36,8 @@ from streaming.log import RecordBatch
 from streaming.schemas import Codec, SchemaError, frame_of
 from streaming.transitions import Joined, Rejects
 
-STATE_FORMAT: Final = 9
-READABLE_FORMATS: Final = (9,)
+STATE_FORMAT: Final = 10
+READABLE_FORMATS: Final = (10,)
 
 
 class CannotContinue(Exception):

@@ -22,9 +22,10 @@ just the rows that speak of it. And a step without a recommender is a choice of 
 the organic head, which is p's prior.
 
 The log-odds of p are what the user goes to unaided, and how items answer otherwise than that tells (learner.response, a
-Bayesian last layer, with a leaning of the state to choose at all):
+Bayesian last layer, with a leaning of the state to choose at all). What they go to unaided is told by an encoder and
+by what is remembered of where others went from there (learner.recall):
 
-    z(s, a) = β · organic(s, a) + response(s, a) + lean(s)
+    z(s, a) = β · organic(s, a) + ρ · recalled(s, a) + response(s, a) + lean(s)
 
 and logit p = z; or, with `stack`, what they come to once they are set right by what came of slots foretold by them
 (learner.stacking):
@@ -48,6 +49,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from learner.recall import Recall, Recalled
 from learner.response import Response
 from learner.stacking import Stack, going_back
 from streaming.rewards import CODES, EVENT_NAMES
@@ -77,11 +79,12 @@ class NetworkSettings:
     quantiles: int = 1  # of V0; 1: its mean alone
     gamma: float = 0.97
     centred: bool = True  # heads of value read φ and ψ centred and of unit size
+    recall: bool = True  # learner.recall remembers where users went
     stack: bool = False  # choice is set right by learner.stacking
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if name not in ("gamma", "centred", "stack") and not 1 <= value <= 1_000_000:
+            if name not in ("gamma", "centred", "recall", "stack") and not 1 <= value <= 1_000_000:
                 raise ValueError(f"network setting {name}={value}: must be a whole number in 1..1000000")
         if not 0.0 <= self.gamma < 1.0:
             raise ValueError(f"network setting gamma={self.gamma}: must be in [0, 1)")
@@ -152,6 +155,7 @@ class Query(NamedTuple):
     """One head's view of B states.
 
     score(s, a) = vector(s) · key(a) + Σ_h copy[h] [history item h is a] + Σ_h alike[h] [it is of a's category]
+                  + what is recalled of a
     """
 
     vector: Tensor  # [B, D]
@@ -159,10 +163,12 @@ class Query(NamedTuple):
     item: Tensor  # [B, H]
     alike: Tensor  # [B, H] weights on items of the history's categories
     category: Tensor  # [B, H]
+    recalled: Recalled
 
     def rows(self, which: Tensor | slice) -> Query:
         """The view of these states."""
-        return Query(*(column[which] for column in self))
+        vector, copy, item, alike, category = (column[which] for column in self[:-1])
+        return Query(vector, copy, item, alike, category, self.recalled.rows(which))
 
 
 class Queries(NamedTuple):
@@ -170,6 +176,7 @@ class Queries(NamedTuple):
 
     organic: Query
     choice: Query  # of z
+    recalled: Recalled
     back: Tensor  # [B, H] of `going_back`
     gain: Tensor  # [B, 2v'] reward, then continuation
     unchosen: Tensor  # [B, quantiles] V0(s)
@@ -180,7 +187,10 @@ class Queries(NamedTuple):
     def rows(self, which: Tensor | slice) -> Queries:
         """The views of these states."""
         return Queries(
-            self.organic.rows(which), self.choice.rows(which), *(column[which] for column in self[2:])
+            self.organic.rows(which),
+            self.choice.rows(which),
+            self.recalled.rows(which),
+            *(column[which] for column in cast(tuple[Tensor, ...], self[3:])),
         )
 
 
@@ -188,6 +198,8 @@ def score_all(query: Query, keys: Tensor, category: Tensor) -> Tensor:
     """Scores of all items, [B, N]. keys: [N, D]; category: [N]."""
     scores = query.vector @ keys.T
     scores += of_category(query, category)
+    if query.recalled.row.shape[1]:
+        scores = scores.scatter_add(1, *query.recalled)
     return scores.scatter_add_(1, query.item, query.copy)
 
 
@@ -195,7 +207,10 @@ def score_at(query: Query, keys: Tensor, category: Tensor, ids: Tensor) -> Tenso
     """Scores of chosen items. keys: [N, D] and category: [N] of the whole shelf; ids: [B, K] rows; returns [B, K]."""
     scores = torch.bmm(functional.embedding(ids, keys), query.vector.unsqueeze(2)).squeeze(2)
     same, alike = matches(query, category, ids)
-    return scores + (same * query.copy.unsqueeze(1) + alike * query.alike.unsqueeze(1)).sum(dim=2)
+    scores = scores + (same * query.copy.unsqueeze(1) + alike * query.alike.unsqueeze(1)).sum(dim=2)
+    if query.recalled.row.shape[1]:
+        scores = scores + query.recalled.sums(len(keys)).gather(1, ids)
+    return scores
 
 
 def matches(query: Query, category: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -330,9 +345,14 @@ class HistoryEncoder(nn.Module):
         pooled = sums[:, :-1].flatten(1)  # [B, C * d]
         hidden = functional.relu(self.hidden(torch.cat((pooled, counts), dim=1)))
         total = torch.cat((sums[:, -1].detach(), each.sum(dim=1), counts), dim=1)
-        return self.mix(pooled) + self.out(hidden), share, total
+        phi = self.mix(pooled) + self.out(hidden)
+        phi = phi * torch.rsqrt(1.0 + phi.square().sum(dim=1, keepdim=True) / LONGEST**2)
+        return phi, share, total
 
 
+# what φ's length stays below, short ones as they are (usual are 2 to 4): where nothing else holds it back it grows a
+# hundredfold, and each step of Adam moves what is read from it as much further
+LONGEST: Final = 8.0
 COUNTS: Final = 2 * NAMES + 5
 SUM_SCALE: Final = 16.0  # entries that sums are told in
 
@@ -385,9 +405,12 @@ class QNetwork(nn.Module):
         self.alike = nn.Parameter(torch.zeros(KINDS))
         self.share = nn.Parameter(torch.zeros(settings.channels))
         self.prior = nn.Parameter(torch.tensor(0.3))  # β: how far choice follows organic interest
+        self.recalled = nn.Parameter(torch.tensor(RECALLED))  # and what is remembered
         self.organic_key = nn.Linear(d, d + 1)
         self.response = Response(d, items, KINDS, settings.channels)
         self.stack = Stack(items)
+        self.recall = Recall(KINDS, PLACES)
+        self.recall.has_any = settings.recall
         self.lean = nn.Linear(d, 1)  # choice log-odds of whatever is shown
         self.query = nn.Linear(d, 2 * v)  # reward, continuation
         self.key = nn.Linear(d, 2 * v)
@@ -494,9 +517,16 @@ class QNetwork(nn.Module):
                 getattr(self, f"{name}_mean").copy_(getattr(known, f"{name}_mean"))
                 getattr(self, f"{name}_scale").copy_(getattr(known, f"{name}_scale").clamp(min=SMALLEST))
 
-    def queries(self, state: StateTensors, shelf: Shelf | Keys, local: Tensor | None = None) -> Queries:
-        """Every head's view of the states. shelf: of the history's items at least; local: [B, H] rows of it that these
-        are, and by which they are known to `score_all` and `score_at`; None: row i is vocabulary id i."""
+    def queries(
+        self,
+        state: StateTensors,
+        shelf: Shelf | Keys,
+        local: Tensor | None = None,
+        ids: Tensor | None = None,
+    ) -> Queries:
+        """Every head's view of the states. shelf: of the history's items at least; ids: [N] ascending, what its rows
+        are, and local: [B, H] rows of it that the history's items are, by which they are known to `score_all` and
+        `score_at`; None: row i is vocabulary id i."""
         item = state.item if local is None else local
         kinds, category = entry_kinds(state), shelf.category[item]
         phi, share, total = self.encoder(state, kinds, shelf.tower, item)
@@ -511,9 +541,13 @@ class QNetwork(nn.Module):
         # returns are noise beside choices: they must not bend what choice is read from
         still = (phi.detach() - self.state_mean) / self.state_scale
         choice = torch.cat((organic, self.lean(phi)), dim=1)
+        found = self.recall.recalled(state.item, kinds, place_buckets(state), item, ids)
+        told = Recalled(found.row, self.recalled * found.pull)
+        copies, alikes = self.prior * copy + more_copy, self.prior * alike + more_alike
         return Queries(
-            Query(organic, copy, item, alike, category),
-            Query(choice, self.prior * copy + more_copy, item, self.prior * alike + more_alike, category),
+            Query(organic, copy, item, alike, category, Recalled(item[:, :0], copy[:, :0])),
+            Query(choice, copies, item, alikes, category, told),
+            found,
             going_back(state.item) if self.settings.stack else torch.zeros_like(copy),
             self.query(still),
             self.unchosen(torch.cat((still, total), dim=1)),
@@ -521,6 +555,11 @@ class QNetwork(nn.Module):
             kinds,
             share.detach(),
         )
+
+    def next_all(self, queries: Queries, keys: Keys) -> Tensor:
+        """How likely users go to each item next, unaided, log-odds but for a constant, [B, N]: see learner.recall."""
+        organic = score_all(queries.organic, keys.organic, keys.category)
+        return (self.recall.scale * organic).scatter_add(1, *queries.recalled)
 
     def q_all(self, queries: Queries, keys: Keys) -> Tensor:
         """Q(s, a) of all N items, [B, N]; the equation of this module's head."""
@@ -549,7 +588,12 @@ class QNetwork(nn.Module):
         vector = torch.cat((z.vector[:, :-1], scale * z.vector[:, -1:] + c), dim=1)
         level = scale * pull[:, -2:-1] + keys.level.unsqueeze(1)
         return (
-            z._replace(vector=vector, copy=scale * z.copy + own * queries.back, alike=scale * z.alike),
+            z._replace(
+                vector=vector,
+                copy=scale * z.copy + own * queries.back,
+                alike=scale * z.alike,
+                recalled=Recalled(z.recalled.row, scale * z.recalled.pull),
+            ),
             torch.cat((scale * pull[:, :-2], level, pull[:, -1:]), dim=1),
         )
 
@@ -586,6 +630,7 @@ class QNetwork(nn.Module):
         return self.position[slot] * (slot > 0)
 
 
+RECALLED: Final = 0.0
 # of a size that heads of value read in, usually 1 to 3: where all that was shown so far is alike, what is not is not
 # thousands off
 SMALLEST: Final = 0.25

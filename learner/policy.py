@@ -11,7 +11,7 @@ Nothing in it changes after it was made: threads share one, and an answer comes 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from functools import lru_cache
 from typing import Any, Final, Literal, NamedTuple
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from learner.agent import BOTH, DOUBT, bucket
-from learner.compiled import CompiledQ
+from learner.compiled import ROOM, CompiledQ
 from learner.exploration import DRAWS, GREEDY, Exploration, Scores, Slate, explore
 from learner.networks import (
     ItemTensors,
@@ -131,6 +131,7 @@ class Policy:
         with torch.inference_mode():
             self._shelf = network.shelf(items)
             self._compiled = CompiledQ(network, self._shelf)
+        self._newcomers: dict[str, int] = {}  # item id → row beyond `items`: see `_meet`
 
     @classmethod
     def from_weights(
@@ -177,10 +178,16 @@ class Policy:
         """Vocabulary ids, 0 where this policy does not know the item."""
         return np.array([self._id_of.get(item_id, 0) for item_id in item_ids], np.int32)
 
-    def encode(self, histories: Sequence[Sequence[Entry]], now_ms: Sequence[int]) -> Histories:
-        """States of B users, for `q` and `recommend`, as training sees them.
+    def encode(
+        self,
+        histories: Sequence[Sequence[Entry]],
+        now_ms: Sequence[int],
+        described: Callable[[str], Candidate | None] = lambda item_id: None,
+    ) -> Histories:
+        """States of B users, for `q` and `recommend`, as training sees them; valid until the next call.
 
         histories: oldest entry first; the newest `history_length` count. now_ms: [B] event time of each request.
+        described: features of an item that these weights do not know yet, None: nothing is known of it.
         """
         shape = (len(histories), self.history_length)
         out = Histories(
@@ -189,16 +196,43 @@ class Policy:
             np.zeros(shape, np.float32),
             np.zeros(shape, np.float32),
         )
-        for b, (entries, now) in enumerate(zip(histories, now_ms, strict=True)):
+        newest = [entries[: -self.history_length - 1 : -1] for entries in histories]
+        self._meet(
+            {e.item_id for entries in newest for e in entries if e.item_id not in self._id_of}, described
+        )
+        for b, (entries, now) in enumerate(zip(newest, now_ms, strict=True)):
             if entries:
-                newest = entries[: -self.history_length - 1 : -1]
-                item_ids, names, timestamps, values = zip(*newest, strict=True)
-                n = len(newest)
-                out.item[b, :n] = [self._id_of.get(item_id, 0) for item_id in item_ids]
+                item_ids, names, timestamps, values = zip(*entries, strict=True)
+                n = len(entries)
+                out.item[b, :n] = [self._row_of(item_id) for item_id in item_ids]
                 out.name[b, :n] = [CODES.get(name, OTHER) for name in names]
                 out.age_s[b, :n] = np.maximum(now - np.array(timestamps, np.int64), 0) / 1000.0
                 out.value[b, :n] = values
         return out
+
+    def _row_of(self, item_id: str) -> int:
+        """By which histories know an item, 0: they do not."""
+        return self._id_of.get(item_id) or self._newcomers.get(item_id, 0)
+
+    def _meet(self, item_ids: Set[str], described: Callable[[str], Candidate | None]) -> None:
+        """Have histories know items that these weights do not, by what is told of them."""
+        told = [
+            candidate
+            for item_id in sorted(item_ids)
+            if item_id not in self._newcomers and (candidate := described(item_id)) is not None
+        ]
+        if not told:
+            return
+        if len(self._newcomers) + len(told) > ROOM:  # those of these histories are looked at again
+            self._newcomers.clear()
+            told = [
+                candidate for item_id in sorted(item_ids) if (candidate := described(item_id)) is not None
+            ]
+        told, first = told[:ROOM], len(self._newcomers)
+        with torch.inference_mode():
+            self._compiled.put(self._shelf_of(told)[0], first)
+        rows = range(self.items + 1 + first, self.items + 1 + first + len(told))
+        self._newcomers |= {candidate.item_id: row for candidate, row in zip(told, rows, strict=True)}
 
     def q(self, states: Histories) -> npt.NDArray[np.float32]:
         """Q(s, a) of all items, [B, items + 1], by vocabulary id; row 0 of the catalog (column 0) means nothing."""
@@ -241,6 +275,7 @@ class Policy:
             return Scores(self.q_candidates(state, candidates))
         with torch.inference_mode():
             log_odds, gain, value, phi, ids = self._parts_of(state, candidates)
+            ids = torch.where(ids <= self.items, ids, 0)
             deviation = exploration.scale * self._doubt.deviation(phi, ids)
             return _drawn(log_odds[0], gain[0], value[0], deviation[0], rng)
 
@@ -311,7 +346,7 @@ class Policy:
         )
         with torch.inference_mode():
             keys = self._network.keys(self._items, ids)
-            queries = self._network.queries(state_tensors(states), keys, here)
+            queries = self._network.queries(state_tensors(states), keys, here, ids)
             said = self._network.q_at(queries, keys, rows).numpy()
         apart = np.abs(np.take_along_axis(q, some, axis=1) - said).max()
         if apart > 1e-3 * max(1.0, np.abs(said).max()):  # rounding is a hundredth of that
@@ -320,9 +355,10 @@ class Policy:
             )
 
     def _shelf_of(self, candidates: Sequence[Candidate]) -> tuple[Shelf, Tensor]:
-        """Items with features of their own, and their vocabulary ids, [M]."""
+        """Items with features of their own, and the ids by which histories know them, [M]."""
         settings, base = self._network.settings, self._items
-        ids = torch.from_numpy(self.ids([c.item_id for c in candidates]).astype(np.int64))
+        rows = [self._row_of(c.item_id) for c in candidates]
+        ids = torch.tensor([row if row <= self.items else 0 for row in rows], dtype=torch.int64)
         items = ItemTensors(*(column[ids] for column in base))
         for field, buckets in (("category", settings.category_buckets), ("brand", settings.brand_buckets)):
             given = [(m, text) for m, c in enumerate(candidates) if (text := getattr(c, field)) is not None]
@@ -337,7 +373,7 @@ class Policy:
             width = min(len(row), len(vector))
             row[:width] = vector[:width]
         items.vector[_rows(m for m, _ in described)] = torch.from_numpy(vectors)
-        return self._network.shelf_with(items, ids), ids
+        return self._network.shelf_with(items, ids), torch.tensor(rows, dtype=torch.int64)
 
 
 def _drawn(
@@ -357,6 +393,8 @@ def _network(settings: NetworkSettings, tensors: dict[str, Tensor], rows: int) -
     """A network of these very tensors. Nothing is initialised that would be overwritten at once."""
     mould = _mould(settings, rows)
     network = copy.deepcopy(mould, {id(parameter): parameter for parameter in mould.parameters()})
+    for name in ("led", "walk"):  # of as many rows as there are
+        setattr(network.recall, name, tensors[f"recall.{name}"])
     network.load_state_dict(tensors, assign=True)
     return network
 

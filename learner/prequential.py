@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from learner.agent import Agent
 from learner.co_views import CoViews
-from learner.networks import Query, StateTensors, score_all
+from learner.networks import StateTensors
 from streaming.interning import Vocabulary
 from streaming.rewards import RewardTable
 from streaming.transitions import Joined
@@ -37,6 +37,7 @@ METHODS: Final = {
     "learned_next_item": "the network's next-item head, which Q leans on",
     "recent_then_learned": "the user's most recent distinct items, then the next-item head",
     "co_views": "item-kNN: what users went to around the same time as the user's items, and these",
+    "walks": "the same, and what users went to around the same time as those",
     "recent": "the user's most recent distinct items, then popularity",
     "popularity": "how often users went to an item so far",
 }
@@ -64,6 +65,7 @@ class Ranked(NamedTuple):
 
     number: Ints  # [N] of the step, from 0 along the stream
     rank: Ints  # [N, len(METHODS)] the target's place among all items, from 1
+    known: Mask  # [N] there was an item in the user's history
     repeat: Mask  # [N] the item is in the user's history
     reward: npt.NDArray[np.float32]  # [N]
 
@@ -131,6 +133,7 @@ class Prequential:
             "methods": METHODS,
             "all": _figures(ranked),
             "thirds": [_figures(ranked.rows(third)) for third in thirds],
+            "with_history": _figures(ranked.rows(ranked.known)),
             "first_time": _figures(ranked.rows(~ranked.repeat)),
             "repeat": _figures(ranked.rows(ranked.repeat)),
             # by what a step had earned when the next one came
@@ -156,13 +159,15 @@ class Prequential:
             "learned_q": q.place,
             "learned_next_item": organic.place,
             "recent_then_learned": _recent_first(steps, recent, organic),
-            "co_views": self._by_co_views(steps).place,
+            "co_views": self._by(self._co_views.scores, steps).place,
+            "walks": self._by(self._co_views.walk_scores, steps).place,
             "recent": _recent_first(steps, recent, popular),
             "popularity": popular.place,
         }
         repeat = (steps.item == steps.target[:, None]).any(axis=1)
         rank = np.stack([columns[name] for name in METHODS], axis=1)
-        self._ranked.append(Ranked(numbers, rank, repeat, steps.reward))
+        known = np.asarray((steps.item > 0).any(axis=1))
+        self._ranked.append(Ranked(numbers, rank, known, repeat, steps.reward))
         self._kept += len(numbers)
         while self._kept > self._most:
             self._every *= 2
@@ -170,9 +175,9 @@ class Prequential:
             self._ranked = [ranked.rows(ranked.number % self._every == 0)]
             self._kept = len(self._ranked[0].number)
 
-    def _by_co_views(self, steps: _Steps) -> _Ranks:
+    def _by(self, scores_of: Callable[[Any, int], npt.NDArray[np.float32]], steps: _Steps) -> _Ranks:
         """Items that are nobody's neighbours by popularity."""
-        scores = self._co_views.scores(steps.item, len(self._visits))
+        scores = scores_of(steps.item, len(self._visits))
         scores += (1e-6 / max(1, self._visits.max()) * self._visits).astype(np.float32)
         history, target = (torch.from_numpy(x.astype(np.int64)) for x in (steps.item, steps.target))
         return _ranks_of(torch.from_numpy(scores), history, target)
@@ -205,9 +210,8 @@ class _Scorer:
         )
         queries = network.queries(state, self._keys)
         target = torch.as_tensor(steps.target, device=device)
-        organic: Query = queries.organic
         return (
-            _ranks_of(score_all(organic, self._keys.organic, self._keys.category), state.item, target),
+            _ranks_of(network.next_all(queries, self._keys), state.item, target),
             _ranks_of(network.q_all(queries, self._keys), state.item, target),
         )
 
@@ -280,6 +284,7 @@ def _figures(ranked: Ranked) -> Mapping[str, Any]:
 _NOTHING: Final = (
     np.empty(0, np.int64),
     np.empty((0, len(METHODS)), np.int64),
+    np.empty(0, np.bool_),
     np.empty(0, np.bool_),
     np.empty(0, np.float32),
 )

@@ -29,7 +29,7 @@ from learner.blobs import open_blobs
 from learner.fence import Fence, Fenced
 from streaming.interning import Vocabulary
 
-FORMAT: Final = "bellwether-weights/2"
+FORMAT: Final = "bellwether-weights/3"
 CHUNK: Final = 8192  # item ids in one vocabulary file; all but the last file of a vocabulary are full
 
 

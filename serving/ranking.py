@@ -65,7 +65,8 @@ class Ranker:
         return self._by_q(served.policy, queries)
 
     def _by_q(self, policy: Policy, queries: Sequence[Query]) -> list[Answer]:
-        states = policy.encode([query.history for query in queries], [query.now_ms for query in queries])
+        histories, now_ms = [query.history for query in queries], [query.now_ms for query in queries]
+        states = policy.encode(histories, now_ms, self._view.described.get)
         whole = [i for i, query in enumerate(queries) if not query.candidates]
         scores: dict[int, Scores] = {}
         for exploration in dict.fromkeys(queries[i].exploration for i in whole):

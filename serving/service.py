@@ -189,6 +189,9 @@ class Service:
 
     def _settle(self, request: pb.RecommendRequest, query: Query, answer: Answer) -> pb.RecommendResponse:
         recommendation_id = f"{self._instance}-{next(self._numbers):x}"
+        if query.candidates:  # the log may say so only after the user's next request, or not at all
+            shown = set(answer.item_ids)
+            self._view.described.note(c for c in query.candidates if c.item_id in shown)
         metrics.ANSWERS.labels(pb.Strategy.Name(answer.strategy)).inc()
         if not answer.item_ids:
             metrics.EMPTY_SLATES.inc()  # and no decision: there was nothing to decide

@@ -15,8 +15,9 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from learner.policy import Entry
+from learner.policy import Candidate, Entry
 from serving import metrics
+from serving.described import Described
 from serving.user_state import UserState
 from streaming.catalog import Catalog
 from streaming.chunks import batch_of
@@ -25,7 +26,7 @@ from streaming.decoder import Decoder
 from streaming.interning import Vocabulary, hash_string
 from streaming.log import Log, LogError, OffsetOutOfRange, Reader, RecordBatch, TopicReplaced, UnknownTopic
 from streaming.rewards import EVENT_NAMES, RewardTable
-from streaming.schemas import Codec
+from streaming.schemas import Codec, SchemaError
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,13 @@ class ViewConfig:
     history_length: int = field(
         default=32, metadata={"help": "newest entries remembered of each user; entries, 1..1000"}
     )
+    max_described: int = field(
+        default=100_000,
+        metadata={
+            "help": "items remembered that requests described, for histories that name them before the weights "
+            "do; items, 0..100 million"
+        },
+    )
     bought_window_s: float = field(
         default=30 * 86400.0,
         metadata={"help": "an item bought is not recommended again for so long; seconds, >= 0 (0: at once)"},
@@ -75,6 +83,7 @@ class ViewConfig:
             "warm_up_s": (0, 86400),
             "max_users": (1, 100_000_000),
             "history_length": (1, 1000),
+            "max_described": (0, 100_000_000),
             "bought_window_s": (0, 100 * 365 * 86400),
         }
         for name, (low, high) in bounds.items():
@@ -98,6 +107,8 @@ class View:
             config.popularity_half_life,
             RewardTable(),
         )
+        self.described: Final = Described(config.max_described)
+        self._codec = codec
         self._catalog = Catalog(codec, self.vocabulary)
         self._decoder = Decoder(codec, self.vocabulary, None)
         self._bought_window_ms = int(config.bought_window_s * 1000)
@@ -109,6 +120,8 @@ class View:
         columns = self._decoder.decode(batch)
         self.users.absorb(columns, len(self.vocabulary))
         self._name_items()
+        for row in np.flatnonzero(columns.candidates & (columns.kind == Kind.DECISION)).tolist():
+            self._note_described(batch.value(row) or b"")
         return int(np.count_nonzero(columns.kind == Kind.BAD))
 
     def absorb_catalog(self, batch: RecordBatch) -> int:
@@ -160,6 +173,20 @@ class View:
     def catalog_version(self) -> int:
         """Changes whenever `availability` may."""
         return self._catalog.version
+
+    def _note_described(self, record: bytes) -> None:
+        """Features that a decision's candidates were shown with."""
+        try:
+            _, decision = self._codec.decode(record)
+        except SchemaError:  # a field that is of no use here is damaged
+            return
+        shown = {slot["item_id"] for slot in decision["slate"]}
+        fields = ("item_id", "category", "brand", "price", "vector")
+        self.described.note(
+            Candidate(*(candidate[name] for name in fields))
+            for candidate in decision["candidates"]
+            if candidate["item_id"] in shown
+        )
 
     def _name_items(self) -> None:
         # strings once per item, not once per request

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from learner.agent import MEETINGS, Agent, AgentSettings
-from learner.networks import SUM_SCALE, _price_features, entry_kinds, first_rows, score_all
+from learner.networks import LONGEST, SMALLEST, SUM_SCALE, _price_features, entry_kinds, first_rows, score_all
 from learner.replay import empty_batch
+from tests.serving_process import VIEWS
 
 SETTINGS = AgentSettings(
     dim=8, hidden=8, history_length=4, vector_dim=2, batch_size=16, target_tau=0.0, target_sync_updates=3
@@ -169,9 +170,9 @@ def test_values_are_read_from_states_and_items_however_large_their_vectors_have_
         return keys.gain, queries.gain, queries.unchosen
 
     keys, queries, unchosen = said()
+    forward = network.encoder.forward
+    network.encoder.forward = lambda *told: (3.0 * forward(*told)[0], *forward(*told)[1:])
     with torch.no_grad():
-        for grown in (network.encoder.mix.weight, *network.encoder.out.parameters()):
-            grown *= 3.0
         known.state_mean *= 3.0
         known.state_scale *= 3.0
     for now, before in zip(said(), (keys, queries, unchosen), strict=True):
@@ -279,8 +280,10 @@ def test_the_next_value_is_the_best_slate_of_the_network_that_chooses_by_the_one
     agent = trained(range(3), new_agent(settings))
     with torch.no_grad():  # networks that disagree
         for network, seed in ((agent.online, 1), (agent.target, 2)):
-            for parameter in network.parameters():
-                parameter += 0.5 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+            for name, parameter in network.named_parameters():
+                if name not in VIEWS:  # these are of a size
+                    noise = torch.Generator().manual_seed(seed)
+                    parameter += 0.5 * torch.randn(parameter.shape, generator=noise)
     told = batch(7)
     told.discount[:4] = 0.0
     rows = agent._rows(told, 1.0)
@@ -584,6 +587,74 @@ def test_what_is_to_come_depends_on_how_much_there_has_been_not_on_what_share_it
     d = SETTINGS.dim
     torch.testing.assert_close(sums[1][:, : d + 1], 2 * sums[0][:, : d + 1])
     torch.testing.assert_close(sums[0][:, :d] * SUM_SCALE, 2 * keys.tower[5].expand(16, -1))
+
+
+def test_a_states_vector_stays_of_a_size():
+    agent = trained(range(2))
+    state = agent._state(batch(3).state)
+
+    def lengths():
+        keys = agent.online.keys(agent.items)
+        return agent.online.encoder(state, entry_kinds(state), keys.tower, state.item)[0].norm(dim=1)
+
+    with torch.no_grad():
+        before = lengths()
+        for times in (1.01, 1e3):
+            for grown in (agent.online.encoder.mix.weight, *agent.online.encoder.out.parameters()):
+                grown *= times
+            after = lengths()
+            assert (after > before).all()
+            before = after
+    assert after.max() < LONGEST
+    assert after.mean() > 0.9 * LONGEST
+
+
+def unaided_only(seed):
+    """Users who are shown nothing, and earn and go on to earn now this, now that, whatever they go to."""
+    out = batch(seed)
+    out.slate[:, 1:] = 0
+    out.slate_reward[:] = 0.0
+    out.slate_reward[:, 0] = out.slot_reward[:] = np.random.default_rng(seed).choice([0.5, 1.5], 16)
+    out.reward[:] = 3 * out.slot_reward
+    out.organic[:], out.slots[:] = True, 0
+    return out
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_a_log_without_slates_does_not_tell_how_much_better_a_choice_is_than_none(centred):
+    """m is what unaided steps earn, else nothing; g, as V0 might be as well what it is said to be, is 0."""
+    agent = new_agent(replace(SETTINGS, learning_rate=0.003, target_tau=0.02, centred=centred))
+    for seed in range(1500):
+        agent.update(unaided_only(seed), kept=10_000)
+    with torch.no_grad():
+        keys = agent.target.keys(agent.items)
+        queries = agent.target.queries(agent._state(batch(0).state), keys)
+        ids = torch.arange(1, ITEMS + 1).expand(16, -1)
+        _, reward, continuation = agent.target.parts_at(queries, keys, ids)
+        value = agent.target.value(queries)
+    assert float(reward.mean()) == pytest.approx(1.0, abs=0.2)
+    assert float(continuation.mean()) == pytest.approx(0.0, abs=0.3)
+    assert float(value.mean()) > 3.0  # of returns of three times what a step earns, at discounts of 0.9
+
+
+def test_the_target_network_reads_by_moments_that_follow_as_it_does():
+    agent = trained(range(3), new_agent(replace(SETTINGS, target_tau=0.25)))
+    known, online, target = agent.online.response, agent.online, agent.target
+    for seed in range(3, 6):
+        before = [target.state_mean.clone(), target.item_scale.clone()]
+        seen = [known.state_mean.clone(), known.item_scale.clamp(min=SMALLEST).clone()]
+        agent.update(batch(seed))
+        for was, now, of, mine in zip(
+            before,
+            (target.state_mean, target.item_scale),
+            seen,
+            (online.state_mean, online.item_scale),
+            strict=True,
+        ):
+            torch.testing.assert_close(mine, of)
+            share = 0.25 if seed > 3 else 1 / (seed + 1)
+            torch.testing.assert_close(now, torch.lerp(was, of, share))
+    assert not torch.equal(online.state_mean, target.state_mean)
 
 
 def telling(seed):

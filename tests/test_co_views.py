@@ -41,6 +41,24 @@ class PlainCoViews:
             out[item] += OWN[0] * near + OWN[1]
         return out
 
+    def walk(self, a, items):
+        """In float64, which rounds otherwise."""
+        out = np.zeros(items)
+        for b, count in self.count.get(a, {}).items():
+            chance = count / (self.total[a] + PRIOR)
+            out[b] += chance
+            for c, further in self.count[b].items():
+                if c != a:
+                    out[c] += co_views.HOP * chance * further / (self.total[b] + PRIOR)
+        return out
+
+    def walk_scores(self, history, items):
+        out = np.zeros(items)
+        for place, item in enumerate(dict.fromkeys(i for i in history if i)):
+            out += self.walk(item, items) / (place + 1)
+            out[item] += OWN[0] / (place + 1) + OWN[1]
+        return out
+
 
 HISTORY = st.lists(st.integers(0, 8), min_size=9, max_size=9)
 
@@ -57,6 +75,47 @@ def test_scores_are_those_of_a_plain_table(steps, asked):
     expected = plain.scores(asked, 9)
     assert table.scores(np.array([asked], np.int32), 9)[0].tolist() == expected.tolist()
     assert expected[0] == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(HISTORY, st.integers(0, 8)), min_size=1, max_size=40))
+def test_walks_lead_in_one_step_or_two_to_where_a_plain_table_says(steps):
+    plain, table = PlainCoViews(), CoViews()
+    table.grow(9)
+    for history, item in steps:
+        plain.observe(history, item)
+        table.observe(np.array([history], np.int32), np.array([item]))
+    to, weight = table.walks(np.arange(9))
+    for a in range(9):
+        expected = plain.walk(a, 9)
+        led = to[a] > 0
+        assert sorted(to[a, led].tolist()) == np.flatnonzero(expected).tolist()
+        np.testing.assert_allclose(weight[a, led], expected[to[a, led]], rtol=1e-5)
+        assert (np.diff(weight[a]) <= 0).all()
+        assert not weight[a, ~led].any()
+
+
+def test_scores_by_walks_are_sums_over_the_history():
+    plain, table = PlainCoViews(), CoViews()
+    table.grow(9)
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        history, item = rng.integers(0, 9, 9).astype(np.int32), int(rng.integers(1, 9))
+        plain.observe(history.tolist(), item)
+        table.observe(history[None], np.array([item]))
+    asked = [3, 0, 5, 3, 2, 0, 0, 0, 0]
+    said = table.walk_scores(np.array([asked], np.int32), 9)[0]
+    np.testing.assert_allclose(said, plain.walk_scores(asked, 9), rtol=1e-5)
+
+
+def test_of_many_places_the_heaviest_are_kept():
+    table = CoViews()
+    table.grow(200)
+    for item in range(2, 60):  # the later, the oftener
+        table.observe(np.full((item, 1), 1, np.int32), np.full(item, item))
+    to, weight = table.walks(np.array([1]))
+    assert to[0].tolist() == list(range(59, 59 - co_views.WALKED, -1))
+    assert (weight > 0).all()
 
 
 def test_what_is_seen_together_most_stays_when_there_is_no_more_room(monkeypatch):

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from learner.co_views import WALKED
 from learner.compiled import CompiledQ
 from learner.networks import (
     AGE_BOUNDS_S,
@@ -16,9 +17,11 @@ from learner.networks import (
     ItemTensors,
     NetworkSettings,
     QNetwork,
+    Shelf,
     StateTensors,
 )
 from learner.policy import Policy, PolicyDamaged
+from learner.recall import Weights
 from learner.replay import Histories
 from learner.weights import WeightStore
 from tests.serving_process import agent, publish
@@ -42,6 +45,14 @@ def network(shape: NetworkSettings, seed: int) -> tuple[QNetwork, ItemTensors]:
             parameter += 0.3 * torch.randn(parameter.shape) * (shape.dim**-0.5 if parameter.ndim > 1 else 1.0)
         for values in (*made.response.buffers(), *(made.stack.buffers() if shape.stack else ())):
             values += 0.3 * torch.rand(values.shape)
+        made.recall.led, made.recall.walk = (
+            torch.zeros(ITEMS - 1, WALKED, dtype=t) for t in (torch.int32, torch.float32)
+        )
+        for name in ("walk", *Weights._fields):
+            getattr(made.recall, name).copy_(torch.rand(getattr(made.recall, name).shape))
+        made.recall.led.copy_(torch.randint(0, ITEMS + 1, made.recall.led.shape))
+        made.recall.led[0] = 0
+        made.recall.walk *= made.recall.led > 0
         vector = torch.randn(ITEMS + 1, shape.vector_dim)
     n = ITEMS + 1
     return made, ItemTensors(
@@ -80,7 +91,13 @@ def test_the_compiled_q_is_the_networks(
         keys = made.keys(items)
         tensors = StateTensors(*(torch.from_numpy(c.astype(t)) for c, t in zip(states, "llff", strict=True)))
         expected = made.q_all(made.queries(tensors, keys), keys).numpy()
-        q = CompiledQ(made, made.shelf(items)).q(states).numpy()
+        compiled = CompiledQ(made, made.shelf(items))
+        q = compiled.q(states).numpy()
+        among = torch.tensor([5, 0, 7, 5, 2])  # a candidate may be named twice, or unknown
+        log_odds = compiled.parts(states)[0][:, among]
+        of_some = compiled.parts_among(states, Shelf(*(c[among] for c in made.shelf(items))), among)[0]
+        known = among > 0
+        torch.testing.assert_close(of_some[:, known], log_odds[:, known], rtol=3e-5, atol=3e-4)
     np.testing.assert_allclose(q, expected, rtol=3e-5, atol=3e-5 * max(1.0, float(np.abs(expected).max())))
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from learner.agent import Agent, AgentSettings
+from learner.co_views import CoViews
 from learner.networks import StateTensors
 from learner.prequential import METHODS, Prequential
 from learner.replay import Replay
@@ -98,7 +99,8 @@ def test_ranks_equal_a_count_by_hand_on_random_streams() -> None:
     prequential = Prequential(vocabulary())
     prequential.observe(made, network)
     visits: Counter[int] = Counter()
-    together = PlainCoViews()
+    together, table = PlainCoViews(), CoViews()  # walks: see test_co_views
+    table.grow(ITEMS + 1)
     expected = []
     transitions, states = made.transitions, made.states
     for t in range(len(transitions.action)):
@@ -107,6 +109,8 @@ def test_ranks_equal_a_count_by_hand_on_random_streams() -> None:
             visits.update(transitions.action[t - 256 : t].tolist())
             for past in range(t - 256, t):
                 together.observe(states.item[transitions.state[past]].tolist(), transitions.action[past])
+            rows = transitions.state[t - 256 : t]
+            table.observe(states.item[rows], transitions.action[t - 256 : t])
         history = [i for i in dict.fromkeys(states.item[row].tolist()) if i]
         state = StateTensors(*(torch.from_numpy(column[row : row + 1].astype(kind)) for column, kind in
                                ((states.item, np.int64), (states.name, np.int64),
@@ -121,11 +125,12 @@ def test_ranks_equal_a_count_by_hand_on_random_streams() -> None:
         popular = sorted(range(1, ITEMS + 1), key=lambda i: -visits[i])
         next_item = sorted(range(1, ITEMS + 1), key=lambda i: -float(organic[i]))
         near = together.scores(states.item[row].tolist(), ITEMS + 1)
-        near += (1e-6 / max(1, *visits.values(), 1) * np.array([visits[i] for i in range(ITEMS + 1)])).astype(
-            np.float32
-        )
+        walks = table.walk_scores(states.item[row : row + 1], ITEMS + 1)[0]
+        often = 1e-6 / max(1, *visits.values(), 1) * np.array([visits[i] for i in range(ITEMS + 1)])
+        near, walks = near + often.astype(np.float32), walks + often.astype(np.float32)
         orders = {
             "co_views": sorted(range(1, ITEMS + 1), key=lambda i: -near[i]),
+            "walks": sorted(range(1, ITEMS + 1), key=lambda i: -walks[i]),
             "popularity": popular,
             "recent": history + [i for i in popular if i not in history],
             "learned_q": sorted(range(1, ITEMS + 1), key=lambda i: -q[i]),
@@ -180,9 +185,17 @@ def test_a_report_tells_kinds_of_steps_apart(tmp_path: Path) -> None:
     prequential.write(tmp_path / "new" / "report.json")
     report = json.loads((tmp_path / "new" / "report.json").read_text())
     counts = {
-        name: report[name]["steps"] for name in ("all", "first_time", "repeat", "carts_or_more", "purchases")
+        name: report[name]["steps"]
+        for name in ("all", "with_history", "first_time", "repeat", "carts_or_more", "purchases")
     }
-    assert counts == {"all": 5, "first_time": 3, "repeat": 2, "carts_or_more": 2, "purchases": 1}
+    assert counts == {
+        "all": 5,
+        "with_history": 4,
+        "first_time": 3,
+        "repeat": 2,
+        "carts_or_more": 2,
+        "purchases": 1,
+    }
     assert [third["steps"] for third in report["thirds"]] == [2, 2, 1]
     assert report["repeat"]["recent"] == {
         "hit_rate_at_20": 1.0,

@@ -1,0 +1,222 @@
+"""What is remembered of where users went, beside what a network has learnt: known after one step, not after hundreds.
+
+    next(s, a) = σ · organic(s, a)  +  Σ_h (again[kind_h] + place[place_h] + often · log n_h) [history item h is a]
+                                    +  Σ_h<READ pull_h · log(1 + SCALE · walk(item_h, a))
+
+over the newest entry h of each item, of which there are n_h; kind_h is its event type × recency. organic is the
+network's next-item head; walk is how likely co-views lead from an item to another, in one step or two
+(learner.co_views). In a catalog of tens of thousands most items come too seldom for a vector of theirs to say much, yet
+who went to one of them went, more likely than not, where others went from there.
+
+σ and the weights are learnt from each step as it comes, before it is remembered and before the network learns it: what
+was learnt from already would vouch for its own memory, and every pull look worth more than it is. Slots of slates are
+not remembered: what is chosen there tells as much of what was shown as of what is liked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from learner.co_views import WALKED, CoViews
+
+READ: Final = 8  # newest entries of a history that walks start from
+SCALE: Final = 100.0  # of walk(a, b), at which it begins to tell
+RATE: Final = 0.1  # of Adam, at first; falls with the root of blocks learnt from ...
+SLOWER: Final = 30  # ... from here on
+BLOCK: Final = 128  # steps learnt from at once
+EVERY: Final = 1024  # steps, of which so many are learnt from
+
+
+class Recalled(NamedTuple):
+    """What pulls on which rows of the keys, for B states."""
+
+    row: Tensor  # [B, E] int64; 0, the unknown item, where there is nothing
+    pull: Tensor  # [B, E]
+
+    def rows(self, which: Tensor | slice) -> Recalled:
+        """Of these states."""
+        return Recalled(self.row[which], self.pull[which])
+
+    def sums(self, items: int) -> Tensor:
+        """Of all rows, [B, items]."""
+        return self.pull.new_zeros(len(self.pull), items).scatter_add(1, self.row, self.pull)
+
+
+class Weights(NamedTuple):
+    """What is learnt beside the memory itself."""
+
+    scale: Tensor  # [1] σ
+    again: Tensor  # [KINDS]
+    place: Tensor  # [PLACES]
+    often: Tensor  # [1]
+    pull: Tensor  # [READ]
+
+
+class Recall(nn.Module):
+    """The memory's values; of which `RecallFit` learns."""
+
+    led: Tensor
+    walk: Tensor
+    scale: Tensor
+    again: Tensor
+    place: Tensor
+    often: Tensor
+    pull: Tensor
+
+    def __init__(self, kinds: int, places: int) -> None:
+        """kinds, places: of history entries."""
+        super().__init__()
+        # as many rows as there are vocabulary ids up to the last that anybody went to unaided
+        self.register_buffer("led", torch.zeros(1, WALKED, dtype=torch.int32))  # vocabulary ids, 0: none
+        self.register_buffer("walk", torch.zeros(1, WALKED))  # log(1 + SCALE · walk)
+        self.register_buffer("scale", torch.ones(1))  # σ
+        self.register_buffer("again", torch.zeros(kinds))
+        self.register_buffer("place", torch.zeros(places))
+        self.register_buffer("often", torch.zeros(1))
+        self.register_buffer("pull", torch.zeros(READ))
+        self.has_any = True  # else nobody need look
+
+    def recalled(
+        self,
+        item: Tensor,
+        kinds: Tensor,
+        places: Tensor,
+        local: Tensor,
+        ids: Tensor | None,
+        weights: Weights | None = None,
+    ) -> Recalled:
+        """item, kinds: [B, H] of histories; places: [1, H]; local: [B, H] rows of the keys that their items are; ids:
+        [N] ascending, that the rows of the keys are; None: row i is vocabulary id i. What is not among the rows pulls
+        on nothing. weights: None: what was learnt."""
+        if not self.has_any:
+            return Recalled(local[:, :0], self.walk.new_zeros(len(local), 0))
+        weights = weights or self.weights
+        same = item.unsqueeze(2) == item.unsqueeze(1)
+        newest = ~torch.tril(same, -1).any(dim=2) & (item > 0)  # [B, H] of its item
+        again = weights.again[kinds] + weights.place[places] + weights.often * same.sum(dim=2).log()
+        read = self.known(item[:, :READ])
+        led = functional.embedding(read, self.led).flatten(1).long()
+        pull = (weights.pull[: read.shape[1]] * newest[:, :READ]).unsqueeze(2)
+        pull = (functional.embedding(read, self.walk) * pull).flatten(1)
+        if ids is not None:
+            at = torch.searchsorted(ids, led).clamp(max=len(ids) - 1)
+            there = ids[at] == led
+            led, pull = at * there, pull * there
+        return Recalled(torch.cat((local, led), dim=1), torch.cat((again * newest, pull), dim=1))
+
+    def known(self, item: Tensor) -> Tensor:
+        """These vocabulary ids, 0 for those of which nothing is remembered."""
+        return torch.where(item < len(self.led), item, 0)
+
+    @property
+    def weights(self) -> Weights:
+        """As they are by now; they share their numbers."""
+        return Weights(*(getattr(self, name) for name in Weights._fields))
+
+
+class RecallFit:
+    """Learns a `Recall`, and keeps what that takes."""
+
+    def __init__(self, recall: Recall) -> None:
+        self.recall = recall
+        recall.has_any = False
+        self.blocks = 0
+        self._co_views = CoViews()
+        self._changed = np.zeros(len(recall.led), np.bool_)  # since `led` and `walk` were last worked out
+        self._optimiser = self._new_optimiser()
+
+    def learn(self, organic: Tensor, went: Tensor, recalled: Callable[[Weights], Recalled]) -> None:
+        """Learn σ and the weights from a block of T steps. organic: [T, N] log-odds, no gradient; went: [T] where to, a
+        row of the N; recalled: see `Recall.recalled`."""
+        self.blocks += 1
+        self._optimiser.param_groups[0]["lr"] = RATE * min(1.0, (SLOWER / self.blocks) ** 0.5)
+        self._optimiser.zero_grad(set_to_none=True)
+        weights = Weights(*self._parameters())
+        logits = (weights.scale * organic).scatter_add(1, *recalled(weights))
+        functional.cross_entropy(logits, went).backward()  # type: ignore[no-untyped-call]
+        self._optimiser.step()
+
+    def observe(self, history: npt.NDArray[np.int32], item: npt.NDArray[np.integer]) -> None:
+        """Remember steps to items [T] from histories [T, H], newest first; vocabulary ids."""
+        self._reserve(int(max(item.max(), history.max())) + 1)
+        self._co_views.grow(len(self._changed))
+        self._co_views.observe(history, item)
+        self._changed[item] = True
+        self._changed[history[:, :READ]] = True
+        self._changed[0] = False
+        self.recall.has_any = True
+
+    @torch.no_grad()
+    def refresh(self, items: npt.NDArray[np.integer] | None = None) -> None:
+        """Let walks from these items, or all, be as co-views have them by now."""
+        if not self.recall.has_any:
+            return
+        if items is None:
+            stale = np.flatnonzero(self._changed)
+        else:
+            items = items[items < len(self._changed)]
+            stale = np.unique(items[self._changed[items]])
+        if not len(stale):
+            return
+        to, walk = self._co_views.walks(stale)
+        device = self.recall.led.device
+        rows = torch.from_numpy(stale.astype(np.int64)).to(device)
+        self.recall.led[rows] = torch.from_numpy(to).to(device)
+        self.recall.walk[rows] = torch.from_numpy(np.log1p(SCALE * walk)).to(device, torch.float32)
+        self._changed[stale] = False
+
+    def _reserve(self, items: int) -> None:
+        """Grow the tables to so many rows at least, by doubling."""
+        more = max(items, 2 * len(self._changed)) - len(self._changed)
+        if items > len(self._changed):
+            self.recall.led = functional.pad(self.recall.led, (0, 0, 0, more))
+            self.recall.walk = functional.pad(self.recall.walk, (0, 0, 0, more))
+            self._changed = np.pad(self._changed, (0, more))
+
+    def served(self) -> dict[str, Tensor]:
+        """The memory's values as they stand now. Copies, on the CPU."""
+        self.refresh()
+        return {name: value.cpu().clone() for name, value in self.recall.state_dict().items()}
+
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """Everything, exactly. Copies."""
+        mine = {name: value.cpu().numpy().copy() for name, value in self.recall.state_dict().items()}
+        mine["changed"] = self._changed.copy()
+        mine["blocks"] = np.array([self.blocks, self.recall.has_any])
+        mine |= {f"co_views.{name}": value for name, value in self._co_views.state().items()}
+        for name, parameter in zip(Weights._fields, self._parameters(), strict=True):
+            for key, value in self._optimiser.state.get(parameter, {}).items():
+                mine[f"adam.{key}.{name}"] = value.cpu().numpy().copy()
+        return mine
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Go back to what `state` gave."""
+        self.blocks, has_any = state["blocks"].tolist()
+        self.recall.has_any = bool(has_any)
+        for name, mine in self.recall.state_dict().items():
+            setattr(self.recall, name, torch.from_numpy(state[name].copy()).to(mine.device))
+        self._changed = state["changed"].copy()
+        self._co_views.restore({name: state[f"co_views.{name}"] for name in self._co_views.state()})
+        self._optimiser = self._new_optimiser()
+        for name, parameter in zip(Weights._fields, self._parameters(), strict=True):
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                if f"adam.{key}.{name}" in state:
+                    value = torch.from_numpy(np.array(state[f"adam.{key}.{name}"]))
+                    device = "cpu" if key == "step" else parameter.device
+                    self._optimiser.state[parameter][key] = value.to(device)
+
+    def _parameters(self) -> list[Tensor]:
+        """The weights, with gradients."""
+        return self._optimiser.param_groups[0]["params"]
+
+    def _new_optimiser(self) -> torch.optim.Adam:
+        values = (value.detach().requires_grad_() for value in self.recall.weights)
+        return torch.optim.Adam(values, lr=RATE)  # shares the numbers

@@ -1,0 +1,47 @@
+"""What requests have told of items that were shown: features that no catalog has, nor perhaps the weights in use.
+
+A user's history is of little use to a policy that knows none of its items. Where every page brings new ones (news,
+videos, offers) the items that a user has just gone to are those that the next version of the weights will know; until
+then they are known by the features that they were shown with.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+
+import numpy as np
+
+from learner.policy import Candidate
+
+
+class Described:
+    """The newest items described, the longest not heard of go first. Threads may share one."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._items: dict[str, Candidate] = {}  # the newest last
+        self._lock = threading.Lock()
+
+    def note(self, shown: Iterable[Candidate]) -> None:
+        """Items that a request described; those of which it said nothing are left out."""
+        with self._lock:
+            for candidate in shown:
+                self._items.pop(candidate.item_id, None)
+                if _says_something(candidate):
+                    vector = np.asarray(candidate.vector, np.float32)  # a tenth of a list's memory
+                    self._items[candidate.item_id] = candidate._replace(vector=vector)  # type: ignore[arg-type]
+            while len(self._items) > self._most:
+                del self._items[next(iter(self._items))]
+
+    def get(self, item_id: str) -> Candidate | None:
+        """As it was described last; None where it was not, or long ago."""
+        return self._items.get(item_id)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+
+def _says_something(candidate: Candidate) -> bool:
+    """Of the item itself."""
+    return bool(candidate.category or candidate.brand or len(candidate.vector)) or candidate.price is not None

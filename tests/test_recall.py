@@ -1,0 +1,239 @@
+"""What is remembered of where users went: by the definition, and worth what it is worth for what comes next."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from learner import recall
+from learner.agent import Agent, AgentSettings
+from learner.co_views import WALKED
+from learner.networks import KINDS, PLACE_BOUNDS, PLACES
+from learner.recall import READ, SCALE, Recall, RecallFit
+from streaming.transitions import Amendments, Joined, Rejects, States, Transitions
+from tests.test_agent import ITEMS, batch, new_agent, trained
+
+H = 10
+SETTINGS = AgentSettings(history_length=H, vector_dim=2, dim=8, hidden=8, batch_size=16)
+
+
+def went(histories, item):
+    """Steps to items [T], unaided, from histories [T, H]."""
+    n = len(item)
+    histories, zeros = np.asarray(histories, np.int32), np.zeros(n, np.int64)
+    at = np.arange(n, dtype=np.int32)
+    name = (2 * (histories > 0)).astype(np.uint8)
+    age_s = np.where(histories > 0, 30.0, 0.0).astype(np.float32)
+    return Joined(
+        States(zeros.astype(np.int32), zeros, zeros, histories, name, age_s, np.zeros_like(age_s)),
+        Transitions(
+            *(zeros.astype(np.int32), zeros, zeros.astype(np.int16), at, at, np.asarray(item, np.int32)),
+            *(np.full(n, x, np.float32) for x in (0.1, 0.9, 0.1)),
+            np.ones(n, np.bool_),
+            zeros,
+        ),
+        Amendments(*(np.zeros(0, kind) for kind in (np.int32, np.int64, np.int16, np.float32))),
+        Rejects(np.zeros(0, np.int64), np.zeros(0, np.uint8)),
+    )
+
+
+def history(*items):
+    """[H], newest first."""
+    return [*items, *[0] * (H - len(items))]
+
+
+def memory_of(items):
+    """With room for so many."""
+    memory = Recall(KINDS, PLACES)
+    memory.led, memory.walk = torch.zeros(items, WALKED, dtype=torch.int32), torch.zeros(items, WALKED)
+    return memory
+
+
+def test_what_is_recalled_is_what_the_definition_says():
+    rng = np.random.default_rng(0)
+    memory = memory_of(30)
+    memory.led.copy_(torch.from_numpy(rng.integers(0, 30, (30, WALKED))))
+    memory.walk.copy_(torch.from_numpy(rng.random((30, WALKED))) * (memory.led > 0))
+    memory.again.copy_(torch.from_numpy(rng.random(KINDS)))
+    memory.place.copy_(torch.from_numpy(rng.random(PLACES)))
+    memory.often.fill_(0.4)
+    memory.pull.copy_(torch.from_numpy(rng.random(READ)))
+    memory.walk[0] = memory.led[0] = 0
+    item, kinds = (
+        torch.from_numpy(rng.integers(0, 8, (5, H))),
+        torch.from_numpy(rng.integers(0, KINDS, (5, H))),
+    )
+    places = torch.tensor([[sum(bound <= h for bound in PLACE_BOUNDS) for h in range(H)]])
+    expected = np.zeros((5, 30))
+    for b in range(5):
+        for h, i in enumerate(item[b].tolist()):
+            if not i or i in item[b, :h].tolist():
+                continue
+            place = sum(bound <= h for bound in PLACE_BOUNDS)
+            times = item[b].tolist().count(i)
+            expected[b, i] += float(memory.again[kinds[b, h]] + memory.place[place]) + 0.4 * np.log(times)
+            if h < READ:
+                for to, walk in zip(memory.led[i].tolist(), memory.walk[i].tolist(), strict=True):
+                    expected[b, to] += float(memory.pull[h]) * walk
+    said = memory.recalled(item, kinds, places, item, None).sums(30)
+    np.testing.assert_allclose(said[:, 1:], expected[:, 1:], atol=1e-5)
+    ids = torch.unique(torch.cat((item.flatten(), torch.tensor([0, 3, 29, 17]))))  # some rows alone
+    said = memory.recalled(item, kinds, places, torch.searchsorted(ids, item), ids).sums(len(ids))
+    np.testing.assert_allclose(said[:, 1:], expected[:, ids[1:]], atol=1e-5)
+
+
+def test_walks_are_as_co_views_have_them_when_they_are_asked_for():
+    fit = RecallFit(memory := Recall(KINDS, PLACES))
+    assert not memory.has_any
+    fit.observe(np.array([[1, 2, 0]], np.int32), np.array([3]))
+    fit.refresh(np.array([[1, 0, 0]]))
+    assert memory.led[1].tolist()[:2] == [2, 3] or memory.led[1].tolist()[:2] == [3, 2]
+    assert not memory.led[2].any()  # not asked for yet
+    fit.refresh()
+    to, walk = fit._co_views.walks(np.arange(len(memory.led)))
+    np.testing.assert_array_equal(memory.led, to)
+    np.testing.assert_allclose(memory.walk, np.log1p(SCALE * walk), rtol=1e-6)
+
+
+def circles(rng, n, others=0):
+    """Steps in a hundred circles of five items, each new to its user; with `others`, as many to any item at all."""
+    histories, items = [], []
+    for _ in range(n):
+        circle, at = int(rng.integers(100)), int(rng.integers(5))
+        last = [5 * circle + (at + k) % 5 + 1 for k in range(3)]
+        histories.append(history(*last[1::-1]))
+        items.append(last[2] if rng.random() >= others else int(rng.integers(1, 501)))
+    return went(histories, items)
+
+
+def hit_rate(agent, rng):
+    """Of the ten first by the next-item head, as the network stands."""
+    test = circles(rng, 300)
+    states = agent._state(type(batch(0).state)(*(getattr(test.states, n) for n in batch(0).state._fields)))
+    agent._recall.refresh()
+    with torch.no_grad():
+        keys = agent.online.keys(agent.items)
+        scores = agent.online.next_all(agent.online.queries(states, keys), keys)
+    scores[:, 0] = -torch.inf
+    first = scores.topk(10, dim=1).indices
+    return float(
+        (first == torch.from_numpy(test.transitions.action.astype(np.int64))[:, None])
+        .any(dim=1)
+        .float()
+        .mean()
+    )
+
+
+def learnt(settings, steps, others=0.0, seed=0):
+    """An agent that saw so many steps in circles in blocks of a hundred, and whose network learnt nothing of them."""
+    rng = np.random.default_rng(seed)
+    agent = Agent(settings, seed=seed)
+    agent.grow(500)
+    agent.updates = 1  # else nothing is learnt before
+    for _ in range(steps // 100):
+        agent.foretell(circles(rng, 100, others))
+    return agent, rng
+
+
+@pytest.mark.parametrize("exact_items", [AgentSettings.exact_items, 1])
+def test_where_others_went_is_foretold_after_a_few_steps_each(exact_items):
+    settings = replace(SETTINGS, exact_items=exact_items, candidates=100)
+    agent, rng = learnt(settings, 3000)  # six of each item
+    assert float(agent.online.recall.pull[0]) > 0.5
+    assert hit_rate(agent, rng) > 0.9
+    without, rng = learnt(replace(settings, recall=False), 3000)
+    assert hit_rate(without, rng) < 0.1
+
+
+def test_a_memory_does_not_vouch_for_itself():
+    """Where steps lead anywhere, co-views tell nothing; of what was learnt already they seem to tell all."""
+    agent, _ = learnt(SETTINGS, 3000, others=1.0)
+    assert float(agent.online.recall.pull.max()) < 0.3
+    rng = np.random.default_rng(5)
+    vouching = Agent(SETTINGS, seed=0)
+    vouching.grow(500)
+    vouching.updates = 1
+    steps = circles(rng, 100, others=1.0)
+    for _ in range(30):
+        vouching.foretell(steps)
+    assert float(vouching.online.recall.pull[0]) > 1.0
+
+
+def test_slots_of_slates_are_not_remembered():
+    agent = new_agent(SETTINGS)
+    agent.grow(500)
+    steps = circles(np.random.default_rng(0), 50)
+    steps.transitions.organic[:] = False
+    agent.foretell(steps)
+    assert not agent.online.recall.has_any
+
+
+def test_what_users_come_back_to_is_told_from_what_they_leave():
+    rng = np.random.default_rng(1)
+    agent = Agent(SETTINGS, seed=0)
+    agent.grow(500)
+    agent.updates = 1
+    for _ in range(30):
+        items = rng.integers(1, 501, (100, 3))
+        agent.foretell(
+            went([history(*row) for row in items], items[np.arange(100), rng.integers(3, size=100)])
+        )
+    memory = agent.online.recall
+    assert float(memory.again.max() + memory.place.max()) > 2.0
+
+
+def test_q_leans_on_it_by_the_prior():
+    agent = trained(range(4), new_agent(replace(SETTINGS, vector_dim=4)))
+    agent.foretell(went([history(1, 2)] * 3, [3, 4, 5]))
+    agent._recall.refresh()
+    network = agent.online
+    network.recall.pull.fill_(0.7)
+    state = agent._state(batch(9).state)
+    with torch.no_grad():
+        keys = agent.online.keys(agent.items)
+        queries = network.queries(state, keys)
+        ids = torch.arange(ITEMS + 1).expand(len(state.item), -1)
+        z = network.parts_at(queries, keys, ids)[0]
+        recalled = queries.recalled.sums(ITEMS + 1)
+        assert recalled.abs().sum() > 0
+        network.recall.has_any = False
+        before = network.parts_at(network.queries(state, keys), keys, ids)[0]
+    torch.testing.assert_close(z[:, 1:], (before + network.recalled * recalled)[:, 1:])
+
+
+def test_an_agent_restored_remembers_as_if_it_had_never_stopped():
+    first, rng = learnt(SETTINGS, 500)
+    again = Agent(SETTINGS, seed=99)
+    again.restore(first.state())
+    more = circles(rng, 200)
+    for agent in (first, again):
+        agent.foretell(more)
+    one, other = first.state(), again.state()
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+    assert one["recall.blocks"][0] > 4
+
+
+def test_of_many_steps_at_once_a_part_is_learnt_from_and_all_are_remembered(monkeypatch):
+    seen = []
+    monkeypatch.setattr(recall.RecallFit, "learn", lambda self, organic, *_: seen.append(len(organic)))
+    agent, rng = learnt(SETTINGS, 100)
+    agent.foretell(circles(rng, 2500))
+    assert seen == [128, 128, 113]
+    totals = agent._recall._co_views.state()["total"]
+    assert totals.sum() == pytest.approx(2600 * (1.5 * 1.7), rel=1e-3)
+
+
+def test_without_it_nothing_is_kept():
+    agent = trained(range(2), new_agent(replace(SETTINGS, vector_dim=4, recall=False)))
+    agent.foretell(went([history(1, 2)], [3]))
+    trained(range(2, 4), agent)
+    assert not agent.online.recall.has_any
+    assert agent.tensors()["both.recall.led"].shape == (1, WALKED)
+    again = Agent(agent.settings, seed=9)
+    again.restore(agent.state())
+    again.update(batch(5))
