@@ -654,7 +654,8 @@ class Agent:
         judge = self._judge(rows.aisle)
         judged = self.target.queries(state, judge, there, rows.ids)
         if self.settings.double:
-            best = self._best(rows, self.online, self.online.queries(state, keys, there, rows.ids), keys)
+            chooser = self.online.queries(state, keys, there, rows.ids, judged.recalled)
+            best = self._best(rows, self.online, chooser, keys)
         else:
             best = self._best(rows, self.target, judged, judge)
         place = torch.arange(best.shape[1], device=self.device)  # the best comes first, and is looked at most

@@ -155,7 +155,7 @@ class Query(NamedTuple):
     """One head's view of B states.
 
     score(s, a) = vector(s) · key(a) + Σ_h copy[h] [history item h is a] + Σ_h alike[h] [it is of a's category]
-                  + what is recalled of a
+                  + trust · Σ what is recalled of a
     """
 
     vector: Tensor  # [B, D]
@@ -163,12 +163,14 @@ class Query(NamedTuple):
     item: Tensor  # [B, H]
     alike: Tensor  # [B, H] weights on items of the history's categories
     category: Tensor  # [B, H]
-    recalled: Recalled
+    recalled: Recalled | None
+    trust: Tensor  # a number
 
     def rows(self, which: Tensor | slice) -> Query:
         """The view of these states."""
-        vector, copy, item, alike, category = (column[which] for column in self[:-1])
-        return Query(vector, copy, item, alike, category, self.recalled.rows(which))
+        vector, copy, item, alike, category = (column[which] for column in self[:5])
+        recalled = None if self.recalled is None else self.recalled.rows(which)
+        return Query(vector, copy, item, alike, category, recalled, self.trust)
 
 
 class Queries(NamedTuple):
@@ -176,7 +178,7 @@ class Queries(NamedTuple):
 
     organic: Query
     choice: Query  # of z
-    recalled: Recalled
+    recalled: Recalled | None
     back: Tensor  # [B, H] of `going_back`
     gain: Tensor  # [B, 2v'] reward, then continuation
     unchosen: Tensor  # [B, quantiles] V0(s)
@@ -189,7 +191,7 @@ class Queries(NamedTuple):
         return Queries(
             self.organic.rows(which),
             self.choice.rows(which),
-            self.recalled.rows(which),
+            None if self.recalled is None else self.recalled.rows(which),
             *(column[which] for column in cast(tuple[Tensor, ...], self[3:])),
         )
 
@@ -198,9 +200,12 @@ def score_all(query: Query, keys: Tensor, category: Tensor) -> Tensor:
     """Scores of all items, [B, N]. keys: [N, D]; category: [N]."""
     scores = query.vector @ keys.T
     scores += of_category(query, category)
-    if query.recalled.row.shape[1]:
-        scores = scores.scatter_add(1, *query.recalled)
-    return scores.scatter_add_(1, query.item, query.copy)
+    scores.scatter_add_(1, query.item, query.copy)
+    if query.recalled is None:
+        return scores
+    if scores.requires_grad:
+        return scores + query.trust * query.recalled.sums(len(keys))
+    return scores.scatter_add_(1, query.recalled.row, query.trust * query.recalled.pull)
 
 
 def score_at(query: Query, keys: Tensor, category: Tensor, ids: Tensor) -> Tensor:
@@ -208,9 +213,7 @@ def score_at(query: Query, keys: Tensor, category: Tensor, ids: Tensor) -> Tenso
     scores = torch.bmm(functional.embedding(ids, keys), query.vector.unsqueeze(2)).squeeze(2)
     same, alike = matches(query, category, ids)
     scores = scores + (same * query.copy.unsqueeze(1) + alike * query.alike.unsqueeze(1)).sum(dim=2)
-    if query.recalled.row.shape[1]:
-        scores = scores + query.recalled.sums(len(keys)).gather(1, ids)
-    return scores
+    return scores if query.recalled is None else scores + query.trust * query.recalled.sums_at(ids)
 
 
 def matches(query: Query, category: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -523,10 +526,11 @@ class QNetwork(nn.Module):
         shelf: Shelf | Keys,
         local: Tensor | None = None,
         ids: Tensor | None = None,
+        recalled: Recalled | None = None,
     ) -> Queries:
         """Every head's view of the states. shelf: of the history's items at least; ids: [N] ascending, what its rows
         are, and local: [B, H] rows of it that the history's items are, by which they are known to `score_all` and
-        `score_at`; None: row i is vocabulary id i."""
+        `score_at`; None: row i is vocabulary id i. recalled: of these states, where it has been looked up already."""
         item = state.item if local is None else local
         kinds, category = entry_kinds(state), shelf.category[item]
         phi, share, total = self.encoder(state, kinds, shelf.tower, item)
@@ -541,13 +545,13 @@ class QNetwork(nn.Module):
         # returns are noise beside choices: they must not bend what choice is read from
         still = (phi.detach() - self.state_mean) / self.state_scale
         choice = torch.cat((organic, self.lean(phi)), dim=1)
-        found = self.recall.recalled(state.item, kinds, place_buckets(state), item, ids)
-        told = Recalled(found.row, self.recalled * found.pull)
+        if recalled is None and self.recall.has_any:
+            recalled = self.recall.recalled(state.item, kinds, place_buckets(state), item, ids)
         copies, alikes = self.prior * copy + more_copy, self.prior * alike + more_alike
         return Queries(
-            Query(organic, copy, item, alike, category, Recalled(item[:, :0], copy[:, :0])),
-            Query(choice, copies, item, alikes, category, told),
-            found,
+            Query(organic, copy, item, alike, category, None, self.recalled),
+            Query(choice, copies, item, alikes, category, recalled, self.recalled),
+            recalled,
             going_back(state.item) if self.settings.stack else torch.zeros_like(copy),
             self.query(still),
             self.unchosen(torch.cat((still, total), dim=1)),
@@ -559,7 +563,9 @@ class QNetwork(nn.Module):
     def next_all(self, queries: Queries, keys: Keys) -> Tensor:
         """How likely users go to each item next, unaided, log-odds but for a constant, [B, N]: see learner.recall."""
         organic = score_all(queries.organic, keys.organic, keys.category)
-        return (self.recall.scale * organic).scatter_add(1, *queries.recalled)
+        if queries.recalled is None:
+            return organic
+        return (self.recall.scale * organic).scatter_add_(1, *queries.recalled)
 
     def q_all(self, queries: Queries, keys: Keys) -> Tensor:
         """Q(s, a) of all N items, [B, N]; the equation of this module's head."""
@@ -592,7 +598,7 @@ class QNetwork(nn.Module):
                 vector=vector,
                 copy=scale * z.copy + own * queries.back,
                 alike=scale * z.alike,
-                recalled=Recalled(z.recalled.row, scale * z.recalled.pull),
+                trust=scale * z.trust,
             ),
             torch.cat((scale * pull[:, :-2], level, pull[:, -1:]), dim=1),
         )

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from learner.co_views import WALKED, CoViews
+from learner.co_views import WALKED, CoViews, again
+from streaming.jit import jit
 
 READ: Final = 8  # newest entries of a history that walks start from
 SCALE: Final = 100.0  # of walk(a, b), at which it begins to tell
@@ -35,7 +36,7 @@ EVERY: Final = 1024  # steps, of which so many are learnt from
 
 
 class Recalled(NamedTuple):
-    """What pulls on which rows of the keys, for B states."""
+    """What pulls on which rows of the keys, for B states; no gradients."""
 
     row: Tensor  # [B, E] int64; 0, the unknown item, where there is nothing
     pull: Tensor  # [B, E]
@@ -46,7 +47,32 @@ class Recalled(NamedTuple):
 
     def sums(self, items: int) -> Tensor:
         """Of all rows, [B, items]."""
-        return self.pull.new_zeros(len(self.pull), items).scatter_add(1, self.row, self.pull)
+        return self.pull.new_zeros(len(self.pull), items).scatter_add_(1, self.row, self.pull)
+
+    def sums_at(self, ids: Tensor) -> Tensor:
+        """Of these rows, [B, K]; 0 for the unknown item. ids: [B, K]."""
+        if ids.device.type != "cpu":
+            same = (self.row.unsqueeze(1) == ids.unsqueeze(2)) & (ids > 0).unsqueeze(2)
+            return (same * self.pull.unsqueeze(1)).sum(dim=2)
+        out = np.zeros(ids.shape, np.float32)
+        _add_up(self.row.numpy(), self.pull.numpy(), ids.numpy(), out)
+        return torch.from_numpy(out)
+
+
+@jit
+def _add_up(
+    row: npt.NDArray[np.int64],
+    pull: npt.NDArray[np.float32],
+    ids: npt.NDArray[np.int64],
+    out: npt.NDArray[np.float32],
+) -> None:
+    for b in range(len(row)):
+        for e in range(row.shape[1]):
+            if row[b, e] == 0:
+                continue
+            for k in range(ids.shape[1]):
+                if ids[b, k] == row[b, e]:
+                    out[b, k] += pull[b, e]
 
 
 class Weights(NamedTuple):
@@ -95,12 +121,9 @@ class Recall(nn.Module):
         """item, kinds: [B, H] of histories; places: [1, H]; local: [B, H] rows of the keys that their items are; ids:
         [N] ascending, that the rows of the keys are; None: row i is vocabulary id i. What is not among the rows pulls
         on nothing. weights: None: what was learnt."""
-        if not self.has_any:
-            return Recalled(local[:, :0], self.walk.new_zeros(len(local), 0))
         weights = weights or self.weights
-        same = item.unsqueeze(2) == item.unsqueeze(1)
-        newest = ~torch.tril(same, -1).any(dim=2) & (item > 0)  # [B, H] of its item
-        again = weights.again[kinds] + weights.place[places] + weights.often * same.sum(dim=2).log()
+        newest, often = newest_entries(item)
+        back = weights.again[kinds] + weights.place[places] + weights.often * often
         read = self.known(item[:, :READ])
         led = functional.embedding(read, self.led).flatten(1).long()
         pull = (weights.pull[: read.shape[1]] * newest[:, :READ]).unsqueeze(2)
@@ -109,7 +132,7 @@ class Recall(nn.Module):
             at = torch.searchsorted(ids, led).clamp(max=len(ids) - 1)
             there = ids[at] == led
             led, pull = at * there, pull * there
-        return Recalled(torch.cat((local, led), dim=1), torch.cat((again * newest, pull), dim=1))
+        return Recalled(torch.cat((local, led), dim=1), torch.cat((back * newest, pull), dim=1))
 
     def known(self, item: Tensor) -> Tensor:
         """These vocabulary ids, 0 for those of which nothing is remembered."""
@@ -119,6 +142,30 @@ class Recall(nn.Module):
     def weights(self) -> Weights:
         """As they are by now; they share their numbers."""
         return Weights(*(getattr(self, name) for name in Weights._fields))
+
+
+def newest_entries(item: Tensor) -> tuple[Tensor, Tensor]:
+    """Which entries of histories [B, H] are the newest of their item, bool, and the logarithm of how many of it there
+    are, float32, [B, H] each; of padding and unknown items none is."""
+    if item.device.type != "cpu":
+        same = item.unsqueeze(2) == item.unsqueeze(1)
+        return ~torch.tril(same, -1).any(dim=2) & (item > 0), same.sum(dim=2).log()
+    newest, often = np.zeros(item.shape, np.bool_), np.zeros(item.shape, np.float32)
+    _count_entries(item.numpy(), newest, often)
+    return torch.from_numpy(newest), torch.from_numpy(often)
+
+
+@jit
+def _count_entries(
+    item: npt.NDArray[np.int64], newest: npt.NDArray[np.bool_], often: npt.NDArray[np.float32]
+) -> None:
+    for b in range(len(item)):
+        for h in range(item.shape[1]):
+            if item[b, h] > 0 and not again(item[b], h):
+                count = 0
+                for other in item[b]:
+                    count += other == item[b, h]
+                newest[b, h], often[b, h] = True, np.log(np.float32(count))
 
 
 class RecallFit:

@@ -11,8 +11,9 @@ import torch
 from learner import recall
 from learner.agent import Agent, AgentSettings
 from learner.co_views import WALKED
-from learner.networks import KINDS, PLACE_BOUNDS, PLACES
-from learner.recall import READ, SCALE, Recall, RecallFit
+from learner.networks import KINDS, PLACE_BOUNDS, PLACES, score_all, score_at
+from learner.recall import READ, SCALE, Recall, RecallFit, newest_entries
+from learner.replay import Histories
 from streaming.transitions import Amendments, Joined, Rejects, States, Transitions
 from tests.test_agent import ITEMS, batch, new_agent, trained
 
@@ -80,6 +81,10 @@ def test_what_is_recalled_is_what_the_definition_says():
                     expected[b, to] += float(memory.pull[h]) * walk
     said = memory.recalled(item, kinds, places, item, None).sums(30)
     np.testing.assert_allclose(said[:, 1:], expected[:, 1:], atol=1e-5)
+    at = torch.from_numpy(rng.integers(1, 30, (5, 4)))
+    found = memory.recalled(item, kinds, places, item, None)
+    torch.testing.assert_close(found.sums_at(at), said.gather(1, at))
+    torch.testing.assert_close(found.sums_at(Elsewhere(at)), said.gather(1, at))
     ids = torch.unique(torch.cat((item.flatten(), torch.tensor([0, 3, 29, 17]))))  # some rows alone
     said = memory.recalled(item, kinds, places, torch.searchsorted(ids, item), ids).sums(len(ids))
     np.testing.assert_allclose(said[:, 1:], expected[:, ids[1:]], atol=1e-5)
@@ -112,7 +117,7 @@ def circles(rng, n, others=0):
 def hit_rate(agent, rng):
     """Of the ten first by the next-item head, as the network stands."""
     test = circles(rng, 300)
-    states = agent._state(type(batch(0).state)(*(getattr(test.states, n) for n in batch(0).state._fields)))
+    states = agent._state(Histories(*(getattr(test.states, name) for name in Histories._fields)))
     agent._recall.refresh()
     with torch.no_grad():
         keys = agent.online.keys(agent.items)
@@ -237,3 +242,51 @@ def test_without_it_nothing_is_kept():
     again = Agent(agent.settings, seed=9)
     again.restore(agent.state())
     again.update(batch(5))
+
+
+def test_scores_of_all_items_and_of_some_agree_with_and_without_gradients():
+    agent, rng = learnt(SETTINGS, 1000)
+    told = circles(rng, 16)
+    network = agent.online
+    network.recalled.data.fill_(0.7)
+    network.copy.data.normal_()
+    state = agent._state(Histories(*(getattr(told.states, name) for name in Histories._fields)))
+    agent._recall.refresh()
+    keys = network.keys(agent.items)
+    queries = network.queries(state, keys)
+    ids = torch.arange(501).expand(16, -1)
+    some = score_at(queries.choice, keys.choice, keys.category, ids)
+    every = score_all(queries.choice, keys.choice, keys.category)
+    assert every.requires_grad
+    torch.testing.assert_close(every[:, 1:], some[:, 1:])
+    with torch.no_grad():
+        queries = network.queries(state, keys)
+        torch.testing.assert_close(score_all(queries.choice, keys.choice, keys.category), every.detach())
+    assert float((every - every.mean()).detach().abs().max()) > 0.1
+    every[:, 1:].sum().backward()
+    assert float(network.recalled.grad) != 0
+
+
+def test_entries_are_counted_on_the_processor_as_elsewhere():
+    item = torch.from_numpy(np.random.default_rng(0).integers(0, 5, (50, 9)))
+    newest, often = newest_entries(item)
+    elsewhere = newest_entries(Elsewhere(item))
+    assert torch.equal(newest, elsewhere[0])
+    torch.testing.assert_close(often * newest, elsewhere[1] * newest)
+
+
+class Elsewhere:
+    """A tensor that says it is on another device."""
+
+    def __init__(self, tensor):
+        self._tensor, self.device = tensor, torch.device("meta")
+
+    def __getattr__(self, name):
+        return getattr(self._tensor, name)
+
+    def __gt__(self, other):
+        return self._tensor > other
+
+    @classmethod
+    def __torch_function__(cls, what, types, args=(), kwargs=None):
+        return what(*(a._tensor if isinstance(a, cls) else a for a in args), **(kwargs or {}))
