@@ -76,6 +76,9 @@ class AgentSettings:
         "of the distribution of what is to come, learnt by quantile regression (QR-DQN); 1: its mean; 1..200",
     )
     td_weight: float = _setting(0.1, "weight of the temporal-difference loss; >= 0")
+    length_weight: float = _setting(
+        0.001, "weight of the squared length of states' vectors, so that none grows for nothing; >= 0, 0: off"
+    )
     cql_weight: float = _setting(0.0, "weight of the conservative loss; >= 0, 0: off")
     huber_delta: float = _setting(
         20.0, "error beyond which losses grow linearly; in units of what a choice earns on average, > 0"
@@ -121,6 +124,7 @@ class AgentSettings:
             "reward_weight": (0, 1e6),
             "quantiles": (1, 200),
             "td_weight": (0, 1e6),
+            "length_weight": (0, 1e6),
             "cql_weight": (0, 1e6),
             "huber_delta": (1e-6, 1e6),
             "quantile_delta": (1e-6, 1e6),
@@ -180,7 +184,7 @@ class Update(NamedTuple):
     td_error: npt.NDArray[np.float32]  # [B] target - Q(s, a), in units of `Agent.unit`: priorities
     mean_q: float  # of the batch's own actions
     q_spread: float  # standard deviation of these
-    losses: dict[str, float]  # by part: choice, reward, td, next_item, conservative
+    losses: dict[str, float]  # by part: choice, reward, td, next_item, length, conservative
 
 
 class _Aisle(NamedTuple):
@@ -553,6 +557,9 @@ class Agent:
             losses["td"] = settings.td_weight * dqn.weighted_mean(error, rows.weight)
         if settings.sqn_weight > 0:
             losses["next_item"] = settings.sqn_weight * self._next_item_loss(rows, keys, queries)
+        if settings.length_weight > 0:
+            squares = queries.organic.vector[:, :-1].square().sum(dim=1)
+            losses["length"] = settings.length_weight * dqn.weighted_mean(squares, rows.weight)
         if settings.cql_weight > 0:
             q_all = online.q_all(queries, keys)
             q_action = q_all.gather(1, rows.slate[:, :1]).squeeze(1)

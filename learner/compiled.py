@@ -28,7 +28,6 @@ from learner.networks import (
     AGE_BOUNDS_S,
     AGES,
     COUNTS,
-    LONGEST,
     NAMES,
     SESSION_AGES,
     SUM_SCALE,
@@ -302,11 +301,6 @@ def _vectors(
         _apply(p.hidden, features, hidden, True)
         _apply(p.out, hidden, phi, False)
         _add(p.mix.weight, pooled, phi)
-        squares = np.float32(0)
-        for i in range(d):
-            squares += phi[i] * phi[i]
-        for i in range(d):
-            phi[i] /= np.sqrt(np.float32(1) + squares / np.float32(LONGEST**2))
         _apply(p.lean, phi, lean, False)
         u, w = vectors[b], vectors[batch + b]
         for i in range(d):

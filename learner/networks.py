@@ -348,14 +348,9 @@ class HistoryEncoder(nn.Module):
         pooled = sums[:, :-1].flatten(1)  # [B, C * d]
         hidden = functional.relu(self.hidden(torch.cat((pooled, counts), dim=1)))
         total = torch.cat((sums[:, -1].detach(), each.sum(dim=1), counts), dim=1)
-        phi = self.mix(pooled) + self.out(hidden)
-        phi = phi * torch.rsqrt(1.0 + phi.square().sum(dim=1, keepdim=True) / LONGEST**2)
-        return phi, share, total
+        return self.mix(pooled) + self.out(hidden), share, total
 
 
-# what φ's length stays below, short ones as they are (usual are 2 to 4): where nothing else holds it back it grows a
-# hundredfold, and each step of Adam moves what is read from it as much further
-LONGEST: Final = 8.0
 COUNTS: Final = 2 * NAMES + 5
 SUM_SCALE: Final = 16.0  # entries that sums are told in
 

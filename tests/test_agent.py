@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from learner.agent import MEETINGS, Agent, AgentSettings
-from learner.networks import LONGEST, SMALLEST, SUM_SCALE, _price_features, entry_kinds, first_rows, score_all
+from learner.networks import SMALLEST, SUM_SCALE, _price_features, entry_kinds, first_rows, score_all
 from learner.replay import empty_batch
 from tests.serving_process import VIEWS
 
@@ -589,24 +589,23 @@ def test_what_is_to_come_depends_on_how_much_there_has_been_not_on_what_share_it
     torch.testing.assert_close(sums[0][:, :d] * SUM_SCALE, 2 * keys.tower[5].expand(16, -1))
 
 
-def test_a_states_vector_stays_of_a_size():
-    agent = trained(range(2))
-    state = agent._state(batch(3).state)
+def test_a_weight_on_their_length_keeps_states_vectors_short():
+    """All users are alike, so that what is chosen says nothing of states."""
 
-    def lengths():
-        keys = agent.online.keys(agent.items)
-        return agent.online.encoder(state, entry_kinds(state), keys.tower, state.item)[0].norm(dim=1)
+    def length(weight):
+        agent = new_agent(replace(SETTINGS, learning_rate=0.01, length_weight=weight))
+        for seed in range(600):
+            told = batch(seed)
+            told.state.item[:], told.state.name[:], told.state.age_s[:] = 3, 1, 10.0
+            agent.update(told, kept=1000)
+        state = agent._state(told.state)
+        with torch.no_grad():
+            keys = agent.online.keys(agent.items)
+            return float(
+                agent.online.encoder(state, entry_kinds(state), keys.tower, state.item)[0].norm(dim=1).mean()
+            )
 
-    with torch.no_grad():
-        before = lengths()
-        for times in (1.01, 1e3):
-            for grown in (agent.online.encoder.mix.weight, *agent.online.encoder.out.parameters()):
-                grown *= times
-            after = lengths()
-            assert (after > before).all()
-            before = after
-    assert after.max() < LONGEST
-    assert after.mean() > 0.9 * LONGEST
+    assert length(0.1) < 0.5 * length(0.0)
 
 
 def unaided_only(seed):
