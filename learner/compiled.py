@@ -38,6 +38,7 @@ from learner.networks import (
     place_buckets,
     unknown_items,
 )
+from learner.recall import compile_recall
 from learner.replay import Histories
 from streaming.jit import jit
 
@@ -192,6 +193,7 @@ def _keys(shelf: Shelf) -> Tensor:
 def compile_q() -> None:
     """Have the loops compiled, for a network that is thrown away: else the first weights would wait for it, and whoever
     is answering meanwhile."""
+    compile_recall()
     settings = NetworkSettings()
     network, shape = QNetwork(settings, 1), (1, settings.history_length)
     with torch.inference_mode():

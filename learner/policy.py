@@ -396,6 +396,7 @@ def _network(settings: NetworkSettings, tensors: dict[str, Tensor], rows: int) -
     for name in ("led", "walk"):  # of as many rows as there are
         setattr(network.recall, name, tensors[f"recall.{name}"])
     network.load_state_dict(tensors, assign=True)
+    network.recall.has_any = bool(network.recall.led.any())
     return network
 
 

@@ -168,6 +168,16 @@ def _count_entries(
                 newest[b, h], often[b, h] = True, np.log(np.float32(count))
 
 
+def compile_recall() -> None:
+    """Have the loops compiled, by a memory that is thrown away."""
+    memory = RecallFit(Recall(1, 1))
+    memory.observe(np.array([[1, 2]], np.int32), np.array([3]))
+    memory.refresh()
+    item = torch.tensor([[3, 1]])
+    nothing = torch.zeros_like(item)
+    memory.recall.recalled(item, nothing, nothing[:1], item, None).sums_at(item)
+
+
 class RecallFit:
     """Learns a `Recall`, and keeps what that takes."""
 

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from learner.agent import AgentSettings
 from learner.learner import Learner, LearnerSettings
+from learner.recall import compile_recall
 from streaming.chunks import batch_of
 from streaming.join_settings import JoinSettings
 from streaming.schemas import Codec
@@ -30,6 +31,7 @@ def warm_up(settings: LearnerSettings, agent: AgentSettings, join: JoinSettings)
     said.daemon = True
     said.start()
     try:
+        compile_recall()
         _live(Learner(_small(settings), replace(agent, batch_size=2), join, Codec(), None))
     finally:
         said.cancel()
