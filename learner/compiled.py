@@ -211,7 +211,8 @@ def _parameters(network: QNetwork, shelf: Shelf) -> _Parameters:
     place = place_buckets(StateTensors(entry, entry, entry, entry))[0]
     more = network.response
     c, scale, going_back = network.stack.weights
-    prior, recalled = scale * network.prior, scale * network.recalled
+    prior = scale * network.prior
+    recalled = scale * network.recalled * float(network.recall.has_any)
     first, last = cast(nn.Linear, network.unchosen[0]), cast(nn.Linear, network.unchosen[2])
     return _Parameters(
         kind=_array(torch.exp(encoder.name_weight.unsqueeze(1) + encoder.age_weight).flatten(0, 1)),

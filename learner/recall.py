@@ -8,6 +8,7 @@ network's next-item head; walk is how likely co-views lead from an item to anoth
 (learner.co_views). In a catalog of tens of thousands most items come too seldom for a vector of theirs to say much, yet
 who went to one of them went, more likely than not, where others went from there.
 
+The weights begin about where they come out on logs of views: in a small log there are too few steps to find that out.
 σ and the weights are learnt from each step as it comes, before it is remembered and before the network learns it: what
 was learnt from already would vouch for its own memory, and every pull look worth more than it is. Slots of slates are
 not remembered: what is chosen there tells as much of what was shown as of what is liked.
@@ -31,6 +32,9 @@ READ: Final = 8  # newest entries of a history that walks start from
 SCALE: Final = 100.0  # of walk(a, b), at which it begins to tell
 RATE: Final = 0.1  # of Adam, at first; falls with the root of blocks learnt from ...
 SLOWER: Final = 30  # ... from here on
+# where weights begin, about as they come out on logs of views: place, and pull of the newest entry
+COMES_BACK: Final = 3.0
+LEADS_ON: Final = 1.5
 BLOCK: Final = 128  # steps learnt from at once
 EVERY: Final = 1024  # steps, of which so many are learnt from
 
@@ -104,9 +108,9 @@ class Recall(nn.Module):
         self.register_buffer("walk", torch.zeros(1, WALKED))  # log(1 + SCALE · walk)
         self.register_buffer("scale", torch.ones(1))  # σ
         self.register_buffer("again", torch.zeros(kinds))
-        self.register_buffer("place", torch.zeros(places))
+        self.register_buffer("place", torch.full((places,), COMES_BACK))
         self.register_buffer("often", torch.zeros(1))
-        self.register_buffer("pull", torch.zeros(READ))
+        self.register_buffer("pull", LEADS_ON / torch.arange(1, READ + 1).square())
         self.has_any = True  # else nobody need look
 
     def recalled(
