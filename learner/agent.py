@@ -365,42 +365,47 @@ class Agent:
         went = np.flatnonzero(t.organic & (t.action > 0))
         if not len(went):
             return
-        item, histories = t.action[went].astype(np.int64), joined.states.item[t.state[went]]
-        if self.updates > 0 and self.online.recall.has_any:
-            for start in range(0, len(went), EVERY):
-                block = np.arange(start, min(start + EVERY, len(went)))
-                self._learn_recall(joined, went[block[:: -(-len(block) // BLOCK)]])
-        self._recall.observe(histories, item)
+        for start in range(0, len(went), EVERY):
+            steps = went[start : start + EVERY]
+            if self.updates > 0 and self._recall.due(len(steps)):
+                self._learn_recall(joined, steps[:: -(-len(steps) // BLOCK)])
+        self._recall.observe(joined.states.item[t.state[went]], t.action[went])
 
     def _learn_recall(self, joined: Joined, which: npt.NDArray[np.intp]) -> None:
         """One step of what recall weighs by. which: [T] of the transitions."""
-        t = joined.transitions
+        t, recall = joined.transitions, self.online.recall
         histories = Histories(*(getattr(joined.states, name)[t.state[which]] for name in Histories._fields))
         state, item = self._state(histories), self._to(t.action[which], torch.int64)
-        self._recall.refresh(histories.item[:, :READ])
-        ids = None
+        here, at, ids = state.item, item, None
         with torch.no_grad():
             if self.rows > self.settings.exact_items:
-                to = self.online.recall.led[self.online.recall.known(state.item[:, :READ])]
+                led = recall.led[recall.known(state.item[:, :READ])]
                 drawn = torch.randint(self.rows, (self.settings.candidates,), generator=self._generator)
                 ids = torch.unique(
-                    torch.cat((drawn.to(self.device), state.item.flatten(), item, to.flatten()))
+                    torch.cat(
+                        (drawn.to(self.device), *(x.flatten() for x in (here, at, led, here.new_zeros(1))))
+                    )
                 )
-                keys = self.online.keys(self._items, ids, own=self._take(ids).table.online)
-                here, at = torch.searchsorted(ids, state.item), torch.searchsorted(ids, item)
-            else:
-                self._catch_up()
-                keys, here, at = self.online.keys(self._items), state.item, item
+                here, at = torch.searchsorted(ids, here), torch.searchsorted(ids, at)
+            keys = self._keys_now(self.online, ids)
             queries = self.online.queries(state, keys, here, ids)
             organic = score_all(queries.organic, keys.organic, keys.category)
             places = place_buckets(state)
         self._recall.learn(
             organic,
             at,
-            lambda weights: self.online.recall.recalled(
-                state.item, queries.kinds, places, here, ids, weights
-            ),
+            lambda weights: recall.recalled(state.item, queries.kinds, places, here, ids, weights),
         )
+
+    def _keys_now(self, network: QNetwork, ids: Tensor | None) -> Keys:
+        """A network's keys of these items, as they stand now; all, where there are few enough to be looked at."""
+        if ids is None or self.rows <= self.settings.exact_items:
+            self._catch_up()
+            return network.keys(self._items, ids)
+        table = self._take(ids).table
+        self._response.catch_up(ids)
+        own = table.online if network is self.online else table.target
+        return network.keys(self._items, ids, own=own)
 
     @torch.no_grad()
     def _foretell_slots(self, joined: Joined) -> None:
@@ -427,14 +432,7 @@ class Agent:
         state, item = self._state(histories), self._to(action, torch.int64)
         ids = torch.unique(torch.cat((state.item.flatten(), item, item.new_zeros(1))))
         here, at = torch.searchsorted(ids, state.item), torch.searchsorted(ids, item).unsqueeze(1)
-        own = None
-        if self.rows > self.settings.exact_items:
-            own = self._take(ids).table.target
-            self._response.catch_up(ids)
-        else:
-            self._catch_up()
-        keys = self.target.keys(self._items, ids, own=own)
-        self._recall.refresh(histories.item[:, :READ])
+        keys = self._keys_now(self.target, ids)
         queries = self.target.queries(state, keys, here, ids).rows(self._to(which, torch.int64))
         place = self._to(slot, torch.int64).clamp(0, MAX_SLOTS - 1)
         log_odds = self.target.parts_at(queries, keys, at)[0][:, 0] + self.target.position_of(place)
@@ -484,8 +482,6 @@ class Agent:
         """
         self._check(batch)
         self.online.look()
-        for histories in (batch.state, batch.next_state):
-            self._recall.refresh(histories.item[:, :READ])
         rows = self._rows(batch, len(batch.action) / max(kept or 0, len(batch.action)))
         keys = self._keys(rows.aisle)
         queries = self.online.queries(rows.state, keys, rows.here, rows.ids)

@@ -9,7 +9,7 @@ at before, the more the more recent those are, and less so the other way round:
 over the distinct items of the history, newest first (h = 0, 1, ...).
 
 Most items have few neighbours that anybody went to, but their neighbours have some. So `walks` also tells where one
-comes to in two steps (a random walk on the graph of items: as in Cooper et al. 2014, P3):
+comes to in two steps, by the neighbours' first ones (a random walk on the graph of items: P3, Cooper et al. 2014):
 
     walk(a, b) = P(a, b) + HOP · Σ_c P(a, c) P(c, b)        P(a, b) = count(a, b) / (Σ_b count(a, b) + PRIOR)
 """
@@ -29,6 +29,7 @@ WINDOW: Final = 5  # items before a step that are its neighbours
 BACKWARDS: Final = np.float32(0.7)  # weight of the neighbour that came before
 PRIOR: Final = np.float32(5.0)  # counts below which an item's neighbours say little
 HOP: Final = np.float32(3.0)  # weight of two steps: on them lies most of what is yet to be seen
+BRANCHES: Final = 16  # neighbours of a neighbour looked at, the most counted
 WALKED: Final = 32  # places kept that a walk leads to
 OWN: Final = (np.float32(0.3), np.float32(0.05))  # own(h) = OWN[0] / (h + 1) + OWN[1]
 
@@ -52,21 +53,25 @@ class CoViews:
             self._count = np.pad(self._count, ((0, more), (0, 0)))
             self._total = np.pad(self._total, (0, more))
 
-    def observe(self, history: Ints, item: npt.NDArray[np.integer]) -> None:
-        """Steps to items [B], each from a history [B, H], newest first, 0 unknown or padding. There is room."""
-        _observe(self._id, self._count, self._total, history, item.astype(np.int32))
+    def observe(self, history: Ints, item: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+        """Steps to items [B], each from a history [B, H], newest first, 0 unknown or padding. There is room. Returns
+        the items whose neighbours are others now, or count otherwise, ascending."""
+        changed = np.zeros(len(self._total), np.bool_)
+        _observe(self._id, self._count, self._total, history, item.astype(np.int32), changed)
+        return np.flatnonzero(changed)
 
     def scores(self, history: Ints, items: int) -> Floats:
         """[B, items] of vocabulary ids 0..items - 1, of which there is room."""
         out = np.zeros((len(history), items), np.float32)
-        _score(self._id, self._count, self._total, history, out)
+        _score(self._id, self._count, self._total + PRIOR, history.astype(np.int64), history, out)
         return out
 
     def walk_scores(self, history: Ints, items: int) -> Floats:
         """The same by walk(item_h, a) in place of P(item_h, a): [B, items]."""
         out = np.zeros((len(history), items), np.float32)
         met, rows = np.unique(history, return_inverse=True)
-        _score_walks(*self.walks(met), rows.reshape(history.shape), history, out)
+        to, weight = self.walks(met)
+        _score(to, weight, np.ones(len(met), np.float32), rows.reshape(history.shape), history, out)
         return out
 
     def walks(self, items: npt.NDArray[np.integer]) -> tuple[Ints, Floats]:
@@ -91,7 +96,9 @@ _STATE: Final = ("id", "count", "total")
 
 
 @jit
-def _observe(ids: Ints, count: Floats, total: Floats, history: Ints, item: Ints) -> None:
+def _observe(
+    ids: Ints, count: Floats, total: Floats, history: Ints, item: Ints, changed: npt.NDArray[np.bool_]
+) -> None:
     for b in range(len(item)):
         if item[b] == 0:
             continue
@@ -106,6 +113,7 @@ def _observe(ids: Ints, count: Floats, total: Floats, history: Ints, item: Ints)
                 _add(ids[item[b]], count[item[b]], before, BACKWARDS * weight)
                 total[before] += weight
                 total[item[b]] += BACKWARDS * weight
+                changed[before] = changed[item[b]] = True
             place += 1
             if place == WINDOW:
                 break
@@ -122,60 +130,45 @@ def again(history: Ints, h: int) -> bool:
 
 @jit
 def _add(ids: Ints, count: Floats, item: np.int32, weight: np.float32) -> None:
-    """Count a neighbour. Where there is no place left, the rarest pays for it, and is gone when it has nothing left
-    (Misra & Gries 1982, of one counter at a time).
+    """Count a neighbour among those of an item, the most counted first, of equals the latest. Where there is no place
+    left, the last pays for it, and is gone when it has nothing left (Misra & Gries 1982, of one counter at a time).
     """
-    least = 0
-    for m in range(len(ids)):
-        if ids[m] == item:
-            count[m] += weight
+    m = 0
+    while m < len(ids) and ids[m] != item and ids[m] != 0:
+        m += 1
+    if m == len(ids):
+        m -= 1
+        if count[m] > weight:
+            count[m] -= weight
             return
-        if ids[m] == 0:
-            ids[m], count[m] = item, weight
-            return
-        if count[m] < count[least]:
-            least = m
-    if count[least] > weight:
-        count[least] -= weight
-    else:
-        ids[least], count[least] = item, weight
+        count[m] = 0
+    weight += count[m]
+    while m > 0 and count[m - 1] <= weight:
+        ids[m], count[m] = ids[m - 1], count[m - 1]
+        m -= 1
+    ids[m], count[m] = item, weight
 
 
 @jit
-def _score(ids: Ints, count: Floats, total: Floats, history: Ints, out: Floats) -> None:
+def _score(
+    to: Ints, weight: Floats, size: Floats, rows: npt.NDArray[np.int64], history: Ints, out: Floats
+) -> None:
+    """Add up what the histories' items [B, H] lead to. rows: [B, H] that they are of to and weight [R, M], and of size
+    [R], in which weights count."""
     for b in range(len(history)):
         place = 0
         for h in range(history.shape[1]):
-            item = history[b, h]
-            if item == 0 or again(history[b], h):
+            if history[b, h] == 0 or again(history[b], h):
                 continue
+            row = rows[b, h]
             near = np.float32(1) / np.float32(place + 1)
-            each = near / (total[item] + PRIOR)
-            for m in range(ids.shape[1]):
-                if ids[item, m] == 0:
-                    break
-                if ids[item, m] < out.shape[1]:
-                    out[b, ids[item, m]] += each * count[item, m]
-            out[b, item] += OWN[0] * near + OWN[1]
-            place += 1
-
-
-@jit
-def _score_walks(to: Ints, weight: Floats, rows: npt.NDArray[np.int64], history: Ints, out: Floats) -> None:
-    for b in range(len(history)):
-        place = 0
-        for h in range(history.shape[1]):
-            item = history[b, h]
-            if item == 0 or again(history[b], h):
-                continue
-            near = np.float32(1) / np.float32(place + 1)
+            each = near / size[row]
             for m in range(to.shape[1]):
-                other = to[rows[b, h], m]
-                if other == 0:
+                if to[row, m] == 0:
                     break
-                if other < out.shape[1]:
-                    out[b, other] += near * weight[rows[b, h], m]
-            out[b, item] += OWN[0] * near + OWN[1]
+                if to[row, m] < out.shape[1]:
+                    out[b, to[row, m]] += each * weight[row, m]
+            out[b, history[b, h]] += OWN[0] * near + OWN[1]
             place += 1
 
 
@@ -193,7 +186,7 @@ def _walk(ids: Ints, count: Floats, total: Floats, items: Ints, to: Ints, weight
             chance = count[start, m] / (total[start] + PRIOR)
             n = _meet(sums, met, n, first, chance)
             chance *= HOP / (total[first] + PRIOR)
-            for k in range(ids.shape[1]):
+            for k in range(min(BRANCHES, ids.shape[1])):
                 second = ids[first, k]
                 if second == 0:
                     break

@@ -212,7 +212,7 @@ def _parameters(network: QNetwork, shelf: Shelf) -> _Parameters:
     more = network.response
     c, scale, going_back = network.stack.weights
     prior = scale * network.prior
-    recalled = scale * network.recalled * float(network.recall.has_any)
+    recalled = scale * network.trust * float(network.recall.has_any)
     first, last = cast(nn.Linear, network.unchosen[0]), cast(nn.Linear, network.unchosen[2])
     return _Parameters(
         kind=_array(torch.exp(encoder.name_weight.unsqueeze(1) + encoder.age_weight).flatten(0, 1)),

@@ -22,6 +22,7 @@ from learner.agent import Agent, AgentSettings, Update
 from learner.checkpoint import Keep, Later, Part
 from learner.journal import Journal
 from learner.pacing import Band
+from learner.policy import described_in
 from learner.replay import Batch, Replay, empty_batch
 from learner.weights import Meta
 from streaming.arena import Empty
@@ -182,10 +183,7 @@ class Learner:
             except SchemaError:  # a field that is not learnt from is damaged
                 continue
             offered.append(len(decision["candidates"]))
-            shown = {slot["item_id"] for slot in decision["slate"]}
-            for candidate in decision["candidates"]:
-                if candidate["item_id"] in shown and _says_something(candidate):
-                    told[candidate["item_id"]] = candidate
+            told |= {candidate.item_id: candidate._asdict() for candidate in described_in(decision)}
         if told:
             ids, items = self.catalog.described(list(told), list(told.values()))
             self.agent.grow(len(self.vocabulary))
@@ -340,11 +338,6 @@ class Learner:
         else:
             self.band.adjust(self.band.low, self.band.high, self.worth, updates)
         return token
-
-
-def _says_something(candidate: Mapping[str, Any]) -> bool:
-    """Of the item itself."""
-    return any(candidate[name] not in (None, "", []) for name in ("category", "brand", "price", "vector"))
 
 
 def join_states(parts: Mapping[str, Part]) -> Iterator[tuple[int, dict[str, npt.NDArray[Any]]]]:

@@ -403,12 +403,11 @@ class QNetwork(nn.Module):
         self.alike = nn.Parameter(torch.zeros(KINDS))
         self.share = nn.Parameter(torch.zeros(settings.channels))
         self.prior = nn.Parameter(torch.tensor(0.3))  # β: how far choice follows organic interest
-        self.recalled = nn.Parameter(torch.tensor(RECALLED))  # and what is remembered
+        self.trust = nn.Parameter(torch.tensor(0.0))  # ρ: how far what is remembered
         self.organic_key = nn.Linear(d, d + 1)
         self.response = Response(d, items, KINDS, settings.channels)
         self.stack = Stack(items)
         self.recall = Recall(KINDS, PLACES)
-        self.recall.has_any = settings.recall
         self.lean = nn.Linear(d, 1)  # choice log-odds of whatever is shown
         self.query = nn.Linear(d, 2 * v)  # reward, continuation
         self.key = nn.Linear(d, 2 * v)
@@ -544,8 +543,8 @@ class QNetwork(nn.Module):
             recalled = self.recall.recalled(state.item, kinds, place_buckets(state), item, ids)
         copies, alikes = self.prior * copy + more_copy, self.prior * alike + more_alike
         return Queries(
-            Query(organic, copy, item, alike, category, None, self.recalled),
-            Query(choice, copies, item, alikes, category, recalled, self.recalled),
+            Query(organic, copy, item, alike, category, None, self.trust),
+            Query(choice, copies, item, alikes, category, recalled, self.trust),
             recalled,
             going_back(state.item) if self.settings.stack else torch.zeros_like(copy),
             self.query(still),
@@ -631,7 +630,6 @@ class QNetwork(nn.Module):
         return self.position[slot] * (slot > 0)
 
 
-RECALLED: Final = 0.0
 # of a size that heads of value read in, usually 1 to 3: where all that was shown so far is alike, what is not is not
 # thousands off
 SMALLEST: Final = 0.25

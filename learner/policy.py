@@ -69,6 +69,20 @@ class Candidate(NamedTuple):
     price: float | None = None
     vector: Sequence[float] = ()
 
+    @property
+    def says_something(self) -> bool:
+        """Of the item itself."""
+        return bool(self.category or self.brand or len(self.vector)) or self.price is not None
+
+
+def described_in(decision: Mapping[str, Any]) -> list[Candidate]:
+    """Candidates that a decision record (proto/decision.avsc) shows, as far as it says more of them than their ids."""
+    shown = {slot["item_id"] for slot in decision["slate"]}
+    told = (
+        Candidate(*(candidate[name] for name in Candidate._fields)) for candidate in decision["candidates"]
+    )
+    return [candidate for candidate in told if candidate.item_id in shown and candidate.says_something]
+
 
 class Recommendation(NamedTuple):
     """One user's slate of K slots, best first; K may be smaller than asked where few items are eligible."""
@@ -396,7 +410,6 @@ def _network(settings: NetworkSettings, tensors: dict[str, Tensor], rows: int) -
     for name in ("led", "walk"):  # of as many rows as there are
         setattr(network.recall, name, tensors[f"recall.{name}"])
     network.load_state_dict(tensors, assign=True)
-    network.recall.has_any = bool(network.recall.led.any())
     return network
 
 

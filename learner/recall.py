@@ -36,7 +36,8 @@ SLOWER: Final = 30  # ... from here on
 COMES_BACK: Final = 3.0
 LEADS_ON: Final = 1.5
 BLOCK: Final = 128  # steps learnt from at once
-EVERY: Final = 1024  # steps, of which so many are learnt from
+EVERY: Final = 1024  # steps, of which so many are learnt from ...
+YOUNG: Final = 256  # ... once there have been so many blocks; before, of each lot of steps that comes
 
 
 class Recalled(NamedTuple):
@@ -111,7 +112,11 @@ class Recall(nn.Module):
         self.register_buffer("place", torch.full((places,), COMES_BACK))
         self.register_buffer("often", torch.zeros(1))
         self.register_buffer("pull", LEADS_ON / torch.arange(1, READ + 1).square())
-        self.has_any = True  # else nobody need look
+
+    @property
+    def has_any(self) -> bool:
+        """Whether anything is remembered; else nobody need look."""
+        return len(self.led) > 1
 
     def recalled(
         self,
@@ -176,7 +181,6 @@ def compile_recall() -> None:
     """Have the loops compiled, by a memory that is thrown away."""
     memory = RecallFit(Recall(1, 1))
     memory.observe(np.array([[1, 2]], np.int32), np.array([3]))
-    memory.refresh()
     item = torch.tensor([[3, 1]])
     nothing = torch.zeros_like(item)
     memory.recall.recalled(item, nothing, nothing[:1], item, None).sums_at(item)
@@ -187,16 +191,21 @@ class RecallFit:
 
     def __init__(self, recall: Recall) -> None:
         self.recall = recall
-        recall.has_any = False
         self.blocks = 0
+        self._waited = 0  # steps since the last
         self._co_views = CoViews()
-        self._changed = np.zeros(len(recall.led), np.bool_)  # since `led` and `walk` were last worked out
         self._optimiser = self._new_optimiser()
+
+    def due(self, steps: int) -> bool:
+        """Whether a block of these steps, at most `EVERY`, is to be learnt from: it costs what an update does."""
+        self._waited += steps
+        return self.recall.has_any and (self.blocks < YOUNG or self._waited >= EVERY)
 
     def learn(self, organic: Tensor, went: Tensor, recalled: Callable[[Weights], Recalled]) -> None:
         """Learn σ and the weights from a block of T steps. organic: [T, N] log-odds, no gradient; went: [T] where to, a
         row of the N; recalled: see `Recall.recalled`."""
         self.blocks += 1
+        self._waited = 0
         self._optimiser.param_groups[0]["lr"] = RATE * min(1.0, (SLOWER / self.blocks) ** 0.5)
         self._optimiser.zero_grad(set_to_none=True)
         weights = Weights(*self._parameters())
@@ -204,53 +213,34 @@ class RecallFit:
         functional.cross_entropy(logits, went).backward()  # type: ignore[no-untyped-call]
         self._optimiser.step()
 
+    @torch.no_grad()
     def observe(self, history: npt.NDArray[np.int32], item: npt.NDArray[np.integer]) -> None:
         """Remember steps to items [T] from histories [T, H], newest first; vocabulary ids."""
         self._reserve(int(max(item.max(), history.max())) + 1)
-        self._co_views.grow(len(self._changed))
-        self._co_views.observe(history, item)
-        self._changed[item] = True
-        self._changed[history[:, :READ]] = True
-        self._changed[0] = False
-        self.recall.has_any = True
-
-    @torch.no_grad()
-    def refresh(self, items: npt.NDArray[np.integer] | None = None) -> None:
-        """Let walks from these items, or all, be as co-views have them by now."""
-        if not self.recall.has_any:
-            return
-        if items is None:
-            stale = np.flatnonzero(self._changed)
-        else:
-            items = items[items < len(self._changed)]
-            stale = np.unique(items[self._changed[items]])
-        if not len(stale):
-            return
-        to, walk = self._co_views.walks(stale)
+        changed = self._co_views.observe(history, item)
+        to, walk = self._co_views.walks(changed)
         device = self.recall.led.device
-        rows = torch.from_numpy(stale.astype(np.int64)).to(device)
+        rows = torch.from_numpy(changed).to(device)
         self.recall.led[rows] = torch.from_numpy(to).to(device)
         self.recall.walk[rows] = torch.from_numpy(np.log1p(SCALE * walk)).to(device, torch.float32)
-        self._changed[stale] = False
 
     def _reserve(self, items: int) -> None:
         """Grow the tables to so many rows at least, by doubling."""
-        more = max(items, 2 * len(self._changed)) - len(self._changed)
-        if items > len(self._changed):
+        before = len(self.recall.led)
+        if items > before:
+            more = max(items, 2 * before) - before
             self.recall.led = functional.pad(self.recall.led, (0, 0, 0, more))
             self.recall.walk = functional.pad(self.recall.walk, (0, 0, 0, more))
-            self._changed = np.pad(self._changed, (0, more))
+            self._co_views.grow(before + more)
 
     def served(self) -> dict[str, Tensor]:
         """The memory's values as they stand now. Copies, on the CPU."""
-        self.refresh()
         return {name: value.cpu().clone() for name, value in self.recall.state_dict().items()}
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """Everything, exactly. Copies."""
-        mine = {name: value.cpu().numpy().copy() for name, value in self.recall.state_dict().items()}
-        mine["changed"] = self._changed.copy()
-        mine["blocks"] = np.array([self.blocks, self.recall.has_any])
+        mine = {name: value.numpy() for name, value in self.served().items()}
+        mine["counters"] = np.array([self.blocks, self._waited])
         mine |= {f"co_views.{name}": value for name, value in self._co_views.state().items()}
         for name, parameter in zip(Weights._fields, self._parameters(), strict=True):
             for key, value in self._optimiser.state.get(parameter, {}).items():
@@ -260,11 +250,9 @@ class RecallFit:
     @torch.no_grad()
     def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """Go back to what `state` gave."""
-        self.blocks, has_any = state["blocks"].tolist()
-        self.recall.has_any = bool(has_any)
+        self.blocks, self._waited = state["counters"].tolist()
         for name, mine in self.recall.state_dict().items():
             setattr(self.recall, name, torch.from_numpy(state[name].copy()).to(mine.device))
-        self._changed = state["changed"].copy()
         self._co_views.restore({name: state[f"co_views.{name}"] for name in self._co_views.state()})
         self._optimiser = self._new_optimiser()
         for name, parameter in zip(Weights._fields, self._parameters(), strict=True):

@@ -28,7 +28,7 @@ class Described:
         with self._lock:
             for candidate in shown:
                 self._items.pop(candidate.item_id, None)
-                if _says_something(candidate):
+                if candidate.says_something:
                     vector = np.asarray(candidate.vector, np.float32)  # a tenth of a list's memory
                     self._items[candidate.item_id] = candidate._replace(vector=vector)  # type: ignore[arg-type]
             while len(self._items) > self._most:
@@ -40,8 +40,3 @@ class Described:
 
     def __len__(self) -> int:
         return len(self._items)
-
-
-def _says_something(candidate: Candidate) -> bool:
-    """Of the item itself."""
-    return bool(candidate.category or candidate.brand or len(candidate.vector)) or candidate.price is not None

@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from learner.policy import Candidate, Entry
+from learner.policy import Entry, described_in
 from serving import metrics
 from serving.described import Described
 from serving.user_state import UserState
@@ -180,13 +180,7 @@ class View:
             _, decision = self._codec.decode(record)
         except SchemaError:  # a field that is of no use here is damaged
             return
-        shown = {slot["item_id"] for slot in decision["slate"]}
-        fields = ("item_id", "category", "brand", "price", "vector")
-        self.described.note(
-            Candidate(*(candidate[name] for name in fields))
-            for candidate in decision["candidates"]
-            if candidate["item_id"] in shown
-        )
+        self.described.note(described_in(decision))
 
     def _name_items(self) -> None:
         # strings once per item, not once per request

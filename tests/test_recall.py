@@ -10,7 +10,7 @@ import torch
 
 from learner import recall
 from learner.agent import Agent, AgentSettings
-from learner.co_views import WALKED
+from learner.co_views import WALKED, CoViews
 from learner.networks import KINDS, PLACE_BOUNDS, PLACES, score_all, score_at
 from learner.recall import READ, SCALE, Recall, RecallFit, newest_entries
 from learner.replay import Histories
@@ -90,17 +90,21 @@ def test_what_is_recalled_is_what_the_definition_says():
     np.testing.assert_allclose(said[:, 1:], expected[:, ids[1:]], atol=1e-5)
 
 
-def test_walks_are_as_co_views_have_them_when_they_are_asked_for():
-    fit = RecallFit(memory := Recall(KINDS, PLACES))
+def test_walks_from_what_a_step_changes_are_as_co_views_have_them_after_it():
+    fit, rng = RecallFit(memory := Recall(KINDS, PLACES)), np.random.default_rng(0)
     assert not memory.has_any
-    fit.observe(np.array([[1, 2, 0]], np.int32), np.array([3]))
-    fit.refresh(np.array([[1, 0, 0]]))
-    assert memory.led[1].tolist()[:2] == [2, 3] or memory.led[1].tolist()[:2] == [3, 2]
-    assert not memory.led[2].any()  # not asked for yet
-    fit.refresh()
-    to, walk = fit._co_views.walks(np.arange(len(memory.led)))
-    np.testing.assert_array_equal(memory.led, to)
-    np.testing.assert_allclose(memory.walk, np.log1p(SCALE * walk), rtol=1e-6)
+    beside = CoViews()
+    beside.grow(60)
+    for _ in range(30):
+        histories, items = rng.integers(0, 60, (5, H)).astype(np.int32), rng.integers(1, 60, 5)
+        fit.observe(histories, items)
+        changed = beside.observe(histories, items)
+        assert set(items) <= set(changed)
+        to, walk = beside.walks(changed)
+        np.testing.assert_array_equal(memory.led[changed], to)
+        np.testing.assert_allclose(memory.walk[changed], np.log1p(SCALE * walk), rtol=1e-6)
+    assert memory.has_any
+    assert beside.observe(np.array([[7, 0, 9, 7]], np.int32), np.array([8])).tolist() == [7, 8, 9]
 
 
 def circles(rng, n, others=0):
@@ -118,7 +122,6 @@ def hit_rate(agent, rng):
     """Of the ten first by the next-item head, as the network stands."""
     test = circles(rng, 300)
     states = agent._state(Histories(*(getattr(test.states, name) for name in Histories._fields)))
-    agent._recall.refresh()
     with torch.no_grad():
         keys = agent.online.keys(agent.items)
         scores = agent.online.next_all(agent.online.queries(states, keys), keys)
@@ -193,7 +196,6 @@ def test_what_users_come_back_to_is_told_from_what_they_leave():
 def test_q_leans_on_it_by_the_prior():
     agent = trained(range(4), new_agent(replace(SETTINGS, vector_dim=4)))
     agent.foretell(went([history(1, 2)] * 3, [3, 4, 5]))
-    agent._recall.refresh()
     network = agent.online
     network.recall.pull.fill_(0.7)
     state = agent._state(batch(9).state)
@@ -204,9 +206,9 @@ def test_q_leans_on_it_by_the_prior():
         z = network.parts_at(queries, keys, ids)[0]
         recalled = queries.recalled.sums(ITEMS + 1)
         assert recalled.abs().sum() > 0
-        network.recall.has_any = False
+        network.recall.led = network.recall.led[:1]
         before = network.parts_at(network.queries(state, keys), keys, ids)[0]
-    torch.testing.assert_close(z[:, 1:], (before + network.recalled * recalled)[:, 1:])
+    torch.testing.assert_close(z[:, 1:], (before + network.trust * recalled)[:, 1:])
 
 
 def test_an_agent_restored_remembers_as_if_it_had_never_stopped():
@@ -220,7 +222,7 @@ def test_an_agent_restored_remembers_as_if_it_had_never_stopped():
     assert one.keys() == other.keys()
     for name in one:
         np.testing.assert_array_equal(one[name], other[name], err_msg=name)
-    assert one["recall.blocks"][0] > 4
+    assert one["recall.counters"][0] > 4
 
 
 def test_of_many_steps_at_once_a_part_is_learnt_from_and_all_are_remembered(monkeypatch):
@@ -231,6 +233,25 @@ def test_of_many_steps_at_once_a_part_is_learnt_from_and_all_are_remembered(monk
     assert seen == [128, 128, 113]
     totals = agent._recall._co_views.state()["total"]
     assert totals.sum() == pytest.approx(2600 * (1.5 * 1.7), rel=1e-3)
+
+
+def test_once_there_have_been_many_blocks_few_steps_are_not_learnt_from_each_time():
+    agent, rng = learnt(SETTINGS, 200)
+    agent._recall.blocks = recall.YOUNG
+    for _ in range(11):
+        agent.foretell(circles(rng, 100))
+    assert agent._recall.blocks == recall.YOUNG + 1
+    agent.foretell(circles(rng, 100))
+    assert agent._recall.blocks == recall.YOUNG + 1
+
+
+def test_whoever_is_given_the_weights_changes_nothing_of_what_is_remembered():
+    agent, _ = learnt(SETTINGS, 500)
+    before = agent.state()
+    agent.tensors()
+    after = agent.state()
+    for name in before:
+        np.testing.assert_array_equal(before[name], after[name], err_msg=name)
 
 
 def test_without_it_nothing_is_kept():
@@ -248,10 +269,9 @@ def test_scores_of_all_items_and_of_some_agree_with_and_without_gradients():
     agent, rng = learnt(SETTINGS, 1000)
     told = circles(rng, 16)
     network = agent.online
-    network.recalled.data.fill_(0.7)
+    network.trust.data.fill_(0.7)
     network.copy.data.normal_()
     state = agent._state(Histories(*(getattr(told.states, name) for name in Histories._fields)))
-    agent._recall.refresh()
     keys = network.keys(agent.items)
     queries = network.queries(state, keys)
     ids = torch.arange(501).expand(16, -1)
@@ -264,7 +284,7 @@ def test_scores_of_all_items_and_of_some_agree_with_and_without_gradients():
         torch.testing.assert_close(score_all(queries.choice, keys.choice, keys.category), every.detach())
     assert float((every - every.mean()).detach().abs().max()) > 0.1
     every[:, 1:].sum().backward()
-    assert float(network.recalled.grad) != 0
+    assert float(network.trust.grad) != 0
 
 
 def test_entries_are_counted_on_the_processor_as_elsewhere():
