@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import replace
 from typing import Any
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 
 from benchmarks.gym_bridge import recsim_scores, worlds
+from benchmarks.gym_bridge.__main__ import main
 from benchmarks.gym_bridge.processes import Lockstep
 from benchmarks.gym_bridge.product import InProcess, Setup, Shop
 from benchmarks.gym_bridge.recogym import PRESETS, Dice, RecoGym, RecoGymShop
 from benchmarks.gym_bridge.recogym_scores import Run, play
 from benchmarks.gym_bridge.recsim import CANDIDATES, RecSim, RecSimShop, known
+from benchmarks.gym_bridge.runs import run, seeded
 from benchmarks.gym_bridge.simple_agents import SIMPLE
 from benchmarks.gym_bridge.storefront import START_MS, Deed, Page, Timed, Visits
 from learner.agent import AgentSettings
@@ -391,3 +394,18 @@ def test_ours_is_judged_by_what_it_learnt_on_line():
     assert len(row["quarters"]) == 4
     assert 100 < row["score"] < 400
     assert row["cpu_ms"] > 0
+
+
+@pytest.mark.usefixtures("recsim")
+def test_the_command_says_the_same_however_many_runs_go_at_once(capsys, tmp_path):
+    about = ["--preset", "evolution, short", "--agent", "random", "myopic"]
+    assert main([*about, "--seeds", "3", "4", "--jobs", "2", "--json", str(tmp_path / "found")]) == 0
+    printed = capsys.readouterr().out
+    rows = json.loads((tmp_path / "found").read_text())["rows"]
+    assert [(row["agent"], row["seed"]) for row in rows] == [
+        *[("random", None), ("myopic", None)],
+        *[("random", 3), ("myopic", 3), ("random", 4), ("myopic", 4)],
+    ]
+    alone = run("evolution, short", "myopic", 4, seeded(Setup(), 4), processes=False)
+    assert rows[-1] | {"cpu_ms": 0} == alone | {"cpu_ms": 0}
+    assert f"| myopic | {rows[1]['score']:.1f} ± {rows[1]['ci95']:.1f} |" in printed

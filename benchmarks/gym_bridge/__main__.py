@@ -17,33 +17,23 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from multiprocessing import get_context
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
-import torch
 
 from benchmarks import record
-from benchmarks.gym_bridge import recogym_scores, recsim_scores
-from benchmarks.gym_bridge.processes import Lockstep
-from benchmarks.gym_bridge.product import InProcess, Loop, Setup
+from benchmarks.gym_bridge.product import Setup
+from benchmarks.gym_bridge.runs import WORLDS, run, seeded, world_of
 from benchmarks.learning import changed, check_changes
 from learner.agent import AgentSettings
 from learner.exploration import GREEDY, KINDS, Exploration
 from learner.learner import LearnerSettings
 from simulator.figures import over_seeds
-
-WORLDS: Final = (recogym_scores, recsim_scores)
-
-
-def world_of(preset: str) -> ModuleType:
-    """Which runs it."""
-    return next(world for world in WORLDS if preset in world.PRESETS)
 
 
 def by_agent(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -80,16 +70,6 @@ def table(rows: Sequence[dict[str, Any]], seeds: int) -> Iterator[str]:
         yield f"| {' | '.join([name, score, *world.cells(mine), format(mean['cpu_ms'], '.2f')])} |"
 
 
-@contextmanager
-def opened(processes: bool) -> Iterator[Loop]:
-    """A loop of its own for each run."""
-    if not processes:
-        yield InProcess()
-        return
-    with tempfile.TemporaryDirectory() as folder, Lockstep(Path(folder)) as loop:
-        yield loop
-
-
 def options_from(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line. Raises: SystemExit for one that is wrong."""
     presets = [preset for world in WORLDS for preset in world.PRESETS]
@@ -105,6 +85,7 @@ def options_from(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--exploration", choices=KINDS, default=GREEDY.kind, help=f"of the server [{GREEDY.kind}]")
     add("--scale", type=float, default=GREEDY.scale, help=f"of thompson [{GREEDY.scale}]")
     add("--temperature", type=float, default=GREEDY.temperature, help=f"of boltzmann [{GREEDY.temperature}]")
+    add("--jobs", type=int, default=1, help="runs at once, each on a core [1]")
     add("--set", nargs="*", default=[], help="NAME=VALUE of the agent or of the learner; for sweeps")
     add(
         "--processes",
@@ -127,7 +108,6 @@ def options_from(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command's exit status."""
     options = options_from(arguments)
-    torch.set_num_threads(1)
     setup = Setup(
         changed(AgentSettings(), options.set),
         changed(LearnerSettings(), options.set),
@@ -135,16 +115,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         exploration=Exploration(options.exploration, options.temperature, options.scale),
         chunk=options.chunk,
     )
-    world, rows = world_of(options.preset), []
-    for seed in options.seeds:
-        seeded = replace(setup, learner=replace(setup.learner, seed=seed))
-        for agent in options.agent:
-            with opened(options.processes) as loop:
-                rows.append(world.run(options.preset, agent, seed, seeded, loop))
-            print(f"  seed {seed} {agent}: {rows[-1]['score']:.4g}", file=sys.stderr, flush=True)
+    with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
+        runs = [
+            pool.submit(run, options.preset, agent, seed, seeded(setup, seed), options.processes)
+            for seed in options.seeds
+            for agent in options.agent
+        ]
+        rows = [each.result() for each in runs]
     print("\n".join(table(rows, len(options.seeds))))
     means = [mean_of(mine) for mine in by_agent(rows).values()]
-    found = {"setup": asdict(setup), "preset": asdict(world.PRESETS[options.preset])}
+    found = {"setup": asdict(setup), "preset": asdict(world_of(options.preset).PRESETS[options.preset])}
     record.append(options.json, "gym_bridge", sys.argv[1:], {**found, "rows": [*means, *rows]})
     return 0
 

@@ -1,0 +1,49 @@
+"""One agent in one world on one seed, in whichever process."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+
+import torch
+
+from benchmarks.gym_bridge import recogym_scores, recsim_scores
+from benchmarks.gym_bridge.processes import Lockstep
+from benchmarks.gym_bridge.product import InProcess, Loop, Setup
+
+WORLDS: Final = (recogym_scores, recsim_scores)
+
+
+def world_of(preset: str) -> ModuleType:
+    """Which runs it."""
+    return next(world for world in WORLDS if preset in world.PRESETS)
+
+
+@contextmanager
+def opened(processes: bool) -> Iterator[Loop]:
+    """A loop of its own for each run."""
+    if not processes:
+        yield InProcess()
+        return
+    with tempfile.TemporaryDirectory() as folder, Lockstep(Path(folder)) as loop:
+        yield loop
+
+
+def seeded(setup: Setup, seed: int) -> Setup:
+    """With the learner's dice thrown likewise."""
+    return replace(setup, learner=replace(setup.learner, seed=seed))
+
+
+def run(preset: str, agent: str, seed: int, setup: Setup, processes: bool) -> dict[str, Any]:
+    """One agent on one seed: its row of the results."""
+    torch.set_num_threads(1)
+    with opened(processes) as loop:
+        row: dict[str, Any] = world_of(preset).run(preset, agent, seed, setup, loop)
+    print(f"  seed {seed} {agent}: {row['score']:.4g}", file=sys.stderr, flush=True)
+    return row
