@@ -8,7 +8,7 @@ DQNLoss and target updater. That is a part of what an update of ours does: ours 
 losses of choice, reward and next item besides, the Bayesian layer, and n-step returns that are added up when sampled.
 The plain ones store both states of each transition, and get their n-step returns ready made.
 
-PYTHON has `pip install torchrl==0.14.1 tensordict==0.15.3 torch numpy numba`. A turn is so many updates by each; a
+PYTHON has `pip install torchrl==0.14.1 tensordict==0.14.3 torch numpy numba`. A turn is so many updates by each; a
 rate is of the median update, a ratio the median over turns. `stages`: shares of an update of ours, by CPU time where
 the device is the CPU.
 """
@@ -39,7 +39,7 @@ from learner.replay import Histories
 from streaming.join_settings import JoinSettings
 from streaming.schemas import Codec
 
-NEEDS: Final = "torchrl==0.14.1 tensordict==0.15.3 torch numpy numba"
+NEEDS: Final = "torchrl==0.14.1 tensordict==0.14.3 torch numpy numba"
 PEERS: Final = {"torchrl": "benchmarks.peers.torchrl_dqn", "eager": "benchmarks.peers.eager_dqn"}
 RECORDS: Final = 60_000
 USERS: Final = 5_000
