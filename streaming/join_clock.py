@@ -37,12 +37,11 @@ def set_high(t: Tables, high_ms: int) -> None:
 
 @part
 def is_late(t: Tables, user: np.uint64, timestamp_ms: int) -> bool:
-    """Whether the record is behind the limit. A partition's first records may instead undo a wild clock."""
+    """Whether the record is behind the limit. A run that disputes the clock puts it back instead."""
     c = t.clock[0]
-    if c.started == 0 or timestamp_ms >= c.watermark_ms - t.rules.late_ms:
-        return False
-    if c.settled >= JUMP or timestamp_ms >= c.high_ms - t.rules.jump_ms - t.rules.late_ms:
-        return True
+    late = bool(c.started and timestamp_ms < c.watermark_ms - t.rules.late_ms)
+    if not disputes(t, timestamp_ms):
+        return late
     if c.behind_count == 0:
         c.behind_user = user
         c.behind_mixed = 0
@@ -52,10 +51,30 @@ def is_late(t: Tables, user: np.uint64, timestamp_ms: int) -> bool:
     if user != c.behind_user:
         c.behind_mixed = 1
     if c.behind_count < JUMP or c.behind_mixed == 0:
-        return True
+        return late
     t.counters[CLOCK_RESETS] += 1
     reset(t, c.behind_ms)
     return False
+
+
+@part
+def disputes(t: Tables, timestamp_ms: int) -> bool:
+    """Whether the record is so old that the clock, if it is right about it, must be far ahead, and may be: it is the
+    partition's first, or has jumped not long ago and the record was on time before."""
+    c = t.clock[0]
+    late_ms, jump_ms = t.rules.late_ms, t.rules.jump_ms
+    if c.started == 0 or timestamp_ms >= c.high_ms - jump_ms:
+        return False
+    if c.settled < JUMP and timestamp_ms < c.high_ms - jump_ms - late_ms:
+        return True
+    return jumped_lately(t) and timestamp_ms >= c.jumped_from_ms - late_ms
+
+
+@part
+def jumped_lately(t: Tables) -> bool:
+    """Whether less event time has passed since the clock jumped than may be between records that are on time."""
+    c = t.clock[0]
+    return bool(c.jumped and c.high_ms < c.jumped_to_ms + t.rules.jump_ms + t.rules.late_ms)
 
 
 @part
@@ -64,6 +83,7 @@ def reset(t: Tables, high_ms: int) -> None:
     c = t.clock[0]
     c.ahead_count = 0
     c.behind_count = 0
+    c.jumped = 0
     c.high_ms = high_ms
     c.watermark_ms = high_ms - t.rules.delay_ms
     c.target_ms = c.watermark_ms
@@ -103,11 +123,16 @@ def follow(t: Tables, user: np.uint64, timestamp_ms: int) -> None:
         if c.ahead_count >= JUMP and c.ahead_mixed:
             t.counters[CLOCK_JUMPS] += 1
             c.ahead_count = 0
+            if not jumped_lately(t):
+                c.jumped_from_ms = c.high_ms
+            c.jumped = 1
+            c.jumped_to_ms = c.ahead_ms
             set_high(t, c.ahead_ms)
     else:
-        c.settled = min(c.settled + 1, JUMP)
         c.ahead_count = 0
-        c.behind_count = 0
+        if not disputes(t, timestamp_ms):
+            c.behind_count = 0
+            c.settled = min(c.settled + 1, JUMP)
         if timestamp_ms > c.high_ms:
             set_high(t, timestamp_ms)
 

@@ -45,9 +45,12 @@ CLOCK: Final = np.dtype(
             "ahead_count",  # a run of future-stamped records: how many, their oldest time, of two users?
             "ahead_ms",
             "ahead_mixed",
-            "behind_count",  # the same for records far behind a young clock, with their newest time
+            "behind_count",  # the same for records that dispute the clock, with their newest time
             "behind_ms",
             "behind_mixed",
+            "jumped",  # 1: it did, lately maybe, from here to there
+            "jumped_from_ms",
+            "jumped_to_ms",
             "epoch",  # number of the dedup window
             "newer",  # which of ids_a, ids_b is the newer generation
             "users_end",  # slots ever used

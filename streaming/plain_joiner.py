@@ -265,6 +265,7 @@ class PlainPartition:
         self.watermark_ms = -(2**62)
         self.settled = 0  # on-time records so far, up to JUMP: until then the first clock may be undone
         self.ahead, self.behind = Run(), Run()
+        self.jumped: tuple[int, int] | None = None  # from and to: it did, lately maybe
         self.epoch = 0
         self.ids: set[tuple[int, Id, Id]] = set()
         self.older_ids: set[tuple[int, Id, Id]] = set()
@@ -325,20 +326,36 @@ class PlainPartition:
     # --- the clock ----------------------------------------------------------------------------------------
 
     def is_late(self, row: Row) -> bool:
-        """Whether the record is behind the limit. A partition's first records may instead undo a wild clock."""
-        if self.high_ms is None or row.timestamp_ms >= self.watermark_ms - self.late_ms:
-            return False
-        far_behind = row.timestamp_ms < self.high_ms - self.jump_ms - self.late_ms
-        if not (self.settled < JUMP and far_behind and self.behind.add(row.user, row.timestamp_ms, max)):
-            return True
+        """Whether the record is behind the limit. A run that disputes the clock puts it back instead."""
+        if not (self.disputes(row) and self.behind.add(row.user, row.timestamp_ms, max)):
+            return self.high_ms is not None and row.timestamp_ms < self.watermark_ms - self.late_ms
         self.counters["clock_resets"] += 1
         self.reset_clock(self.behind.extreme_ms)
         return False
+
+    def disputes(self, row: Row) -> bool:
+        """Whether the record is so old that the clock must be far ahead, if it is right about it, and may be: it is the
+        partition's first, or has jumped not long ago and the record was on time before."""
+        if self.high_ms is None or row.timestamp_ms >= self.high_ms - self.jump_ms:
+            return False
+        if self.settled < JUMP and row.timestamp_ms < self.high_ms - self.jump_ms - self.late_ms:
+            return True
+        from_ms = self.jumped_lately()
+        return from_ms is not None and row.timestamp_ms >= from_ms - self.late_ms
+
+    def jumped_lately(self) -> int | None:
+        """From where the clock jumped, if less event time has passed since than may be between records that are on
+        time."""
+        if self.jumped is None or self.high_ms is None:
+            return None
+        from_ms, to_ms = self.jumped
+        return from_ms if self.high_ms < to_ms + self.jump_ms + self.late_ms else None
 
     def reset_clock(self, high_ms: int) -> None:
         """The only time that a watermark moves back; whatever was stamped in the false time becomes present."""
         self.ahead.clear()
         self.behind.clear()
+        self.jumped = None
         self.high_ms, self.watermark_ms = high_ms, high_ms - self.delay_ms
         self.epoch = high_ms // self.dedup_ms
         for step in self.steps:
@@ -359,12 +376,15 @@ class PlainPartition:
             self.counters["future_stamped"] += 1
             if self.ahead.add(row.user, row.timestamp_ms, min):
                 self.counters["clock_jumps"] += 1
+                from_ms = self.jumped_lately()
+                self.jumped = (self.high_ms if from_ms is None else from_ms, self.ahead.extreme_ms)
                 self.set_high(self.ahead.extreme_ms)
                 self.ahead.clear()
         else:
-            self.settled = min(self.settled + 1, JUMP)
             self.ahead.clear()
-            self.behind.clear()
+            if not self.disputes(row):
+                self.behind.clear()
+                self.settled = min(self.settled + 1, JUMP)
             self.set_high(max(self.high_ms, row.timestamp_ms))
 
     def advance(self, watermark_ms: int) -> None:

@@ -483,6 +483,52 @@ def test_a_wild_first_clock_is_undone():
     assert (learner.count("clock_resets"), learner.count("late")) == (1, JUMP - 1)
 
 
+def forged(days: float, count: int = 40) -> list[Row]:
+    """A run of two users' records, stamped so far ahead that the clock jumps."""
+    return [event("search", at=days * DAY + n, user=f"mallory{n % 2}") for n in range(count)]
+
+
+@pytest.mark.parametrize("days", [0.5, 300])
+def test_a_jump_is_undone_where_all_records_say_so_however_long_it_was_believed(days):
+    learner = Learner().push(*pressed(at=0, count=50), *forged(days))
+    assert learner.joiner.watermark_ms(0) == ms(days * DAY + 39 - 5)
+    for n in range(JUMP):
+        learner.push(event("search", at=100 + n, user=f"user{n}"))
+    assert learner.joiner.watermark_ms(0) == ms(100 + JUMP - 1 - 5)
+    # less than a day ahead nothing was late even then
+    assert (learner.count("clock_resets"), learner.count("late")) == (1, JUMP - 1 if days > 1 else 0)
+    learner.push(decision("r1", 7, at=200), event("select_item", 7, at=201, recommendation="r1"))
+    learner.push(decision("r2", 7, at=210))
+    assert learner.transitions[next(iter(learner.transitions))].reward == 1
+
+
+def test_a_clock_may_jump_twice_and_be_put_back_at_once():
+    learner = Learner().push(*pressed(at=0, count=50), *forged(300), *forged(600))
+    assert learner.count("clock_jumps") == 2
+    learner.push(*(event("search", at=100 + n, user=f"user{n}") for n in range(JUMP)))
+    assert learner.joiner.watermark_ms(0) == ms(100 + JUMP - 1 - 5)
+
+
+def test_one_user_cannot_undo_a_jump_nor_can_records_between_which_some_agree_with_it():
+    learner = Learner().push(*pressed(at=0, count=50), *forged(300))
+    learner.push(*(event("search", at=100 + n, user="bob") for n in range(3 * JUMP)))
+    for n in range(3 * JUMP):
+        if n % (JUMP - 1) == 0:
+            learner.push(event("search", at=300 * DAY + 50 + n, user="zoe"))
+        learner.push(event("search", at=100 + n, user=f"user{n}"))
+    assert learner.count("clock_resets") == 0
+
+
+@pytest.mark.parametrize("at", [-2 * DAY, 100])  # late even before it jumped; or so long after that
+def test_a_jump_stands_whatever_stragglers_say_that_were_late_anyway(at):
+    learner = Learner().push(*pressed(at=0, count=50), *forged(300))
+    if at > 0:
+        for hour in range(28):
+            learner.push(event("search", at=300 * DAY + hour * HOUR, user="zoe"))
+    learner.push(*(event("search", at=at + n, user=f"user{n}") for n in range(3 * JUMP)))
+    assert (learner.count("clock_resets"), learner.count("late")) == (0, 3 * JUMP)
+
+
 def test_an_idle_partition_is_advanced_from_outside_and_never_back():
     learner = Learner(partitions=[0, 1]).push(decision("r1", 7, at=0), decision("r2", 7, at=0, partition=1))
     learner.advance(ms(HOUR), partition=0)

@@ -90,9 +90,12 @@ class Stream:
         return row
 
     def odd(self, partition: int) -> Row:
-        """A duplicate, garbage, a wild clock or a pause."""
+        """A duplicate, garbage, a wild clock, for one record or for all from now on, or a pause."""
         pick = self.pick
-        match pick.randrange(4):
+        match pick.randrange(5):
+            case 4:
+                self.at[partition] += pick.choice([-5000, -700, 700, 5000])
+                return self.plain(partition)
             case 0 if self.sent:  # perhaps in another partition
                 return replace(pick.choice(self.sent[-40:]), partition=partition)
             case 1:
