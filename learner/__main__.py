@@ -303,6 +303,7 @@ def _prepared(
         now_ms=lambda: int(time.time() * 1000),
         since=since,
         topic_id=topic_id,
+        live=() if saved is None else saved["live"],
     )
 
 

@@ -10,7 +10,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -158,14 +158,16 @@ class Trainer:
         now_ms: Callable[[], int],
         since: int = 0,
         topic_id: str = "",
+        live: Iterable[int] = (),
     ) -> None:
         """until: ends before these offsets; None: never. clock: monotonic seconds. now_ms: wall clock. since: the
-        token of the snapshot that the learner was restored from. topic_id: identity of the topic that source reads."""
+        token of the snapshot that the learner was restored from. topic_id: identity of the topic that source reads.
+        live: see `IdleClock`."""
         self._config, self._learner, self._source, self._until = config, learner, source, until
         self._watch, self._catalog, self._letters, self._misplaced = watch, catalog, letters, misplaced
         self._checkpoints, self._publisher, self._metrics = checkpoints, publisher, metrics
         self._clock, self._now_ms, self._topic_id = clock, now_ms, topic_id
-        self._idle = IdleClock(config.idle_s)
+        self._idle = IdleClock(config.idle_s, live)
         self._arena = Arena()
         self._intake = Intake(learner, source, letters, self._note)
         self._records = 0
@@ -360,6 +362,7 @@ class Trainer:
             "topic_id": self._topic_id,
             "positions": {str(p): offset for p, offset in sorted(position.items())},
             "turn": self._source.turn,
+            "live": self._idle.live,
             "transitions": learner.replay.inserted,
             "updates": learner.agent.updates,
             "items": len(learner.vocabulary),
@@ -413,7 +416,7 @@ class Trainer:
             except LogError as error:
                 logger.warning("catalog: %s; trying again", error)
             self._take_up_partitions()
-            self._let_time_pass(now)
+            self._let_time_pass()
         self._show()
 
     def _take_up_partitions(self) -> None:
@@ -425,12 +428,13 @@ class Trainer:
             self._learner.assign(added)
             source.add(added)
 
-    def _let_time_pass(self, now_s: float) -> None:
+    def _let_time_pass(self) -> None:
+        asked_s = self._watch.asked_s  # before what it says is read: it asks meanwhile
         joiner, position = self._learner.joiner, self._intake.position()
         watermarks = {p: joiner.watermark_ms(p) for p in joiner.partitions}
         # what is parked is there and not read, whatever the last look at the log said
         lag = self._watch.lag(position) | dict.fromkeys(self._intake.parked, 1)
-        due = self._idle.due(watermarks, lag, now_s)
+        due = self._idle.due(watermarks, lag, asked_s)
         if due:
             self._metrics.transitions.inc(self._learner.advance(due, position))
 

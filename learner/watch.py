@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 
 from streaming.log import Bounds, Log, LogError, UnknownTopic
 
@@ -18,9 +19,18 @@ class LogWatch:
     beside: another topic whose bounds are wanted, empty while it is not there.
     """
 
-    def __init__(self, log: Log, topic: str, beside: str, group: str, every_s: float) -> None:
+    def __init__(
+        self,
+        log: Log,
+        topic: str,
+        beside: str,
+        group: str,
+        every_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._log, self._topic, self._beside, self._group, self._every_s = log, topic, beside, group, every_s
-        self.bounds: dict[int, Bounds] = log.bounds(topic)
+        self._clock = clock
+        self.ask()
         self.bounds_beside: dict[int, Bounds] = {}
         self._safe: Mapping[int, int] = {}
         self._committed: Mapping[int, int] = {}
@@ -33,9 +43,11 @@ class LogWatch:
         """Records that are there and not read, by partition, as of the last look."""
         return {p: max(0, b.high - position.get(p, b.low)) for p, b in self.bounds.items()}
 
-    def ask(self) -> dict[int, Bounds]:
+    def ask(self) -> Mapping[int, Bounds]:
         """What the topic holds at this moment. Raises: LogError."""
-        self.bounds = self._log.bounds(self._topic)
+        asked_s = self._clock()
+        self.bounds: Mapping[int, Bounds] = self._log.bounds(self._topic)
+        self.asked_s = asked_s  # since then it may hold more
         return self.bounds
 
     def safe(self, position: Mapping[int, int]) -> None:

@@ -55,6 +55,27 @@ def test_event_time_does_not_run_away_in_idle_partitions_and_nothing_is_late(rig
     assert sum(p.events for p in report.partitions) == 200
 
 
+@pytest.mark.parametrize("asleep", [False, True])
+def test_nobodys_visit_ends_while_the_log_is_away_or_the_learner_asleep(rig, asleep):
+    rig.turns(12)  # idle by now
+    before_ms, ended = rig.learner.joiner.watermark_ms(0), rig.learner.joiner.counters()["sessions_ended"]
+    if asleep:
+        rig.now_s += 30 * 3600
+    else:
+        rig.reachable, rig.turn_s = False, 1800.0
+        rig.turns(60)
+        rig.reachable, rig.turn_s = True, 10.0
+    rig.turns(4)
+    assert rig.learner.joiner.watermark_ms(0) - before_ms <= 10_000
+    rig.write(100, timestamp_ms=before_ms + 60_000)  # which storefronts had to keep meanwhile
+    rig.turns(5)
+    counters = rig.learner.joiner.counters()
+    assert (counters["events"], counters["late"], counters["sessions_ended"]) == (200, 0, ended)
+    rig.turns(30)  # and silence passes again as before, where what comes is new
+    passed = asleep * 100_000
+    assert rig.learner.joiner.watermark_ms(0) >= before_ms + 60_000 + 94_000 + passed
+
+
 @pytest.mark.parametrize("hours", [3, -3])
 def test_a_server_whose_clock_was_wrong_for_a_while_loses_no_decision_and_no_reward(rig, hours):
     """Its decisions are stamped hours off; the storefront's clicks on them are not."""

@@ -35,6 +35,7 @@ class Rig:
     def __init__(self, folder: Path, disk: Disk | None = None, turn_s: float = 1.0, **config: Any) -> None:
         self.folder, self.turn_s = folder, turn_s
         self.now_s, self.wall_ms = 1000.0, 1_767_225_600_000
+        self.reachable = True  # else the log does not say what it holds
         self.log = open_log(f"sqlite:///{folder / 'log.db'}")
         for topic in ("events", dlq_topic("events"), late_topic("events")):
             self.log.create_topic(topic, 1)
@@ -48,7 +49,7 @@ class Rig:
             None,
         )
         self.learner.assign({0: 0})
-        self.watch = LogWatch(self.log, "events", "catalog", "rig", 3600.0)
+        self.watch = LogWatch(self.log, "events", "catalog", "rig", 3600.0, self.clock)
         self.letters = DeadLetters(self.producer, Codec(), "events")
         self.catalog = CatalogFeed(self.log, "catalog", self.learner.take_catalog)
         self.reader = self.log.reader("events", {0: 0})
@@ -126,6 +127,8 @@ class Rig:
             self._settle()
             self.now_s += self.turn_s
             self.wall_ms += round(self.turn_s * 1000)
+            if self.reachable:
+                self.watch.ask()
             each(done)
             done += 1
             if done >= count:
