@@ -100,7 +100,7 @@ def learnt(loop: Loop, turn: Turn) -> tuple[Floats, Floats]:
     """p and m + γ g by the network that is served, each [B, N]."""
     agent = loop.agent
     state = state_tensors(histories(turn, agent.settings.history_length))
-    keys = agent.target.keys(agent.items)
+    keys = agent.all_keys(agent.target)
     queries = agent.target.queries(state, keys)
     log_odds = score_all(*agent.target.choice(queries, keys), keys.category)
     gain = agent.target.gain_all(queries, keys)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, NamedTuple, Protocol
@@ -200,6 +201,9 @@ class _Rows(NamedTuple):
 
     share: float  # of replay that the batch is
     aisle: _Aisle | None  # what the N rows are; None: row i is id i
+    stands_for: (
+        Tensor | None
+    )  # [N] logarithm of how many items each does, where they are a sample; see `_stand_for`
     on_offer: Tensor  # [N] bool
     state: StateTensors
     next_state: StateTensors
@@ -259,7 +263,7 @@ class Agent:
         self._at: Tensor | None = (
             None  # the update after which each row stands as it lies there; None: all do now
         )
-        self._described = torch.zeros(1, dtype=torch.bool, device=self.device)
+        self._roomy_described = torch.zeros(1, dtype=torch.bool, device=self.device)
         self._any_described = False
         self._catalog_copy: dict[str, Tensor] | None = None
         self._price_scale = torch.tensor(PRICE_SCALE, device=self.device)
@@ -293,14 +297,16 @@ class Agent:
                 *(torch.cat(pair) for pair in zip(self._roomy_items, fresh, strict=True))
             )
             self._roomy_offer = torch.cat((self._roomy_offer, self._roomy_offer.new_ones(more)))
+            self._roomy_described = functional.pad(self._roomy_described, (0, more))
             self._met = functional.pad(self._met, (0, more))
+        self._response.enter(slice(self.rows, rows))
         self._show(rows)
 
     def _show(self, rows: int) -> None:
         """Let the items be the first so many rows of the room that there is."""
         self._items = ItemTensors(*(column[:rows] for column in self._roomy_items))
         self._on_offer = self._roomy_offer[:rows]
-        self._described = functional.pad(self._described, (0, rows - len(self._described)))
+        self._described = self._roomy_described[:rows]
         self._catalog_copy = None
 
     def _describe(self, rows: Tensor | None = None) -> None:
@@ -350,6 +356,7 @@ class Agent:
         """
         told = self._to(ids, torch.int64)
         self._met.index_add_(0, told, torch.ones_like(told, dtype=torch.int32))
+        self._met[told] = self._met[told].clamp(max=MEETINGS)  # more tell nothing
 
     def foretell(self, joined: Joined) -> None:
         """Note what is foretold of these transitions, and what came: before anything is learnt from them, and of
@@ -376,15 +383,11 @@ class Agent:
         t, recall = joined.transitions, self.online.recall
         histories = Histories(*(getattr(joined.states, name)[t.state[which]] for name in Histories._fields))
         state, item = self._state(histories), self._to(t.action[which], torch.int64)
-        here, at, ids = state.item, item, None
+        here, at, ids, stands_for = state.item, item, None, None
         with torch.no_grad():
             if self.rows > self.settings.exact_items:
-                led = recall.led[recall.known(state.item[:, :READ])]
-                drawn = torch.randint(self.rows, (self.settings.candidates,), generator=self._generator)
-                ids = torch.unique(
-                    torch.cat(
-                        (drawn.to(self.device), *(x.flatten() for x in (here, at, led, here.new_zeros(1))))
-                    )
+                ids, stands_for = self._sample(
+                    here, at, recall.led[recall.known(state.item[:, :READ])].long()
                 )
                 here, at = torch.searchsorted(ids, here), torch.searchsorted(ids, at)
             keys = self._keys_now(self.online, ids)
@@ -393,9 +396,20 @@ class Agent:
             places = place_buckets(state)
         self._recall.learn(
             organic,
+            stands_for,
             at,
             lambda weights: recall.recalled(state.item, queries.kinds, places, here, ids, weights),
         )
+
+    @torch.no_grad()
+    def all_keys(self, network: QNetwork) -> Keys:
+        """A network's keys of all items, as they stand now; what lies behind stays there."""
+        own = None
+        if self._at is not None:
+            online, target = networks_now(self._table(), self._described, self.updates, self._rule)
+            own = online if network is self.online else target
+        response = self._response.own_now(self.rows)
+        return network.keys_of(network.shelf(self._items, own=own, response=response))
 
     def _keys_now(self, network: QNetwork, ids: Tensor | None) -> Keys:
         """A network's keys of these items, as they stand now; all, where there are few enough to be looked at."""
@@ -434,8 +448,8 @@ class Agent:
         here, at = torch.searchsorted(ids, state.item), torch.searchsorted(ids, item).unsqueeze(1)
         keys = self._keys_now(self.target, ids)
         queries = self.target.queries(state, keys, here, ids).rows(self._to(which, torch.int64))
-        place = self._to(slot, torch.int64).clamp(0, MAX_SLOTS - 1)
-        log_odds = self.target.parts_at(queries, keys, at)[0][:, 0] + self.target.position_of(place)
+        place = self.target.position_of(self._to(slot, torch.int64))
+        log_odds = self.target.parts_at(queries, keys, at)[0][:, 0] + place
         share = (queries.back * (queries.choice.item == at)).sum(dim=1)
         return log_odds.cpu().numpy(), share.cpu().numpy()
 
@@ -556,7 +570,7 @@ class Agent:
         if settings.length_weight > 0:
             squares = queries.organic.vector[:, :-1].square().sum(dim=1)
             losses["length"] = settings.length_weight * dqn.weighted_mean(squares, rows.weight)
-        if settings.cql_weight > 0:
+        if settings.cql_weight > 0 and bool(rows.on_offer.any()):
             q_all = online.q_all(queries, keys)
             q_action = q_all.gather(1, rows.slate[:, :1]).squeeze(1)
             conservative = dqn.conservative_loss(q_all, q_action, rows.on_offer)
@@ -627,6 +641,7 @@ class Agent:
             rows.slate_reward != 0,
             torch.sigmoid(choice + self.online.position_of(rows.slot)),
             rows.each * ~rows.organic.unsqueeze(1),
+            rows.each * rows.organic.unsqueeze(1),
             queries.kinds,
             queries.share,
             same & (rows.state.item > 0).unsqueeze(1),
@@ -642,6 +657,8 @@ class Agent:
         if not len(went):
             return torch.zeros((), device=self.device)
         logits = score_all(queries.organic.rows(went), keys.organic, keys.category)
+        if rows.stands_for is not None:
+            logits = logits + rows.stands_for
         loss = dqn.next_item_loss(logits, rows.slate[went, 0])
         return dqn.weighted_mean(loss, rows.weight[went]) * (len(went) / len(rows.weight))
 
@@ -867,6 +884,7 @@ class Agent:
             )
         )
         self._roomy_offer = on_offer.to(self.device)
+        self._roomy_described = torch.zeros_like(self._roomy_offer)
         self._met = torch.from_numpy(state["met"].copy()).to(self.device)
         self._price_scale = torch.from_numpy(state["catalog.price_scale"].copy()).to(self.device)
         self._show(len(on_offer))
@@ -876,6 +894,8 @@ class Agent:
             for name, parameter in network.named_parameters():
                 _fill(parameter, state[f"{prefix}.{name}"], name)
             network.tower.id.weight.detach()[len(on_offer) :] = fresh.to(self.device)
+        if not self.settings.centred and float(self.online.item_scale) != 1.0:
+            raise ValueError("centred is off, and what its heads of value know they have read centred")
         self._optimiser = self._new_optimiser()
         for name, parameter in self.online.named_parameters():
             keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"adam.{key}.{name}" in state]
@@ -930,13 +950,12 @@ class Agent:
         slots = batch.slots[~batch.organic]
         if len(slots):
             self.slots += 0.01 * (float(slots.mean()) - self.slots)
-        aisle, on_offer, here, there = None, self._on_offer, state.item, next_state.item
+        aisle, stands_for, on_offer = None, None, self._on_offer
+        here, there = state.item, next_state.item
         if self.rows <= self.settings.exact_items:
             self._catch_up()
         else:
-            drawn = torch.randint(self.rows, (self.settings.candidates,), generator=self._generator)
-            named = (drawn.to(self.device), *(part.flatten() for part in (slate, here, there)))
-            ids = torch.unique(torch.cat((*named, slate.new_zeros(1))))
+            ids, stands_for = self._sample(slate, here, there)
             on_offer = self._on_offer[ids]
             slate, here, there = (torch.searchsorted(ids, part) for part in (slate, here, there))
             aisle = self._take(ids)
@@ -946,6 +965,7 @@ class Agent:
         return _Rows(
             share,
             aisle,
+            stands_for,
             on_offer,
             state,
             next_state,
@@ -953,7 +973,7 @@ class Agent:
             there,
             slate,
             present,
-            self._to(batch.slate_slot[:, :width], torch.int64).clamp(0, MAX_SLOTS - 1),
+            self._to(batch.slate_slot[:, :width], torch.int64),
             self._to(batch.slate_reward[:, :width]) / self.unit,
             self._to(batch.reward) / self.unit,
             self._to(batch.discount),
@@ -961,6 +981,18 @@ class Agent:
             (weight / present.sum(dim=1).clamp(min=1)).unsqueeze(1) * present,
             self._to(batch.organic, torch.bool),
         )
+
+    def _sample(self, *named: Tensor) -> tuple[Tensor, Tensor]:
+        """These vocabulary ids, 0, and some drawn from all, ascending, [N]; and of each the logarithm of how many items
+        it stands for, [N], so that sums over the sample are, on average, those over all: 1 where it is named, and for
+        one that was drawn alone 1 / P(drawn) (importance sampling: Bengio & Senécal 2003)."""
+        drawn = torch.randint(self.rows, (self.settings.candidates,), generator=self._generator)
+        known = torch.unique(torch.cat([ids.flatten() for ids in named] + [named[0].new_zeros(1)]))
+        ids = torch.unique(torch.cat((known, drawn.to(self.device))))
+        stands_for = torch.full(ids.shape, -math.log(-math.expm1(len(drawn) * math.log1p(-1 / self.rows))))
+        stands_for = stands_for.to(self.device)
+        stands_for[torch.searchsorted(ids, known)] = 0.0
+        return ids, stands_for
 
     def _state(self, histories: Histories) -> StateTensors:
         return StateTensors(

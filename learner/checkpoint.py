@@ -330,14 +330,17 @@ class Checkpoints:
         """Meta and files of a generation, each file's hash checked. Raises: OSError, ValueError."""
         body = self._manifest(generation)
         files = {name: _File(**file) for name, file in body["parts"].items()}
+        damaged = []
         for name, file in files.items():
             path = self._path(file)
             with open(path, "rb") as stream:
                 actual = hashlib.file_digest(stream, "sha256").hexdigest()
             if actual != file.sha256:
-                # put aside: a later save of the same bytes must not take this file for them
+                # put aside, all of them: a later save of the same bytes must not take such a file for them
                 self._disk.rename(path, path.with_suffix(".damaged"))
-                raise ValueError(f"part {name!r}: {path.name} is not what its hash says")
+                damaged.append(f"part {name!r}: {path.name} is not what its hash says")
+        if damaged:
+            raise ValueError("; ".join(damaged))
         return body["meta"], files
 
     def _path(self, file: _File) -> Path:

@@ -43,7 +43,7 @@ class CoViews:
     def __init__(self) -> None:
         self._id = np.zeros((1, NEIGHBOURS), np.int32)  # [N, M] 0: free
         self._count = np.zeros((1, NEIGHBOURS), np.float32)  # [N, M]
-        self._total = np.zeros(1, np.float32)  # [N] of all that were ever counted
+        self._total = np.zeros(1)  # [N] of all that were ever counted
 
     def grow(self, rows: int) -> None:
         """Make room for ids below `rows`, by doubling."""
@@ -63,7 +63,14 @@ class CoViews:
     def scores(self, history: Ints, items: int) -> Floats:
         """[B, items] of vocabulary ids 0..items - 1, of which there is room."""
         out = np.zeros((len(history), items), np.float32)
-        _score(self._id, self._count, self._total + PRIOR, history.astype(np.int64), history, out)
+        _score(
+            self._id,
+            self._count,
+            (self._total + PRIOR).astype(np.float32),
+            history.astype(np.int64),
+            history,
+            out,
+        )
         return out
 
     def walk_scores(self, history: Ints, items: int) -> Floats:
@@ -97,7 +104,12 @@ _STATE: Final = ("id", "count", "total")
 
 @jit
 def _observe(
-    ids: Ints, count: Floats, total: Floats, history: Ints, item: Ints, changed: npt.NDArray[np.bool_]
+    ids: Ints,
+    count: Floats,
+    total: npt.NDArray[np.float64],
+    history: Ints,
+    item: Ints,
+    changed: npt.NDArray[np.bool_],
 ) -> None:
     for b in range(len(item)):
         if item[b] == 0:
@@ -173,7 +185,9 @@ def _score(
 
 
 @jit
-def _walk(ids: Ints, count: Floats, total: Floats, items: Ints, to: Ints, weight: Floats) -> None:
+def _walk(
+    ids: Ints, count: Floats, total: npt.NDArray[np.float64], items: Ints, to: Ints, weight: Floats
+) -> None:
     sums = np.zeros(len(total), np.float32)
     met = np.empty(ids.shape[1] * (ids.shape[1] + 1), np.int32)
     for r in range(len(items)):

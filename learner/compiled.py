@@ -28,6 +28,7 @@ from learner.networks import (
     AGE_BOUNDS_S,
     AGES,
     COUNTS,
+    MOST_VALUE,
     NAMES,
     SESSION_AGES,
     SUM_SCALE,
@@ -386,7 +387,7 @@ def _features(
             features[ends + 1] = max(features[ends + 1], age_s[h])
         else:
             features[counts + NAMES + name[h]] += 1
-        features[ends + 2] += max(value[h], np.float32(0))
+        features[ends + 2] += min(max(value[h], np.float32(0)), np.float32(MOST_VALUE))
     for h in range(len(item)):
         if item[h] > 0 and p.going_back != 0:
             same = 0

@@ -97,7 +97,8 @@ def networks_now(table: Rows, described: Tensor, updates: int, rule: Rule) -> tu
 
 
 def _cuts(table: Rows) -> Iterator[slice]:
-    return (slice(start, start + _CHUNK) for start in range(0, len(table.at), _CHUNK))
+    size = _CHUNK if table.at.device.type == "cpu" else max(1, len(table.at))
+    return (slice(start, start + size) for start in range(0, len(table.at), size))
 
 
 @torch.no_grad()

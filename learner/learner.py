@@ -117,6 +117,11 @@ class Learner:
         """partitions: of the topic, now; to find users whose producer hashes keys otherwise than we do."""
         self.settings = settings
         self._codec = codec
+        if agent.batch_size > settings.replay_capacity:
+            raise ValueError(
+                f"batch_size {agent.batch_size} is above replay_capacity {settings.replay_capacity}: "
+                "nothing would ever be learnt"
+            )
         self.vocabulary = Vocabulary()
         self.catalog = Catalog(codec, self.vocabulary)
         self.decoder = Decoder(codec, self.vocabulary, partitions)

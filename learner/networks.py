@@ -61,6 +61,9 @@ SESSION_AGES: Final = 4  # buckets that lie within a visit
 PLACE_BOUNDS: Final = (1, 2, 3, 5, 9, 17)  # buckets of an entry's place in the history, newest = 0
 PLACES: Final = len(PLACE_BOUNDS) + 1
 NAMES: Final = len(EVENT_NAMES)
+# what is further from zero counts as this: a single odd record must not make all that is learnt overflow
+MOST_VALUE: Final = 1e12  # of an entry of a history
+MOST_IN_VECTOR: Final = 10.0  # of a number in an item's vector
 MAX_SLOTS: Final = 32  # positions beyond share the last position's bias
 
 
@@ -261,7 +264,8 @@ class ItemTower(nn.Module):
 
     def features(self, items: ItemTensors) -> Tensor:
         """[M, d], from catalog features alone."""
-        dense = torch.cat((_price_features(items.price), items.vector), dim=1)
+        vector = items.vector.clamp(-MOST_IN_VECTOR, MOST_IN_VECTOR)
+        dense = torch.cat((_price_features(items.price), vector), dim=1)
         return self.category(items.category) + self.brand(items.brand) + self.dense(dense)
 
 
@@ -382,7 +386,7 @@ def _counts(state: StateTensors, kinds: Tensor) -> Tensor:
     counts = torch.zeros(len(real), 2 * NAMES, device=real.device)
     counts.scatter_add_(1, state.name, now).scatter_add_(1, state.name + NAMES, real - now)
     since = (state.age_s * now).amax(dim=1)
-    value = (state.value.clamp(min=0) * real).sum(dim=1)
+    value = (state.value.clamp(0, MOST_VALUE) * real).sum(dim=1)
     times = torch.stack((state.age_s[:, 0] * real[:, 0], since, value), dim=1)
     ends = torch.stack((1 - real[:, 0], real[:, -1]), dim=1)  # empty, full
     return torch.cat((torch.log1p(counts), torch.log1p(times) / 10, ends), dim=1)
@@ -463,11 +467,12 @@ class QNetwork(nn.Module):
         ids: Tensor | None = None,
         forget: Tensor | None = None,
         own: Tensor | None = None,
+        response: Tensor | None = None,
     ) -> Shelf:
-        """The items given by ids [M], or all. forget: [M] bool, as never learnt from. own: [M, d + 1], in place of
-        these rows of the id table."""
+        """The items given by ids [M], or all. forget: [M] bool, as never learnt from. own, response: [M, d + 1] each,
+        in place of these rows of the id table and of learner.response."""
         which = slice(len(items.seen)) if ids is None else ids
-        response, level = self.response.own[which], self.stack.level[which]
+        response, level = self.response.own[which] if response is None else response, self.stack.level[which]
         if ids is not None:
             items = ItemTensors(*(column[ids] for column in items))
         known = items.seen if forget is None else items.seen & ~forget
@@ -489,14 +494,15 @@ class QNetwork(nn.Module):
         own: Tensor | None = None,
     ) -> Keys:
         """The heads' keys of the items that `shelf` would give."""
-        return self._keys(self.shelf(items, ids, forget, own))
+        return self.keys_of(self.shelf(items, ids, forget, own))
 
     def shelf_with(self, items: ItemTensors, ids: Tensor) -> Shelf:
         """M items whose features come with the request. items: of M rows; ids: [M], 0 unknown."""
         own, level = self.response.own[ids], self.stack.level[ids]
         return self._shelf(items, items.seen, self.tower.id(ids), own, level)
 
-    def _keys(self, shelf: Shelf) -> Keys:
+    def keys_of(self, shelf: Shelf) -> Keys:
+        """The heads' keys of what is on the shelf."""
         d = self.settings.dim
         organic = self.organic_key(shelf.tower)
         organic = torch.cat((organic[:, :d], organic[:, d:] + shelf.bias.unsqueeze(1)), dim=1)
@@ -623,11 +629,14 @@ class QNetwork(nn.Module):
         """p at ids [B, K], [B, K]. slot: see `advantage_at`."""
         query, pull = self.choice(queries, keys)
         log_odds = score_at(query, pull, keys.category, ids)
-        return torch.sigmoid(log_odds if slot is None else log_odds + self.position_of(slot))
+        if slot is not None:
+            place = self.position_of(slot)
+            log_odds = log_odds + (self.stack.weights[1] * place if self.settings.stack else place)
+        return torch.sigmoid(log_odds)
 
     def position_of(self, slot: Tensor) -> Tensor:
-        """Choice log-odds of places in a slate, against the first; of the shape of `slot`, 0..MAX_SLOTS - 1."""
-        return self.position[slot] * (slot > 0)
+        """Choice log-odds of places in a slate, 0, 1, ..., against the first; of the shape of `slot`."""
+        return self.position[slot.clamp(max=MAX_SLOTS - 1)] * (slot > 0)
 
 
 # of a size that heads of value read in, usually 1 to 3: where all that was shown so far is alike, what is not is not

@@ -195,8 +195,7 @@ class _Scorer:
 
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
-        with torch.no_grad():
-            self._keys = agent.online.keys(agent.items)
+        self._keys = agent.all_keys(agent.online)
 
     @torch.no_grad()
     def ranks(self, steps: _Steps) -> tuple[_Ranks, _Ranks]:

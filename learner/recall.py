@@ -201,15 +201,24 @@ class RecallFit:
         self._waited += steps
         return self.recall.has_any and (self.blocks < YOUNG or self._waited >= EVERY)
 
-    def learn(self, organic: Tensor, went: Tensor, recalled: Callable[[Weights], Recalled]) -> None:
-        """Learn σ and the weights from a block of T steps. organic: [T, N] log-odds, no gradient; went: [T] where to, a
-        row of the N; recalled: see `Recall.recalled`."""
+    def learn(
+        self,
+        organic: Tensor,
+        stands_for: Tensor | None,
+        went: Tensor,
+        recalled: Callable[[Weights], Recalled],
+    ) -> None:
+        """Learn σ and the weights from a block of T steps. organic: [T, N] log-odds, no gradient; stands_for: [N] the
+        logarithm of how many items each of the N does; None: itself; went: [T] where to, a row of the N; recalled: see
+        `Recall.recalled`."""
         self.blocks += 1
         self._waited = 0
         self._optimiser.param_groups[0]["lr"] = RATE * min(1.0, (SLOWER / self.blocks) ** 0.5)
         self._optimiser.zero_grad(set_to_none=True)
         weights = Weights(*self._parameters())
         logits = (weights.scale * organic).scatter_add(1, *recalled(weights))
+        if stands_for is not None:
+            logits = logits + stands_for
         functional.cross_entropy(logits, went).backward()  # type: ignore[no-untyped-call]
         self._optimiser.step()
 

@@ -96,6 +96,7 @@ class Shown(NamedTuple):
     chosen: Tensor  # [B, K] bool
     chance: Tensor  # [B, K] p, as fitted
     weight: Tensor  # [B, K] 0: no such slot
+    unaided: Tensor  # [B, K] likewise of what users went to by themselves, no slots of slates
     kinds: Tensor  # [B, H] of the history's entries
     share: Tensor  # [B, H, C] that each has of each channel
     same: Tensor  # [B, K, H] bool: it is the slot's item
@@ -110,7 +111,8 @@ class Fit:
         d, new = response.shared.shape[1], response.own.new_zeros
         self.information = new(len(response.own), 2)  # F of b_a and, summed over its numbers, of w_a
         self.at = new(len(response.own), dtype=torch.float64)  # passes when each row was last caught up
-        self.passes = self.looked = 0.0  # over replay, in all; and by batches that held slates
+        # over replay, in all; by batches that held slates; and by batches that moments were taken from
+        self.passes = self.looked = self.measured = 0.0
         self.shared_information = new(2)  # F of μ and M, summed over their numbers
         # F of each pull: what its row of the information matrix sums to, so that all may move at once
         self.copy_information, self.alike_information = (new(len(response.copy)) for _ in range(2))
@@ -119,6 +121,10 @@ class Fit:
         self.state_cov, self.key_cov, self.item_cov = (new(d, d).fill_diagonal_(1.0) for _ in range(3))
         self._prior = 1 / response.own.new_tensor(WIDTHS)
         self._derive()
+
+    def enter(self, ids: slice) -> None:
+        """These rows, of which nothing is known, are there from now on."""
+        self.at[ids] = self.passes
 
     @torch.no_grad()
     def catch_up(self, ids: Tensor | slice = slice(None)) -> None:
@@ -156,9 +162,11 @@ class Fit:
         """One batch, which visits a share q of replay. The rows of `shown.ids` are caught up."""
         self.passes += q
         if not bool((shown.weight > 0).any()):
+            if self.looked == 0 and bool((shown.unaided > 0).any()):  # until there are slates, it is as good
+                self._look(shown, shown.unaided, q)
             return
         self.looked += q
-        self._look(shown, q)
+        self._look(shown, shown.weight, q)
         response = self.response
         phi, psi = response.of_state(shown.phi), response.of_item(shown.tower)
         towards = phi @ self.directions  # [B, d]
@@ -171,10 +179,11 @@ class Fit:
         self._move_shared(torch.vstack((towards.T @ pulled, pulled.sum(dim=0))), told, q)
         self._move_pulls(shown, gradient, shown.weight * shown.chance * (1 - shown.chance), q)
 
-    def _look(self, shown: Shown, q: float) -> None:
-        """Moments of states, items and organic keys, over a pass."""
-        share, response = q / min(self.looked, 1.0), self.response
-        slots = shown.weight / shown.weight.sum().clamp(min=1e-9)
+    def _look(self, shown: Shown, weight: Tensor, q: float) -> None:
+        """Moments of states, items and organic keys, over a pass. weight: [B, K]."""
+        self.measured += q
+        share, response = q / min(self.measured, 1.0), self.response
+        slots = weight / weight.sum().clamp(min=1e-9)
         for vectors, weights, mean, cov in (
             (shown.phi, slots.sum(dim=1), response.state_mean, self.state_cov),
             (shown.tower.flatten(0, 1), slots.flatten(), response.item_mean, self.item_cov),
@@ -245,14 +254,17 @@ class Fit:
         mine = {name: getattr(self, name) for name in _STATE}
         mine |= {name: table[:rows] for name, table in mine.items() if name in _BY_ITEM}
         mine |= self.response.state_dict() | {"own": self.response.own[:rows]}
-        mine["passes"] = torch.tensor([self.passes, self.looked], dtype=torch.float64)
+        mine["passes"] = torch.tensor([self.passes, self.looked, self.measured], dtype=torch.float64)
         return {name: value.cpu().clone() for name, value in mine.items()}
 
     def served(self, rows: int) -> dict[str, Tensor]:
         """The layer's values as they stand now, of items the first rows. Copies, on the CPU."""
-        first = slice(rows)
-        values = self.response.state_dict() | {"own": self.response.own[first] * self._kept(first)}
+        values = self.response.state_dict() | {"own": self.own_now(rows)}
         return {name: value.cpu().clone() for name, value in values.items()}
+
+    def own_now(self, rows: int) -> Tensor:
+        """What the first items have of their own, faded to now, [rows, d + 1]; nothing moves."""
+        return self.response.own[:rows] * self._kept(slice(rows))
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -260,7 +272,7 @@ class Fit:
 
         Raises: ValueError when it is of another shape.
         """
-        self.passes, self.looked = state["passes"].tolist()
+        self.passes, self.looked, self.measured = state["passes"].tolist()
         self.at.fill_(self.passes)
         for name in (*_STATE, *self.response.state_dict()):
             mine = getattr(self if name in _STATE else self.response, name)

@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from learner.agent import MEETINGS, Agent, AgentSettings
-from learner.networks import SMALLEST, SUM_SCALE, _price_features, entry_kinds, first_rows, score_all
+from learner.networks import (
+    MAX_SLOTS,
+    SMALLEST,
+    SUM_SCALE,
+    _price_features,
+    entry_kinds,
+    first_rows,
+    score_all,
+)
 from learner.replay import empty_batch
 from tests.serving_process import VIEWS
 
@@ -65,6 +73,53 @@ def test_an_agent_restored_goes_on_as_if_it_had_never_stopped():
     again = Agent(SETTINGS, seed=99)
     again.restore(trained(range(4)).state())
     assert_same(trained(range(4, 8), again), trained(range(8)))
+
+
+@pytest.mark.parametrize("exact_items", [100, 1])
+def test_what_comes_after_a_restart_is_met_as_it_would_have_been_without(exact_items):
+    agents = [trained(range(20), new_agent(replace(SETTINGS, exact_items=exact_items))) for _ in range(2)]
+    again = Agent(agents[0].settings, seed=99)
+    again.restore(agents[0].state())
+    agents[0] = again
+    for agent in agents:
+        agent.grow(20)  # within the room that there is
+        for seed in range(20, 24):
+            agent.update(batch(seed, items=20), kept=40)
+    assert_same(*agents)
+
+
+def test_new_items_are_learnt_of_from_their_first_batch_on():
+    """Not as if they had been there, unseen, since there was room for them."""
+    young, old = new_agent(), trained(range(20))
+    for agent in (young, old):
+        agent.grow(20)
+        agent.update(batch(1, items=20))
+    told = [agent.state()["response.information"][ITEMS + 1 :, 0].sum() for agent in (young, old)]
+    assert told[1] > 0.3 * told[0]
+
+
+def test_slates_may_be_longer_than_places_are_told_apart():
+    agent = trained(range(3))
+    agent.slots = 40.0
+    agent.grow(60)
+    agent.update(batch(3))
+    keys = agent.online.keys(agent.items)
+    queries = agent.online.queries(agent._state(batch(0).state), keys)
+    ids, slot = torch.full((16, 2), 5), torch.tensor([MAX_SLOTS - 1, MAX_SLOTS + 8])
+    with torch.no_grad():
+        chance = agent.online.chance_at(queries, keys, ids, slot)
+    assert torch.equal(chance[:, 0], chance[:, 1])
+
+
+def test_no_single_record_makes_what_is_learnt_overflow():
+    agent, odd = new_agent(), batch(0)
+    agent.items.vector[3] = torch.tensor([3e38, -3e38])
+    odd.state.value[:] = odd.next_state.value[:] = 3e38
+    for seed in range(20):
+        last = agent.update(odd if seed == 5 else batch(seed))
+        assert np.isfinite(last.loss)
+    assert all(np.isfinite(value).all() for value in agent.state().values())
+    assert last.loss < 100
 
 
 def test_growing_keeps_what_was_learnt():
@@ -343,6 +398,68 @@ def test_a_server_is_told_of_rows_that_no_update_has_read_for_long_as_they_would
     follows = tensors["target.tower.id.weight"][clicked] - tensors["online.tower.id.weight"][clicked]
     assert follows.norm() < 0.1 * lies.norm()
     assert lies.norm() > 1e-4
+
+
+def test_keys_of_all_items_are_as_they_would_be_were_each_caught_up():
+    agent = trained(range(60), new_agent(FEW))
+    before = agent.state()
+    told = [agent.all_keys(network) for network in (agent.online, agent.target)]
+    after = agent.state()
+    for name, value in before.items():
+        np.testing.assert_array_equal(after[name], value, err_msg=name)
+    stale = agent.online.keys(agent.items)
+    agent._catch_up()
+    for network, keys in zip((agent.online, agent.target), told, strict=True):
+        for mine, now in zip(keys, network.keys(agent.items), strict=True):
+            torch.testing.assert_close(mine, now)
+    assert not torch.allclose(stale.choice, told[0].choice, atol=1e-4)
+
+
+def test_sums_over_a_sample_of_items_are_on_average_those_over_all():
+    agent = new_agent(replace(FEW, candidates=7))
+    agent.grow(29)
+    worth = torch.linspace(0.0, 3.0, 30).exp()
+    named, sums = torch.tensor([[4, 9], [9, 29]]), []
+    for _ in range(4000):
+        ids, stands_for = agent._sample(named, torch.tensor([2]))
+        assert ids.unique().tolist() == ids.tolist()
+        assert not stands_for[torch.searchsorted(ids, torch.tensor([0, 2, 4, 9, 29]))].any()
+        sums.append(float((worth[ids] * stands_for.exp()).sum()))
+    error = np.std(sums) / len(sums) ** 0.5
+    assert np.mean(sums) == pytest.approx(float(worth.sum()), abs=4 * error)
+    assert error < 0.02 * float(worth.sum())
+
+
+def test_how_likely_items_are_next_is_learnt_alike_from_a_sample_of_them():
+    """All go to one of two items, one in four to the second; of the others nobody hears."""
+    chances = []
+    for exact_items in (1000, 1):
+        agent = Agent(
+            replace(SETTINGS, exact_items=exact_items, candidates=20, learning_rate=0.02, recall=False),
+            seed=1,
+        )
+        agent.grow(200)
+        for seed in range(400):
+            told = unaided_only(seed)
+            told.state.item[:] = told.next_state.item[:] = 0
+            told.slate[:, 0] = told.action[:] = np.where(np.arange(16) % 4 == 0, 2, 1)
+            agent.update(told)
+        keys = agent.all_keys(agent.online)
+        with torch.no_grad():
+            queries = agent.online.queries(agent._state(told.state), keys)
+            chances.append(agent.online.next_all(queries, keys).softmax(dim=1).mean(dim=0))
+    for found in chances:
+        torch.testing.assert_close(found[1:3], torch.tensor([0.75, 0.25]), atol=0.06, rtol=0.0)
+
+
+def test_with_nothing_on_offer_there_is_nothing_to_be_conservative_about():
+    agent = new_agent(replace(SETTINGS, cql_weight=1.0))
+    agent._on_offer[:] = False
+    without = agent.update(batch(0))
+    assert "conservative" not in without.losses
+    assert np.isfinite(without.loss)
+    agent._on_offer[1:] = True
+    assert agent.update(batch(1)).losses["conservative"] > 0.0
 
 
 def test_a_large_catalog_that_is_small_after_a_restart_stands_where_it_stood():
@@ -634,6 +751,30 @@ def test_a_log_without_slates_does_not_tell_how_much_better_a_choice_is_than_non
     assert float(reward.mean()) == pytest.approx(1.0, abs=0.2)
     assert float(continuation.mean()) == pytest.approx(0.0, abs=0.3)
     assert float(value.mean()) > 3.0  # of returns of three times what a step earns, at discounts of 0.9
+
+
+def test_values_do_not_jump_when_the_first_slate_comes():
+    agent = new_agent(replace(SETTINGS, learning_rate=0.003, target_tau=0.02))
+    for seed in range(600):
+        agent.update(unaided_only(seed), kept=1000)
+
+    def values():
+        keys = agent.online.keys(agent.items)
+        with torch.no_grad():
+            return agent.online.value(agent.online.queries(agent._state(batch(0).state), keys)).mean().item()
+
+    before = values()
+    first = unaided_only(600)
+    first.organic[0], first.slots[0] = False, 1
+    agent.update(first, kept=1000)
+    agent.update(unaided_only(601), kept=1000)
+    assert values() == pytest.approx(before, rel=0.05)
+
+
+def test_what_was_learnt_from_centred_vectors_is_not_read_as_they_are():
+    with pytest.raises(ValueError, match="centred"):
+        Agent(replace(SETTINGS, centred=False)).restore(trained(range(3)).state())
+    Agent(replace(SETTINGS, centred=True)).restore(trained(range(3)).state())
 
 
 def test_the_target_network_reads_by_moments_that_follow_as_it_does():

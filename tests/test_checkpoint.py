@@ -194,6 +194,21 @@ def test_saving_again_heals_a_damaged_part(tmp_path):
     assert loaded(tmp_path) == 2
 
 
+def test_saving_again_heals_all_damaged_parts_of_a_generation(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 1)
+    before = set(files(tmp_path))
+    save(checkpoints, 2, more=np.arange(3))
+    new = [name for name in set(files(tmp_path)) - before if name.startswith("parts/")]
+    for part in new:
+        damage(tmp_path / part, "flip")
+    again = Checkpoints(tmp_path)
+    assert again.load().meta["number"] == 1
+    save(again, 2, more=np.arange(3))
+    assert loaded(tmp_path) == 2
+    assert len(new) == 2
+
+
 def test_when_every_generation_is_damaged_it_says_so_and_does_not_start_anew(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     save(checkpoints, 1)

@@ -13,7 +13,7 @@ ONE = np.float32(1)
 
 
 class PlainCoViews:
-    """By the definition, with all neighbours kept; in float32, as it is there."""
+    """By the definition, with all neighbours kept; in float32 but for totals, as it is there."""
 
     def __init__(self):
         self.count, self.total = {}, {}
@@ -29,13 +29,13 @@ class PlainCoViews:
                 for a, b, w in ((before, item, weight), (item, before, BACKWARDS * weight)):
                     near = self.count.setdefault(a, {})
                     near[b] = near.get(b, np.float32(0)) + w
-                    self.total[a] = self.total.get(a, np.float32(0)) + w
+                    self.total[a] = self.total.get(a, 0.0) + float(w)
 
     def scores(self, history, items):
         out = np.zeros(items, np.float32)
         for place, item in enumerate(dict.fromkeys(i for i in history if i)):
             near = ONE / np.float32(place + 1)
-            each = near / (self.total.get(item, np.float32(0)) + PRIOR)
+            each = near / np.float32(self.total.get(item, 0.0) + float(PRIOR))
             for other, count in self.count.get(item, {}).items():
                 out[other] += each * count
             out[item] += OWN[0] * near + OWN[1]

@@ -38,7 +38,7 @@ class Log:
         log_odds = self.log_odds + torch.einsum("bkd,bd->bk", keys, query) + pulls.sum(dim=2)
         return Shown(
             *(self.phi, self.tower[self.ids], self.organic[self.ids], self.ids),
-            *(self.chosen, torch.sigmoid(log_odds), self.weight),
+            *(self.chosen, torch.sigmoid(log_odds), self.weight, torch.zeros_like(self.weight)),
             *(self.kinds, self.share, self.same, self.alike),
         )
 
@@ -152,11 +152,28 @@ def test_a_batch_without_slates_teaches_nothing():
     nobody.weight = nobody.weight * 0.0
     fit.learn(nobody.shown(fit.response), 0.1)
     after = fit.state(ITEMS)
-    (passes, looked), (passes_before, looked_before) = (x.pop("passes").tolist() for x in (after, before))
+    (passes, *looked), (passes_before, *looked_before) = (x.pop("passes").tolist() for x in (after, before))
     assert passes == pytest.approx(passes_before + 0.1)
     assert looked == looked_before
     for name, value in before.items():
         assert torch.equal(after[name], value), name
+
+
+def test_until_there_are_slates_moments_are_of_what_users_went_to_unaided_and_move_on_from_there():
+    log, slates = Log(6), Log(8)
+    unaided, fit = log.weight, Fit(layer())
+    log.weight = log.weight * 0.0
+    for _ in range(30):
+        fit.learn(log.shown(fit.response)._replace(unaided=unaided), 0.1)
+    assert fit.looked == 0
+    before = unaided.sum(dim=1) @ log.phi / unaided.sum()
+    torch.testing.assert_close(fit.response.state_mean, before)
+    fit.learn(slates.shown(fit.response), 0.1)
+    there = slates.weight.sum(dim=1) @ slates.phi / slates.weight.sum()
+    torch.testing.assert_close(fit.response.state_mean, before.lerp(there, 0.1))
+    moved = fit.response.state_mean.clone()
+    fit.learn(log.shown(fit.response)._replace(unaided=unaided), 0.1)  # from now on it tells of slates
+    assert torch.equal(fit.response.state_mean, moved)
 
 
 def test_the_first_slates_are_looked_at_with_fresh_eyes_however_long_there_were_none():

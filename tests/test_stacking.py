@@ -207,6 +207,10 @@ def test_q_counts_the_chance_that_was_set_right():
         q = agent.online.value(queries) + p * (reward + agent.settings.gamma * continuation)
         torch.testing.assert_close(agent.online.q_at(queries, keys, ids), q)
         torch.testing.assert_close(agent.online.q_all(queries, keys)[:, 1:], q)
+        agent.online.position[3] = 0.7
+        place = torch.full_like(ids, 3)
+        p = torch.sigmoid(c + scale * (z + 0.7) + own * share + agent.online.stack.level[ids])
+        torch.testing.assert_close(agent.online.chance_at(queries, keys, ids, place), p)
     assert abs(float(scale) - 0.4) < 0.2
 
 
