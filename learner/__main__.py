@@ -64,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _evaluate(arguments[1:])
     parser = Parser(
         prog="learner",
-        description="Learns from the events in a log, for ever: a double DQN whose weights are published each second. "
+        description="Learns from the events in a log, for ever: a double DQN that publishes its weights "
+        "every --publish-s seconds. "
         "SIGTERM or Ctrl-C ends it after a last checkpoint; started again, it goes on as if nothing had happened. "
         "`learner audit` says which events trained which weights, and whether any was lost or counted twice; "
         "`learner evaluate` what other policies would have earned.",

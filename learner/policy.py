@@ -5,7 +5,9 @@
     states = policy.encode([history], [now_ms])          # entries oldest first -> padded columns
     slates = policy.recommend(states, k=10, epsilon=0.05, rng=rng)
 
-Nothing in it changes after it was made: threads share one, and an answer comes from one version.
+What it learnt never changes, so an answer comes from one version. `encode` alone writes: items of histories that it is
+told of get rows beyond the catalog's (`_newcomers`, and the compiled shelf). So one thread at a time may encode and
+rank (the server's batcher sees to it); the next version may be made meanwhile.
 """
 
 from __future__ import annotations

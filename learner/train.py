@@ -85,7 +85,8 @@ class TrainConfig:
     deterministic: bool = _setting(
         False,
         "same log, same weights, bit for bit, restarts included: batches cut by offset, updates tied to transitions, "
-        "the catalog as it stands at the start; needs --device cpu",
+        "the catalog as it stands at the start; needs --device cpu. Time stands still in a quiet partition: its "
+        "visits do not end, and the others wait for its next chunk. For --until-caught-up, or logs that go on",
     )
     chunk: int = _setting(1000, "offsets in one batch where --deterministic; 1..1000000")
     poll_records: int = _setting(20_000, "most records in one batch elsewhere; 1..1000000")

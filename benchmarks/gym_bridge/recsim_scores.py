@@ -27,7 +27,7 @@ class Preset:
     """How long to learn, and how to judge."""
 
     by_topic: bool = False  # see RecSimShop
-    gamma: float = 0.997  # how far ahead counts, which a shop sets: an evening is 70 to 100 pages
+    gamma: float = 0.997  # how far ahead counts, which a shop sets: an evening is 70 to 150 pages
     pages: int = 300_000  # shown on line
     sessions: int = 5000  # judged
 
