@@ -445,6 +445,7 @@ class Trainer:
         metrics.event_time.set(learner.events_through_ms / 1000)
         metrics.catalog_refused.set(self._catalog.refused)
         metrics.items.set(len(learner.vocabulary))
+        metrics.items_refused.set(learner.vocabulary.refused)
         metrics.updates_per_transition.set(learner.agent.updates / max(1, learner.replay.inserted))
         metrics.stalled.labels("reading").set(not learner.may_read)
         metrics.stalled.labels("training").set(learner.updates_left == 0)

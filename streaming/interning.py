@@ -387,7 +387,7 @@ class Vocabulary:
 
     @property
     def max_items(self) -> int:
-        """Ids that may be given in all."""
+        """No more ids are given once there are so many; there may be more, see `restore`."""
         return int(self._tables.counts[1])
 
     @property
@@ -456,17 +456,13 @@ class Vocabulary:
         return {"text": text[: bounds[-1]].copy(), "bounds": bounds, "count": count.copy()}
 
     def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Become what `state` was taken from; max_items may have been raised since, and stays as it is now.
+        """Become what `state` was taken from; max_items stays as it is now. All items are kept, also beyond it.
 
-        Raises: ValueError if the state holds more items than max_items, or contradicts itself.
+        Raises: ValueError if the state contradicts itself.
         """
         text, bounds = frozen(state["text"]), np.array(state["bounds"], np.int64)
         items = len(bounds) - 2
-        if items > self.max_items:
-            raise ValueError(
-                f"the state holds {items} items, max_items is {self.max_items}; raise it to {items} or more"
-            )
-        fresh = Vocabulary(self.max_items)
+        fresh = Vocabulary(max(1, items))
         fresh.reserve(items, len(text))
         if len(text) != bounds[-1] or np.any(np.diff(bounds) < 0):
             raise ValueError(
@@ -475,7 +471,7 @@ class Vocabulary:
         _intern_all(fresh.tables, text, bounds[1:], np.zeros(items, np.int32), 0)
         if len(fresh) != items or fresh.refused:
             raise ValueError(f"damaged vocabulary: {items} items, but only {len(fresh)} distinct ones")
-        fresh.tables.counts[2] = state["count"][2]
+        fresh.tables.counts[1:] = self.max_items, state["count"][2]
         self._tables = fresh.tables
 
 

@@ -160,8 +160,14 @@ def test_a_restored_vocabulary_goes_on_where_the_first_one_stood() -> None:
     second.restore(first.state())
     assert second.refused == 1
     assert second.intern_all(["dddd", "bb"]).tolist() == [4, 2]
-    with pytest.raises(ValueError, match="holds 4 items, max_items is 3"):
-        first.restore(second.state())
+
+
+def test_a_vocabulary_restored_under_a_lower_bound_keeps_what_it_has_and_gives_no_more() -> None:
+    first, second = Vocabulary(), Vocabulary(max_items=2)
+    first.intern_all(["a", "bb", "ccc"])
+    second.restore(first.state())
+    assert second.intern_all(["ccc", "a", "dddd"]).tolist() == [3, 1, 0]
+    assert (len(second), second.max_items, second.refused) == (3, 2, 1)
 
 
 def test_a_damaged_vocabulary_is_refused() -> None:
