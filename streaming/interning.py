@@ -445,9 +445,11 @@ class Vocabulary:
     def item_ids(self, first: int = 1) -> list[str]:
         """The strings of items first, first + 1, ... to the last."""
         _, text, bounds, count = self._tables
-        cuts = bounds[first : count[0] + 2].tolist()
-        data = text[: cuts[-1]].tobytes()
-        return [data[a:b].decode() for a, b in pairwise(cuts)]
+        cuts = bounds[first : count[0] + 2]
+        data = text[
+            cuts[0] : cuts[-1]
+        ].tobytes()  # no more than that: whoever follows asks for a few at a time
+        return [data[a:b].decode() for a, b in pairwise((cuts - cuts[0]).tolist())]
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """Everything, as arrays, for a checkpoint."""

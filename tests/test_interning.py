@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -133,6 +135,17 @@ def test_the_vocabulary_grows_past_every_first_size() -> None:
     assert vocabulary.intern_all(items).tolist() == list(range(1, 5001))
     assert vocabulary.ids(items[::-1]).tolist() == list(range(5000, 0, -1))
     assert vocabulary.item_ids(first=4999) == items[4998:]
+
+
+def test_asking_for_the_newest_items_copies_no_others() -> None:
+    vocabulary = Vocabulary()
+    vocabulary.intern_all([f"{i:050d}" for i in range(20_000)])
+    tracemalloc.start()
+    newest = vocabulary.item_ids(first=19_999)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert newest == [f"{i:050d}" for i in (19_998, 19_999)]
+    assert peak < 10_000  # bytes, of a million
 
 
 def test_items_never_seen_and_items_beyond_the_bound_are_zero() -> None:
