@@ -269,7 +269,7 @@ class Learner:
 
     # --- the outside
 
-    def meta(self, positions: Mapping[int, int], now_ms: int, epsilon: float) -> Meta:
+    def meta(self, positions: Mapping[int, int], now_ms: int) -> Meta:
         """What the weight store should say of the weights as they are."""
         return Meta(
             step=self.agent.updates,
@@ -279,7 +279,6 @@ class Learner:
             events_through_ms=self.events_through_ms,
             transitions=self.replay.inserted,
             updates=self.agent.updates,
-            epsilon=epsilon,
             settings=self.agent.shape(),
         )
 

@@ -61,7 +61,6 @@ class Meta:
     events_through_ms: int = 0  # event time: the newest event that is in these weights, 0: none
     transitions: int = 0  # inserted into replay so far
     updates: int = 0  # gradient updates so far
-    epsilon: float = 0.05  # exploration that the learner suggests, in [0, 1]
     settings: Mapping[str, Any] = field(
         default_factory=dict
     )  # of the network: all that is needed to build it (JSON)

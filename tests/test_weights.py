@@ -67,7 +67,6 @@ def test_what_was_published_is_loaded(url):
         events_through_ms=1_600_000_000_000,
         transitions=100,
         updates=7,
-        epsilon=0.1,
         settings={"dims": 32, "names": ["a"]},
     )
     published = store.publish(tensors(), meta, items("phone", "étui"))
