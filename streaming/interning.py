@@ -228,15 +228,6 @@ def map_clear(table: HashMap) -> None:
     table.size[0] = 0
 
 
-@jit
-def map_get_all(table: HashMap, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
-    """The value of each key, or MISSING; [N] → [N]."""
-    found = np.empty(len(keys), np.int64)
-    for i in range(len(keys)):
-        found[i] = map_get(table, keys[i])
-    return found
-
-
 def map_items(table: HashMap) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]:
     """All keys, ascending, and their values: the same for equal maps, whatever their past. For checkpoints."""
     taken = np.flatnonzero(table.values != MISSING)

@@ -13,7 +13,7 @@ from typing import Any, Final
 from confluent_kafka import KafkaError
 
 from streaming.kafka_settings import Mask
-from streaming.log import LogError, LogRefused, LogUnavailable, NotAllowed, UnknownTopic
+from streaming.log import LogError, LogRefused, LogUnavailable, NotAllowed, UnknownTopic, no_topic
 
 _QUIET_S: Final = 30.0  # between two lines of librdkafka's that say the same
 _LOSSES_S: Final = 10.0  # between two lines about records that were lost
@@ -68,17 +68,13 @@ def translated(error: KafkaError, topic: str | None = None) -> LogError:
     """librdkafka's error as one of ours."""
     code = error.code()
     if code in NO_TOPIC:
-        return unknown(topic) if topic else UnknownTopic(f"{error.str()}; create it with `streaming topics`")
+        return no_topic(topic) if topic else UnknownTopic(f"{error.str()}; create it with `streaming topics`")
     if code == KafkaError.TOPIC_ALREADY_EXISTS:
         return Exists(error.str())
     if code in _NOT_ALLOWED:
         what = _NOT_ALLOWED[code].format(topic=topic or "?")
         return NotAllowed(f"Kafka keeps our user from {what}: check its rights (ACLs)")
     return (LogUnavailable if code in UNAVAILABLE or error.retriable() else LogError)(f"Kafka: {error.str()}")
-
-
-def unknown(topic: str) -> UnknownTopic:
-    return UnknownTopic(f"there is no topic {topic!r}; create it with `streaming topics`")
 
 
 class ClientLines:

@@ -29,7 +29,7 @@ from confluent_kafka import (
 )
 from confluent_kafka.admin import AdminClient, NewPartitions, NewTopic  # type: ignore[attr-defined]
 
-from streaming.kafka_errors import NO_TOPIC, ClientLines, Exists, Losses, Refusals, translated, unknown
+from streaming.kafka_errors import NO_TOPIC, ClientLines, Exists, Losses, Refusals, translated
 from streaming.kafka_reader import NO_ID, KafkaReader, TopicIds
 from streaming.kafka_settings import Mask
 from streaming.log import (
@@ -38,6 +38,7 @@ from streaming.log import (
     LogFull,
     LogUnavailable,
     UnknownTopic,
+    no_topic,
 )
 from streaming.rdkafka import ArrayConsumer, ClientLog
 
@@ -138,7 +139,7 @@ class KafkaLog:
     def bounds(self, topic: str) -> dict[int, Bounds]:
         count = self.partitions(topic)
         if not count:
-            raise unknown(topic)
+            raise no_topic(topic)
         return {partition: self.partition_bounds(topic, partition) for partition in range(count)}
 
     def partition_bounds(self, topic: str, partition: int, timeout_s: float = _REQUEST_S) -> Bounds:
@@ -154,7 +155,7 @@ class KafkaLog:
 
     def identity(self, topic: str) -> str:
         if not self.partitions(topic):  # and a broker has just answered: no admin request has to wait
-            raise unknown(topic)
+            raise no_topic(topic)
         try:
             found = self._wait(self._admin.describe_topics(TopicCollection([topic])))
         except LogUnavailable:
@@ -331,7 +332,7 @@ class KafkaProducer:
         if topic not in self._topics:
             # librdkafka would let the broker create it, with one partition
             if not self._log.partitions(topic):
-                raise unknown(topic)
+                raise no_topic(topic)
             self._topics.add(topic)
         try:
             self._producer.produce(topic, value, key, timestamp=timestamp_ms or 0)
