@@ -357,7 +357,8 @@ def damage_weights(rig: Rig) -> Iterator[None]:
         rig.learner.signal(signal.SIGSTOP)
         version = newest(store)
         tensors = rig.learner.weights / f"{store.manifest(version).tensors_sha256}.safetensors"
-        damage(rig.luck.choice((tensors, rig.learner.weights / f"v{version:08d}.json")), rig.luck)
+        (manifest,) = rig.learner.weights.glob(f"v{version:08d}-*.json")
+        damage(rig.luck.choice((tensors, manifest)), rig.luck)
         server.process.send_signal(signal.SIGCONT)
         refused = f"stays in use: version {version}"  # which one stays: it may have been taking one more
         eventually(lambda: refused in server.stderr(), "the damage is said")

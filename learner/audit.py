@@ -132,7 +132,7 @@ def _memory(generation: int, meta: Mapping[str, Any], parts: Mapping[str, Any]) 
         raise NothingToAudit(
             f"the checkpoint is of format {parts['learner']['format']}, this version audits {READABLE_FORMATS}"
         )
-    journal, vocabulary = Journal(), Vocabulary()
+    journal, vocabulary = Journal(), Vocabulary(max_items=1)  # what the learner gave no id has none here
     journal.restore(parts["journal"])
     vocabulary.restore(parts["vocabulary"])
     state = parts["replay/state"]
@@ -354,7 +354,7 @@ class Audit:
         may_evict = memory.inserted > len(memory.contents.offset)
         held = _Held(memory.contents, partition, may_evict)
         decoder = Decoder(self._codec, memory.vocabulary)
-        unknown = journal.unknown(partition)
+        unknown, rooms = journal.unknown(partition), journal.rooms.get(partition, [])
         bad, late = Places(), Places()
         told = Differences()  # not yet known to be of this reading: retention may cut it short
 
@@ -379,7 +379,7 @@ class Audit:
 
         for batch in read_partition(self._log, self._topic, partition, start, end):
             report.records += len(batch)
-            for row in rows_of(batch, decoder, unknown):
+            for row in rows_of(batch, decoder, unknown, rooms):
                 if row.kind == Kind.BAD:
                     bad.add(row.offset, row.reason)
                 if blind and joined.sees():

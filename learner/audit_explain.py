@@ -172,9 +172,10 @@ class Explainer:
         start, told.blind = first_offset(memory.journal, told.partition, low)
         story = Retelling(told.partition, start, memory.journal.told(told.partition), credits=True)
         decoder, unknown = Decoder(self._codec, memory.vocabulary), memory.journal.unknown(told.partition)
+        rooms = memory.journal.rooms.get(told.partition, [])
         told.fate = "before" if told.offset < start else told.fate
         for batch in read_partition(self._log, self._topic, told.partition, start, end):
-            for row in rows_of(batch, decoder, unknown):
+            for row in rows_of(batch, decoder, unknown, rooms):
                 if row.offset != told.offset:
                     story.take(row)
                     continue

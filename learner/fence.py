@@ -1,8 +1,8 @@
 """Fencing: of two learners with one name, the one that started last goes on and the other one stops.
 
 Each claims an epoch, one higher than any before. Whatever it publishes carries that epoch, and before it makes
-anything visible it asks whether a newer one exists. Readers never go back to a lower epoch than they have
-seen. So a learner that was only thought dead (a pause, a partition) cannot overwrite its successor's work.
+anything visible it asks whether a newer one exists. Readers use nothing of a lower epoch than has published. So a
+learner that was only thought dead (a pause, a partition) cannot overwrite its successor's work.
 """
 
 from __future__ import annotations

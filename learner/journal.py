@@ -1,9 +1,9 @@
 """What, beside the records themselves, decides what becomes of them: kept in checkpoints, so that it can be audited.
 
-Five things: where reading of a partition began, the settings under which it was joined from then on, when it was
-idle and event time was let pass in it, which offsets were gone when their turn came and were stepped over on
-purpose, and which records were of a schema that nobody knew then, though it may have been made known since. With
-these and the log, `learner audit` can tell the whole story again.
+Six things: where reading of a partition began, the settings under which it was joined from then on, for how many
+items there was room, when it was idle and event time was let pass in it, which offsets were gone when their turn came
+and were stepped over on purpose, and which records were of a schema that nobody knew then, though it may have been
+made known since. With these and the log, `learner audit` can tell the whole story again.
 """
 
 from __future__ import annotations
@@ -30,6 +30,13 @@ class Gap(NamedTuple):
 
     start: int
     end: int
+
+
+class Room(NamedTuple):
+    """From this offset of a partition on, items of higher ids had none: they were unknown."""
+
+    offset: int
+    items: int
 
 
 class Unknown(NamedTuple):
@@ -73,6 +80,7 @@ class Journal:
         self.whole_from: dict[int, int] = {}  # partition → offset from which on the times are all there
         self.gaps: dict[int, list[Gap]] = {}  # partition → stepped over, the newest last
         self.stepped_over: dict[int, int] = {}  # partition → offsets in all gaps there ever were
+        self.rooms: dict[int, list[Room]] = {}  # partition → how many items there could be, the newest last
         self._unknown: deque[Unknown] = deque()  # those that are over, oldest first
         self._unknown_yet: dict[tuple[bytes, int], int] = {}  # (frame, partition) → first offset
         self._settings: list[JoinSettings] = []
@@ -80,8 +88,11 @@ class Journal:
         self._changes: dict[int, list[_Change]] = {}
         self._number = 0
 
-    def begin(self, positions: Mapping[int, int], settings: JoinSettings) -> None:
-        """These partitions are read on from here, for the first time or again, under these settings."""
+    def begin(self, positions: Mapping[int, int], settings: JoinSettings, items: int) -> None:
+        """These partitions are read on from here, for the first time or again, under these settings.
+
+        items: that there may be from here on.
+        """
         if not self._settings or self._settings[-1] != settings:
             self._settings.append(settings)
         current = len(self._settings) - 1
@@ -92,6 +103,9 @@ class Journal:
             changes = self._changes.setdefault(partition, [])
             if not changes or changes[-1].settings != current:
                 changes.append(_Change(self._next(), offset, current))
+            rooms = self.rooms.setdefault(partition, [])
+            if not rooms or rooms[-1].items != items:
+                rooms.append(Room(offset, items))
 
     def let_pass(self, partition: int, offset: int, watermark_ms: int) -> None:
         """Event time passed up to watermark_ms in this partition, after the records before `offset`."""
@@ -154,6 +168,7 @@ class Journal:
             "whole_from": {str(p): offset for p, offset in self.whole_from.items()},
             "gaps": {str(p): _table(gaps, 2) for p, gaps in self.gaps.items()},
             "stepped_over": {str(p): count for p, count in self.stepped_over.items()},
+            "rooms": {str(p): _table(rooms, 2) for p, rooms in self.rooms.items()},
             "unknown": [[each.frame.hex(), *each[1:]] for p in self.began for each in self.unknown(p)],
             "settings": [asdict(settings) for settings in self._settings],
             "times": {str(p): _table(times) for p, times in self._times.items()},
@@ -165,9 +180,10 @@ class Journal:
         """Become what `state` was taken from."""
         self.began = {int(p): offset for p, offset in state["began"].items()}
         self.whole_from = {int(p): offset for p, offset in state["whole_from"].items()}
-        # checkpoints of before have neither
+        # checkpoints of before have none of these
         self.gaps = {int(p): [Gap(*row) for row in t.tolist()] for p, t in state.get("gaps", {}).items()}
         self.stepped_over = {int(p): count for p, count in state.get("stepped_over", {}).items()}
+        self.rooms = {int(p): [Room(*row) for row in t.tolist()] for p, t in state.get("rooms", {}).items()}
         unknown = [Unknown(bytes.fromhex(frame), *where) for frame, *where in state.get("unknown", [])]
         self._unknown = deque(each for each in unknown if each.end >= 0)
         self._unknown_yet = {(each.frame, each.partition): each.start for each in unknown if each.end < 0}

@@ -51,7 +51,7 @@ def _setting(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True)
 class LearnerSettings:
-    """Replay and pace."""
+    """Replay, pace, and how many items there may be."""
 
     replay_capacity: int = _setting(
         1_000_000, "transitions kept, the oldest go first; transitions, 2..1073741824"
@@ -63,6 +63,11 @@ class LearnerSettings:
     priority_beta: float = _setting(1.0, "how far importance weights undo how rows are drawn; 0..1")
     chosen_share: float = _setting(
         0.25, "least share of a batch in which something was chosen from a slate; 0..1, 1 excluded"
+    )
+    max_items: int = _setting(
+        10_000_000,
+        "items known, for good: each takes 2 kB of memory and of a checkpoint, 1 kB of a version of the weights; what "
+        "comes later is the unknown item; items, 1..1073741824",
     )
     min_replay: int = _setting(1000, "transitions before the first update; >= 1")
     updates_low: float = _setting(0.0, "fewer updates per transition than this hold up reading; >= 0")
@@ -78,6 +83,7 @@ class LearnerSettings:
             "priority_alpha": (0, 1),
             "priority_beta": (0, 1),
             "chosen_share": (0, 0.999999),
+            "max_items": (1, 1 << 30),
             "min_replay": (1, 1 << 30),
             "updates_low": (0, 1e6),
             "updates_high": (1e-9, 1e6),
@@ -122,7 +128,7 @@ class Learner:
                 f"batch_size {agent.batch_size} is above replay_capacity {settings.replay_capacity}: "
                 "nothing would ever be learnt"
             )
-        self.vocabulary = Vocabulary()
+        self.vocabulary = Vocabulary(settings.max_items)
         self.catalog = Catalog(codec, self.vocabulary)
         self.decoder = Decoder(codec, self.vocabulary, partitions)
         self.joiner = Joiner(join)
@@ -150,7 +156,8 @@ class Learner:
     def assign(self, positions: Mapping[int, int]) -> None:
         """Take these partitions too, from these offsets on; those already held keep what they know."""
         self.joiner.assign(positions)
-        self.journal.begin(positions, self.joiner.settings)
+        most = max(self.vocabulary.max_items, len(self.vocabulary))
+        self.journal.begin(positions, self.joiner.settings, most)
 
     def take(self, batch: RecordBatch) -> Taken:
         """Records of `events`, each partition's in offset order, none left out or repeated.
@@ -267,7 +274,7 @@ class Learner:
 
     # --- the outside
 
-    def meta(self, positions: Mapping[int, int], now_ms: int, epsilon: float) -> Meta:
+    def meta(self, positions: Mapping[int, int], now_ms: int) -> Meta:
         """What the weight store should say of the weights as they are."""
         return Meta(
             step=self.agent.updates,
@@ -277,7 +284,6 @@ class Learner:
             events_through_ms=self.events_through_ms,
             transitions=self.replay.inserted,
             updates=self.agent.updates,
-            epsilon=epsilon,
             settings=self.agent.shape(),
         )
 

@@ -55,6 +55,10 @@ class Metrics:
             "learner_catalog_refused", "Catalog records that could not be used; see the log."
         )
         self.items = gauge("learner_items", "Items in the vocabulary.")
+        self.items_refused = gauge(
+            "learner_items_refused",
+            "Times that an item was taken for the unknown one, as there were --max-items, since the first start.",
+        )
         self.version = gauge("learner_policy_version", "Version of the weights published last.")
         self.publish_seconds = gauge("learner_publish_seconds", "Time that the last publishing took.")
         self.checkpoint_seconds = gauge(

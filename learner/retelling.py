@@ -8,7 +8,7 @@ from typing import Final
 
 import numpy as np
 
-from learner.journal import Journal, Told, Unknown
+from learner.journal import Journal, Room, Told, Unknown
 from streaming.chunks import rows
 from streaming.columns import Columns, Kind, Reason
 from streaming.decoder import Decoder
@@ -42,9 +42,9 @@ def read_partition(log: Log, topic: str, partition: int, start: int, end: int) -
         reader.close()
 
 
-def rows_of(batch: RecordBatch, decoder: Decoder, unknown: list[Unknown]) -> list[Row]:
-    """The records row by row, as they were read at the time; see `Journal.unknown`."""
-    rows = plain_rows(decoder.decode(batch))
+def rows_of(batch: RecordBatch, decoder: Decoder, unknown: list[Unknown], rooms: list[Room]) -> list[Row]:
+    """The records row by row, as they were read at the time; see `Journal.unknown` and `Journal.rooms`."""
+    rows = plain_rows(_items_of_the_time(decoder.decode(batch), rooms))
     spans: dict[bytes | None, list[Unknown]] = {}
     for each in unknown:
         spans.setdefault(each.frame, []).append(each)
@@ -53,6 +53,16 @@ def rows_of(batch: RecordBatch, decoder: Decoder, unknown: list[Unknown]) -> lis
         if any(u.start <= row.offset and (u.end < 0 or row.offset < u.end) for u in mine):
             rows[i] = replace(row, kind=Kind.BAD, reason=Reason.UNKNOWN_SCHEMA)
     return rows
+
+
+def _items_of_the_time(columns: Columns, rooms: list[Room]) -> Columns:
+    """The columns, where items that were refused then, and got an id later, are unknown."""
+    if not rooms:
+        return columns
+    since = np.searchsorted([room.offset for room in rooms], columns.offset, side="right") - 1
+    most = np.array([room.items for room in rooms])[np.maximum(since, 0)]
+    known = columns.item <= np.repeat(most, np.diff(columns.item_bounds))
+    return columns._replace(item=np.where(known, columns.item, 0).astype(np.int32))
 
 
 def plain_rows(columns: Columns) -> list[Row]:

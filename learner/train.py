@@ -92,7 +92,6 @@ class TrainConfig:
     poll_records: int = _setting(20_000, "most records in one batch elsewhere; 1..1000000")
     device: str = _setting("cpu", "cpu, cuda or cuda:N")
     threads: int = _setting(1, "CPU threads of a gradient step; 1..256")
-    epsilon: float = _setting(0.05, "exploration that the weights suggest to servers; 0..1")
     publish_s: float = _setting(
         0.25,
         "seconds between two versions of the weights; more where publishing takes over a tenth of a core; 0.05..3600",
@@ -118,7 +117,6 @@ class TrainConfig:
             ("chunk", 1, 1_000_000),
             ("poll_records", 1, 1_000_000),
             ("threads", 1, 256),
-            ("epsilon", 0, 1),
             ("publish_s", 0.05, 3600),
             ("keep_versions", 1, 1000),
             ("checkpoint_s", 0.1, 86_400),
@@ -330,7 +328,7 @@ class Trainer:
         what = (learner.agent.updates, tuple(self._learnt.items()), learner.catalog.version)
         if learner.agent.updates and what != self._published:
             self._published = what
-            meta = learner.meta(self._learnt, self._now_ms(), self._config.epsilon)
+            meta = learner.meta(self._learnt, self._now_ms())
             self._publisher.start(learner.agent.tensors(), meta)
 
     # --- memory → disk
@@ -450,6 +448,7 @@ class Trainer:
         metrics.event_time.set(learner.events_through_ms / 1000)
         metrics.catalog_refused.set(self._catalog.refused)
         metrics.items.set(len(learner.vocabulary))
+        metrics.items_refused.set(learner.vocabulary.refused)
         metrics.updates_per_transition.set(learner.agent.updates / max(1, learner.replay.inserted))
         metrics.stalled.labels("reading").set(not learner.may_read)
         metrics.stalled.labels("training").set(learner.updates_left == 0)

@@ -2,13 +2,14 @@
 
 A directory, or any fsspec URL (`s3://bucket/prefix`, `memory://weights`), that holds
 
-    v00000042.json             manifest, written last: what it names is there
+    v00000042-00000003.json    manifest of version 42, by the learner of epoch 3; written last: what it names is there
     {sha256}.safetensors       tensors, online and target network
     vocabulary-{sha256}.json   item ids, in chunks that are shared between versions
     labels/stable              which version servers should use; labels/canary likewise
 
 What is in a file named by its hash never changes, so a manifest that can be read names files that are whole, and a
-server that reads while the learner writes gets one version or the other.
+server that reads while the learner writes gets one version or the other. A learner that was replaced, and does not know
+yet, writes manifests of its own epoch only; where it has moved a label, its successor's newest version is meant.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from learner.blobs import open_blobs
 from learner.fence import Fence, Fenced
 from streaming.interning import Vocabulary
 
-FORMAT: Final = "bellwether-weights/3"
+FORMAT: Final = "bellwether-weights/4"
 CHUNK: Final = 8192  # item ids in one vocabulary file; all but the last file of a vocabulary are full
 
 
@@ -60,7 +61,6 @@ class Meta:
     events_through_ms: int = 0  # event time: the newest event that is in these weights, 0: none
     transitions: int = 0  # inserted into replay so far
     updates: int = 0  # gradient updates so far
-    epsilon: float = 0.05  # exploration that the learner suggests, in [0, 1]
     settings: Mapping[str, Any] = field(
         default_factory=dict
     )  # of the network: all that is needed to build it (JSON)
@@ -102,6 +102,7 @@ class _Label(NamedTuple):
 
     version: int
     epoch: int  # of the learner that set it
+    held: bool  # set by hand: it names this version, whoever publishes meanwhile
 
 
 class WeightStore:
@@ -125,28 +126,37 @@ class WeightStore:
         self._chunks: list[_Chunk] = []  # of the vocabulary published last, in order
         self._read: dict[str, list[str]] = {}  # chunks of the version loaded last
         self._seen: dict[str, _Label] = {}
+        self._said: dict[str, bytes] = {}  # what these labels' files said
 
     # --- reading
 
     def latest(self, label: str = "stable") -> int | None:
-        """The version that the label names now; None before the first. One small read.
+        """The version that the label names now; None before the first. One small read, and a listing if it has moved.
 
-        A label set by a learner of a lower epoch than was seen before is passed over: that learner was replaced.
+        A label moved by a learner that was replaced stands for what its successor published last.
         Raises: WeightsDamaged when the label cannot be understood; OSError where a retry may help.
         """
         try:
             data = self._blobs.read(f"labels/{label}")
         except FileNotFoundError:
             return None
-        found = _parse_label(label, data)
-        if label not in self._seen or found.epoch >= self._seen[label].epoch:
-            self._seen[label] = found
+        if data != self._said.get(label):
+            found = self._meant(_parse_label(label, data))
+            if label not in self._seen or found.epoch >= self._seen[label].epoch:
+                self._seen[label] = found
+            self._said[label] = data
         return self._seen[label].version
+
+    def _meant(self, label: _Label) -> _Label:
+        """The label, unless a learner has moved it who has a successor."""
+        epoch, version = max(((epoch, version) for version, epoch, _ in self._manifests()), default=(0, 0))
+        return _Label(version, epoch, False) if epoch > label.epoch and not label.held else label
 
     def manifest(self, version: int) -> Manifest:
         """What a version is. Raises: WeightsMissing, WeightsDamaged, OSError where a retry may help."""
-        name = _manifest_name(version)
-        return _parse_manifest(name, self._get(version, name), version)
+        names = [(name, epoch) for number, epoch, name in self._manifests() if number == version]
+        name, epoch = names[-1] if names else (_manifest_name(version, 0), 0)
+        return _parse_manifest(name, self._get(version, name), version, epoch)
 
     def load(self, version: int) -> Weights:
         """One version, every byte and number of it checked.
@@ -168,12 +178,18 @@ class WeightStore:
 
     def versions(self) -> list[int]:
         """All versions that are there, ascending."""
-        found = (re.fullmatch(r"v(\d+)\.json", name) for name in self._blobs.names())
-        return sorted(int(match[1]) for match in found if match)
+        return sorted({version for version, _, _ in self._manifests()})
 
     def epoch(self) -> int:
-        """The highest epoch that any label was set by; a new learner must claim a higher one (`Fence(above=...)`)."""
-        return max((label.epoch for label in self._labels().values()), default=0)
+        """The highest epoch of all versions and labels; a new learner must claim a higher one (`Fence(above=...)`)."""
+        labels = (label.epoch for label in self._labels().values())
+        return max([0, *labels, *(epoch for _, epoch, _ in self._manifests())])
+
+    def _manifests(self) -> list[tuple[int, int, str]]:
+        """(version, epoch, name) of all manifests, ascending: of one version's, the last one counts."""
+        # formats before 4 have no epoch in the name
+        found = (re.fullmatch(r"v(\d+)(?:-(\d+))?\.json", name) for name in self._blobs.names())
+        return sorted((int(match[1]), int(match[2] or 0), match[0]) for match in found if match)
 
     def _get(self, version: int, name: str) -> bytes:
         try:
@@ -225,26 +241,28 @@ class WeightStore:
                     f"tensor {name!r} has NaN or Inf: not published; the training has diverged"
                 )
         data = safetensors.numpy.save(arrays)
-        version = self._last + 1
+        sha256 = hashlib.sha256(data).hexdigest()
+        self._blobs.write(f"{sha256}.safetensors", data)
+        chunks = self._write_vocabulary(vocabulary)
+        self._check()  # the upload may have taken long
+        version = max([self._last, *self.versions()]) + 1
         manifest = Manifest(
             **{f.name: getattr(meta, f.name) for f in fields(Meta)},
             version=version,
             epoch=self._epoch,
             parent=max(self._published, default=None),
-            tensors_sha256=hashlib.sha256(data).hexdigest(),
+            tensors_sha256=sha256,
             shapes={name: array.shape for name, array in arrays.items()},
             dtypes={name: str(array.dtype) for name, array in arrays.items()},
-            vocabulary_sha256=self._write_vocabulary(vocabulary),
+            vocabulary_sha256=chunks,
             items=sum(len(chunk.items) for chunk in self._chunks),
         )
-        self._blobs.write(f"{manifest.tensors_sha256}.safetensors", data)
-        if self._fence is not None:
-            self._fence.check()  # the upload may have taken long
-        self._blobs.write(_manifest_name(version), _manifest_json(manifest))
+        self._blobs.write(_manifest_name(version, manifest.epoch), _manifest_json(manifest))
         self._published[version] = manifest
         self._last = version
         if label is not None:
-            self._set_label(label, version)
+            self._set_label(label, version, held=False)
+        self._check()  # or files that a successor has come to use would go
         self._drop_old()
         return manifest
 
@@ -257,19 +275,25 @@ class WeightStore:
             raise ValueError(f"a label is a lower-case word like 'stable' or 'canary', not {label!r}")
         self._allow()
         self.manifest(version)
-        self._set_label(label, version)
+        self._set_label(label, version, held=True)
 
     @property
     def _epoch(self) -> int:
         """Ours; without a fence that of whoever set a label last, so that an operator's label counts."""
         return self._fence.epoch if self._fence else self.epoch()
 
-    def _set_label(self, label: str, version: int) -> None:
-        text = json.dumps({"version": version, "epoch": self._epoch})
+    def _set_label(self, label: str, version: int, held: bool) -> None:
+        text = json.dumps(_Label(version, self._epoch, held)._asdict())
+        self._check()
         self._blobs.write(f"labels/{label}", text.encode())
 
+    def _check(self) -> None:
+        """Raises: Fenced."""
+        if self._fence is not None:
+            self._fence.check()
+
     def _allow(self) -> None:
-        """Raises: Fenced. The labels are asked too: a learner with another data directory may publish here."""
+        """Raises: Fenced. The store is asked too: a learner with another data directory may publish here."""
         if self._fence is None:
             return
         self._fence.check()
@@ -284,13 +308,18 @@ class WeightStore:
         """Before the first publication: learn what is there, delete what a killed predecessor left half done."""
         if self._opened:
             return
-        versions = self.versions()
-        self._last = max([0, *versions, *(label.version for label in self._labels().values())])
-        for version in versions:
+        manifests = self._manifests()
+        numbers = (version for version, _, _ in manifests)
+        self._last = max([0, *numbers, *(label.version for label in self._labels().values())])
+        for version, epoch, name in manifests:
             try:
-                self._published[version] = self.manifest(version)
+                manifest = _parse_manifest(name, self._get(version, name), version, epoch)
             except WeightsDamaged:  # nobody can use it; its number is not given again
-                self._blobs.remove(_manifest_name(version))
+                self._blobs.remove(name)
+                continue
+            if version in self._published:  # by a learner that was replaced meanwhile
+                self._blobs.remove(_manifest_name(version, self._published[version].epoch))
+            self._published[version] = manifest
         named = {name for manifest in self._published.values() for name in _files(manifest)}
         for name in self._blobs.names():
             if re.fullmatch(r"(vocabulary-)?[0-9a-f]{64}\.(json|safetensors)", name) and name not in named:
@@ -324,9 +353,10 @@ class WeightStore:
         """Delete versions beyond `keep` that no label names, then the files that only they had."""
         named = {label.version for label in self._labels().values()}
         dropped = [v for v in sorted(self._published)[: -self._keep] if v not in named]
-        files = {name for version in dropped for name in _files(self._published.pop(version))}
-        for version in dropped:  # manifests first: who finds one must find its files
-            self._blobs.remove(_manifest_name(version))
+        manifests = [self._published.pop(version) for version in dropped]
+        files = {name for manifest in manifests for name in _files(manifest)}
+        for manifest in manifests:  # before the files: who finds one must find its files
+            self._blobs.remove(_manifest_name(manifest.version, manifest.epoch))
         for name in files - self._written():
             self._blobs.remove(name)
 
@@ -341,8 +371,8 @@ class _Chunk(NamedTuple):
 # --- files -----------------------------------------------------------------------------------------------
 
 
-def _manifest_name(version: int) -> str:
-    return f"v{version:08d}.json"
+def _manifest_name(version: int, epoch: int) -> str:
+    return f"v{version:08d}-{epoch:08d}.json"
 
 
 def _files(manifest: Manifest) -> list[str]:
@@ -361,7 +391,7 @@ def _manifest_json(manifest: Manifest) -> bytes:
     return json.dumps({"sha256": _digest(body), **body}, indent=1).encode()
 
 
-def _parse_manifest(name: str, data: bytes, version: int) -> Manifest:
+def _parse_manifest(name: str, data: bytes, version: int, epoch: int) -> Manifest:
     """Raises: WeightsDamaged."""
     try:
         body = json.loads(data)
@@ -373,8 +403,8 @@ def _parse_manifest(name: str, data: bytes, version: int) -> Manifest:
         body["shapes"] = {tensor: tuple(shape) for tensor, shape in body["shapes"].items()}
         body["vocabulary_sha256"] = tuple(body["vocabulary_sha256"])
         manifest = Manifest(**body)
-        if manifest.version != version:
-            raise ValueError(f"it is that of version {manifest.version}")
+        if (manifest.version, manifest.epoch) != (version, epoch):
+            raise ValueError(f"it is that of version {manifest.version} by epoch {manifest.epoch}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsDamaged(f"version {version}: {name} is no manifest: {error!r}") from error
     return manifest
@@ -384,7 +414,8 @@ def _parse_label(label: str, data: bytes) -> _Label:
     """Raises: WeightsDamaged."""
     try:
         body = json.loads(data)
-        return _Label(int(body["version"]), int(body["epoch"]))
+        # those of earlier formats do not say by whom they were set
+        return _Label(int(body["version"]), int(body["epoch"]), bool(body.get("held", True)))
     except (ValueError, KeyError, TypeError) as error:
         raise WeightsDamaged(f"label {label!r} cannot be read: {data[:80]!r}; publish anew") from error
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from streaming.commandline import Parser, add_config, add_log, build, codec_from, log_from, run
 from streaming.dead_letters import dlq_topic, late_topic
 from streaming.importers import LAYOUTS, Bar, ImportSettings, import_file
-from streaming.log import Log, UnknownTopic
+from streaming.log import Log, no_topic
 from streaming.redrive import redrive, waiting
 from streaming.tail import Line, as_json, as_text, between, follow, newest
 from streaming.topics import TopicSettings, create_topics, wait_for
@@ -196,7 +196,7 @@ def _redrive(namespace: argparse.Namespace) -> int:
     codec = codec_from(namespace)
     with _opened(namespace) as log:
         if not log.partitions(topic):
-            raise UnknownTopic(f"there is no topic {topic!r}; create it with `streaming topics`")
+            raise no_topic(topic)
         for letters, wanted in ((dlq_topic(topic), True), (late_topic(topic), namespace.late)):
             if not log.partitions(letters):
                 print(f"{letters}: no such topic")

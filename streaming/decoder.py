@@ -36,7 +36,7 @@ from streaming.log import RecordBatch
 from streaming.pinned import pin
 from streaming.plan import Op, Plan, Rule, SchemaMismatch, compile_plan, joined
 from streaming.rewards import CODES, OTHER
-from streaming.schemas import DECISION, EVENT, Codec, ours, prefix_of
+from streaming.schemas import DECISION, EVENT, Codec, frame_of, ours
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +172,7 @@ class Decoder:
 
     def _ask_for(self, batch: RecordBatch, rows: npt.NDArray[np.int64]) -> bool:
         """Learn the writer schemas of these rows where there are any; True if one was."""
-        frames = [self._frame(batch, int(row)) for row in rows]
+        frames = [frame_of(batch, int(row)) for row in rows]
         learned = False
         for prefix in dict.fromkeys(frames):
             writer = None if prefix is None or prefix in self._frames else self._codec.resolve(prefix)
@@ -181,11 +181,6 @@ class Decoder:
         if learned:
             self._programs = self._compiled()
         return learned
-
-    @staticmethod
-    def _frame(batch: RecordBatch, row: int) -> bytes | None:
-        start, end = batch.bounds[row], batch.bounds[row + 1]
-        return prefix_of(batch.data[start : min(start + 10, end)].tobytes())
 
     def _learn(self, prefix: bytes, writer: Any) -> bool:
         self._frames[prefix] = MISSING
@@ -379,7 +374,6 @@ _DUPLICATE_SLOT: Final = int(Reason.DUPLICATE_SLOT)
 _EVENT_KIND: Final = int(Kind.EVENT)
 _DECISION_KIND: Final = int(Kind.DECISION)
 
-_END: Final = int(Op.END)
 _JUMP: Final = int(Op.JUMP)
 _CALL: Final = int(Op.CALL)
 _RETURN: Final = int(Op.RETURN)
@@ -389,7 +383,6 @@ _BYTES: Final = int(Op.BYTES)
 _STRING: Final = int(Op.STRING)
 _VARINT: Final = int(Op.VARINT)
 _VARINT_REAL: Final = int(Op.VARINT_REAL)
-_FLOAT: Final = int(Op.FLOAT)
 _DOUBLE: Final = int(Op.DOUBLE)
 _SET: Final = int(Op.SET)
 _SET_REAL: Final = int(Op.SET_REAL)

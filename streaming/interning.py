@@ -228,15 +228,6 @@ def map_clear(table: HashMap) -> None:
     table.size[0] = 0
 
 
-@jit
-def map_get_all(table: HashMap, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
-    """The value of each key, or MISSING; [N] → [N]."""
-    found = np.empty(len(keys), np.int64)
-    for i in range(len(keys)):
-        found[i] = map_get(table, keys[i])
-    return found
-
-
 def map_items(table: HashMap) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]:
     """All keys, ascending, and their values: the same for equal maps, whatever their past. For checkpoints."""
     taken = np.flatnonzero(table.values != MISSING)
@@ -387,7 +378,7 @@ class Vocabulary:
 
     @property
     def max_items(self) -> int:
-        """Ids that may be given in all."""
+        """No more ids are given once there are so many; there may be more, see `restore`."""
         return int(self._tables.counts[1])
 
     @property
@@ -445,9 +436,11 @@ class Vocabulary:
     def item_ids(self, first: int = 1) -> list[str]:
         """The strings of items first, first + 1, ... to the last."""
         _, text, bounds, count = self._tables
-        cuts = bounds[first : count[0] + 2].tolist()
-        data = text[: cuts[-1]].tobytes()
-        return [data[a:b].decode() for a, b in pairwise(cuts)]
+        cuts = bounds[first : count[0] + 2]
+        data = text[
+            cuts[0] : cuts[-1]
+        ].tobytes()  # no more than that: whoever follows asks for a few at a time
+        return [data[a:b].decode() for a, b in pairwise((cuts - cuts[0]).tolist())]
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """Everything, as arrays, for a checkpoint."""
@@ -456,17 +449,13 @@ class Vocabulary:
         return {"text": text[: bounds[-1]].copy(), "bounds": bounds, "count": count.copy()}
 
     def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Become what `state` was taken from; max_items may have been raised since, and stays as it is now.
+        """Become what `state` was taken from; max_items stays as it is now. All items are kept, also beyond it.
 
-        Raises: ValueError if the state holds more items than max_items, or contradicts itself.
+        Raises: ValueError if the state contradicts itself.
         """
         text, bounds = frozen(state["text"]), np.array(state["bounds"], np.int64)
         items = len(bounds) - 2
-        if items > self.max_items:
-            raise ValueError(
-                f"the state holds {items} items, max_items is {self.max_items}; raise it to {items} or more"
-            )
-        fresh = Vocabulary(self.max_items)
+        fresh = Vocabulary(max(1, items))
         fresh.reserve(items, len(text))
         if len(text) != bounds[-1] or np.any(np.diff(bounds) < 0):
             raise ValueError(
@@ -475,7 +464,7 @@ class Vocabulary:
         _intern_all(fresh.tables, text, bounds[1:], np.zeros(items, np.int32), 0)
         if len(fresh) != items or fresh.refused:
             raise ValueError(f"damaged vocabulary: {items} items, but only {len(fresh)} distinct ones")
-        fresh.tables.counts[2] = state["count"][2]
+        fresh.tables.counts[1:] = self.max_items, state["count"][2]
         self._tables = fresh.tables
 
 

@@ -16,6 +16,7 @@ from streaming.join_steps import (
     PURCHASE,
     REFUND,
     REMOVE,
+    SEARCHES_CUT_SHORT,
     STEPS_CLOSED_EARLY,
     add_reward,
     close_both,
@@ -292,6 +293,7 @@ def attribute_by_item(t: Tables, user: int, item: int, name: int, reward: float,
                 credit(t, user, sequence, k, item, name, reward)
                 return True
         sequence = next_kept(t, sequence)
+    t.counters[SEARCHES_CUT_SHORT] += 1 if sequence != NONE else 0
     return False
 
 
@@ -543,6 +545,7 @@ def find_decision(t: Tables, user: int, id: np.uint64) -> int:
         if sequence == NONE or t.steps[sequence & (len(t.steps) - 1)].id == id:
             return sequence
         sequence = next_kept(t, sequence)
+    t.counters[SEARCHES_CUT_SHORT] += 1 if sequence != NONE else 0
     return NONE
 
 

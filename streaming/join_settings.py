@@ -41,6 +41,7 @@ COUNTERS: Final = (
     "steps_closed_early",  # steps evicted (or whose user was) while open: their transitions end there
     "transitions",
     "amendments",
+    "searches_cut_short",  # searches for a deed's cause that ended in vain at its user's newest 256 steps, of more
 )
 
 

@@ -21,6 +21,7 @@ STEPS_EVICTED: Final = COUNTERS.index("steps_evicted")
 STEPS_CLOSED_EARLY: Final = COUNTERS.index("steps_closed_early")
 TRANSITIONS: Final = COUNTERS.index("transitions")
 AMENDMENTS: Final = COUNTERS.index("amendments")
+SEARCHES_CUT_SHORT: Final = COUNTERS.index("searches_cut_short")
 
 
 # --- states ----------------------------------------------------------------------------------------------
@@ -361,6 +362,8 @@ def count(t: Tables, sequence: int, k: int, name: int) -> None:
 @part
 def take_back(t: Tables, user: int, item: int, name: int, reward: float, timestamp_ms: int) -> bool:
     """Credit a refund (remove_from_cart) to the newest slot with a purchase (add_to_cart) left to take back."""
+    if item == 0:
+        return False
     sequence = first_kept(t, user)
     for _ in range(STEPS_PER_USER):
         if sequence == NONE:
@@ -375,4 +378,5 @@ def take_back(t: Tables, user: int, item: int, name: int, reward: float, timesta
                     count(t, sequence, k, name)
                     return True
         sequence = next_kept(t, sequence)
+    t.counters[SEARCHES_CUT_SHORT] += 1 if sequence != NONE else 0
     return False

@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 import math
 import re
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from confluent_kafka import KafkaError
 
 from streaming.kafka_settings import Mask
-from streaming.log import LogError, LogRefused, LogUnavailable, NotAllowed, UnknownTopic
+from streaming.log import LogError, LogRefused, LogUnavailable, NotAllowed, UnknownTopic, no_topic
 
 _QUIET_S: Final = 30.0  # between two lines of librdkafka's that say the same
+_LOSSES_S: Final = 10.0  # between two lines about records that were lost
 
 UNAVAILABLE: Final = {
     KafkaError._TRANSPORT,
@@ -66,17 +68,13 @@ def translated(error: KafkaError, topic: str | None = None) -> LogError:
     """librdkafka's error as one of ours."""
     code = error.code()
     if code in NO_TOPIC:
-        return unknown(topic) if topic else UnknownTopic(f"{error.str()}; create it with `streaming topics`")
+        return no_topic(topic) if topic else UnknownTopic(f"{error.str()}; create it with `streaming topics`")
     if code == KafkaError.TOPIC_ALREADY_EXISTS:
         return Exists(error.str())
     if code in _NOT_ALLOWED:
         what = _NOT_ALLOWED[code].format(topic=topic or "?")
         return NotAllowed(f"Kafka keeps our user from {what}: check its rights (ACLs)")
     return (LogUnavailable if code in UNAVAILABLE or error.retriable() else LogError)(f"Kafka: {error.str()}")
-
-
-def unknown(topic: str) -> UnknownTopic:
-    return UnknownTopic(f"there is no topic {topic!r}; create it with `streaming topics`")
 
 
 class ClientLines:
@@ -102,6 +100,34 @@ class ClientLines:
         else:
             self._said = {known: at for known, at in self._said.items() if now - at < _QUIET_S} | {kind: now}
         logger.log(level, "%s", said)
+
+
+class Losses:
+    """Records that could not be delivered: a line now and then says how many, and why the newest was lost."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        """clock: monotonic seconds."""
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._count = 0  # since the last line
+        self._newest = ("", "")
+        self._due_s = -math.inf
+
+    def note(self, topic: str, why: str) -> None:
+        """One more."""
+        with self._lock:
+            self._count += 1
+            self._newest = topic, why
+
+    def tell(self, *, at_last: bool = False) -> None:
+        """Say what there is to say, if the last line is long enough ago. at_last: in any case."""
+        with self._lock:
+            now = self._clock()
+            if not self._count or (now < self._due_s and not at_last):
+                return
+            count, newest = self._count, self._newest
+            self._count, self._due_s = 0, now + _LOSSES_S
+        logger.error("%d records were lost, the newest for %s: %s", count, *newest)
 
 
 class Refusals:

@@ -29,7 +29,7 @@ from confluent_kafka import (
 )
 from confluent_kafka.admin import AdminClient, NewPartitions, NewTopic  # type: ignore[attr-defined]
 
-from streaming.kafka_errors import NO_TOPIC, ClientLines, Exists, Refusals, translated, unknown
+from streaming.kafka_errors import NO_TOPIC, ClientLines, Exists, Losses, Refusals, translated
 from streaming.kafka_reader import NO_ID, KafkaReader, TopicIds
 from streaming.kafka_settings import Mask
 from streaming.log import (
@@ -38,6 +38,7 @@ from streaming.log import (
     LogFull,
     LogUnavailable,
     UnknownTopic,
+    no_topic,
 )
 from streaming.rdkafka import ArrayConsumer, ClientLog
 
@@ -138,7 +139,7 @@ class KafkaLog:
     def bounds(self, topic: str) -> dict[int, Bounds]:
         count = self.partitions(topic)
         if not count:
-            raise unknown(topic)
+            raise no_topic(topic)
         return {partition: self.partition_bounds(topic, partition) for partition in range(count)}
 
     def partition_bounds(self, topic: str, partition: int, timeout_s: float = _REQUEST_S) -> Bounds:
@@ -154,7 +155,7 @@ class KafkaLog:
 
     def identity(self, topic: str) -> str:
         if not self.partitions(topic):  # and a broker has just answered: no admin request has to wait
-            raise unknown(topic)
+            raise no_topic(topic)
         try:
             found = self._wait(self._admin.describe_topics(TopicCollection([topic])))
         except LogUnavailable:
@@ -320,6 +321,7 @@ class KafkaProducer:
         self._topics: set[str] = set()
         self._failed = self._failed_told = 0
         self._refusals = 0  # since `flush` told; the others failed because nobody answered
+        self._losses = Losses(time.monotonic)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="kafka-producer", daemon=True)
         self._thread.start()
@@ -330,7 +332,7 @@ class KafkaProducer:
         if topic not in self._topics:
             # librdkafka would let the broker create it, with one partition
             if not self._log.partitions(topic):
-                raise unknown(topic)
+                raise no_topic(topic)
             self._topics.add(topic)
         try:
             self._producer.produce(topic, value, key, timestamp=timestamp_ms or 0)
@@ -366,18 +368,20 @@ class KafkaProducer:
         finally:
             self._closed.set()
             self._thread.join()
+            self._losses.tell(at_last=True)
         if left:
             raise LogError(f"{left} records were not written to {self._log.url} within {timeout_s} s")
 
     def _serve(self) -> None:
         while not self._closed.is_set():
             self._producer.poll(0.1)
+            self._losses.tell()
 
     def _refused(self, error: KafkaError | None, message: Message) -> None:
         if error is not None:
             self._failed += 1
             self._refusals += not isinstance(translated(error), LogUnavailable)
-            logger.error("a record for %s was lost: %s", message.topic(), error.str())
+            self._losses.note(message.topic() or "", error.str())
 
 
 def _result(future: Future[Any]) -> Any:

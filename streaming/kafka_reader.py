@@ -22,7 +22,7 @@ from streaming.log import (
     LogUnavailable,
     OffsetOutOfRange,
     RecordBatch,
-    UnknownTopic,
+    no_topic,
     replaced,
 )
 from streaming.rdkafka import ArrayConsumer, Trouble
@@ -185,9 +185,7 @@ class KafkaReader:
                 f"{self._topic}/{partition} does not hold offset {self._next[partition]}; seek to where to go on"
             )
         elif partition in self._next and code in NO_TOPIC:
-            self._broken[partition] = UnknownTopic(
-                f"there is no {self._topic!r} partition {partition}; create it with `streaming topics`"
-            )
+            self._broken[partition] = no_topic(self._topic, partition)
         elif code == KafkaError.GROUP_AUTHORIZATION_FAILED:
             logger.debug("%s: %s", self._topic, error.str())  # of a group that readers have by name only
         elif code in UNAVAILABLE or error.retriable():
@@ -207,9 +205,7 @@ class KafkaReader:
             raise self._errors.error(str(error)) from error
         self._errors.clear()
         for partition in self._next.keys() - there:
-            self._broken[partition] = UnknownTopic(
-                f"there is no {self._topic!r} partition {partition}; create it with `streaming topics`"
-            )
+            self._broken[partition] = no_topic(self._topic, partition)
 
     def _look_after(self, timeout_s: float) -> None:
         """Find out why partitions are silent; nothing came just now."""

@@ -46,13 +46,6 @@ class TopicReplaced(LogError):
     """The topic was deleted and made anew: its offsets mean other records than those that we know them by."""
 
 
-class Position(NamedTuple):
-    """One record's place in a topic."""
-
-    partition: int
-    offset: int
-
-
 class Bounds(NamedTuple):
     """What a partition holds: offsets `low <= o < high`; holes between them are legal."""
 
@@ -181,6 +174,12 @@ class Log(Protocol):
 
     def close(self) -> None:
         """Let go; harmless twice."""
+
+
+def no_topic(topic: str, partition: int | None = None) -> UnknownTopic:
+    """The error where there is no such topic, or no such partition of it."""
+    what = f"topic {topic!r}" if partition is None else f"partition {partition} of topic {topic!r}"
+    return UnknownTopic(f"there is no {what}; create it with `streaming topics`")
 
 
 def replaced(topic: str, known: str, found: str) -> TopicReplaced:

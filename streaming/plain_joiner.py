@@ -588,6 +588,11 @@ class PlainPartition:
         """Newest first."""
         return islice((s for s in reversed(user.steps) if self.is_kept(s)), STEPS_PER_USER)
 
+    def causes(self, user: User) -> Iterator[Step]:
+        """The same, for a deed; counted where that ends in vain and there are more."""
+        yield from self.kept_steps(user)
+        self.counters["searches_cut_short"] += sum(map(self.is_kept, user.steps)) > STEPS_PER_USER
+
     def credit(self, step: Step, k: int, deed: Deed) -> None:
         """Give a deed's reward to a slot: in place, and as an amendment where the transition is out already."""
         slot = step.slots[k]
@@ -689,7 +694,7 @@ class PlainPartition:
         if not deeds:
             return
         if row.recommendation:
-            cause = next((s for s in self.kept_steps(user) if s.id == row.recommendation), None)
+            cause = next((s for s in self.causes(user) if s.id == row.recommendation), None)
             if cause is None and self.wait(user, row, deeds, state, row.recommendation):
                 return
             if cause is not None:
@@ -722,8 +727,8 @@ class PlainPartition:
 
     def attribute_by_item(self, user: User, deed: Deed, timestamp_ms: int) -> bool:
         """Credit the newest slot that explains it."""
-        for step in self.kept_steps(user):
-            k = step.slot_of(deed.item) if deed.item else None
+        for step in self.causes(user) if deed.item else ():
+            k = step.slot_of(deed.item)
             if k is None or not 0 <= timestamp_ms - step.timestamp_ms <= self.window_ms:
                 continue
             if step.organic and deed.name in ACTION_NAMES:
@@ -772,8 +777,8 @@ class PlainPartition:
 
     def find_taken(self, user: User, deed: Deed, timestamp_ms: int) -> bool:
         """Credit the newest slot that has a purchase (or an add_to_cart) to take back."""
-        for step in self.kept_steps(user):
-            k = step.slot_of(deed.item) if deed.item else None
+        for step in self.causes(user) if deed.item else ():
+            k = step.slot_of(deed.item)
             if k is None or timestamp_ms - step.timestamp_ms > self.window_ms:
                 continue
             if step.slots[k].counts[TAKES_BACK[deed.name]] > 0:

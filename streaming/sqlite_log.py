@@ -36,6 +36,7 @@ from streaming.log import (
     RecordBatch,
     TopicReplaced,
     UnknownTopic,
+    no_topic,
     partition_of,
     replaced,
 )
@@ -116,7 +117,7 @@ class SqliteLog:
         with self._using() as db:
             rows = db.execute("SELECT partition, low, next FROM parts WHERE topic = ?", (topic,)).fetchall()
         if not rows:
-            raise _unknown(topic)
+            raise no_topic(topic)
         return {partition: Bounds(low, high) for partition, low, high in rows}
 
     def identity(self, topic: str) -> str:
@@ -248,7 +249,7 @@ class SqliteProducer:
         if topic not in self._topics:
             with _translated(self._file.path):
                 if not _partitions(self._lookup, topic):
-                    raise _unknown(topic)
+                    raise no_topic(topic)
             self._topics.add(topic)
 
     def _run(self) -> None:
@@ -421,7 +422,7 @@ class SqliteReader:
         query = "SELECT partition, part, low, next FROM parts WHERE topic = ?"
         rows = {partition: rest for partition, *rest in db.execute(query, (self._topic,))}
         if not rows:
-            raise _unknown(self._topic)
+            raise no_topic(self._topic)
         found = _id_of(db, self._topic)
         self._identity = self._identity or found
         if found != self._identity:
@@ -624,7 +625,7 @@ def _partitions(db: sqlite3.Connection, topic: str) -> int:
 def _id_of(db: sqlite3.Connection, topic: str) -> str:
     row = db.execute("SELECT id FROM topics WHERE topic = ?", (topic,)).fetchone()
     if row is None:
-        raise _unknown(topic)
+        raise no_topic(topic)
     return str(row[0])
 
 
@@ -693,7 +694,3 @@ def _translated(path: str) -> Iterator[None]:
         raise LogError(
             f"{path} is damaged or no log of ours ({error}); move it away or name another file"
         ) from error
-
-
-def _unknown(topic: str) -> UnknownTopic:
-    return UnknownTopic(f"there is no topic {topic!r}; create it with `streaming topics`")

@@ -261,6 +261,20 @@ def test_settings_that_were_changed_on_the_way_hold_from_there_on(shop, tmp_path
     assert report.clean, as_text(report)
 
 
+@pytest.mark.parametrize("bounds", [(20, 20), (20, 40), (30, 10)])
+def test_items_that_there_was_no_room_for_at_the_time_are_unknown_to_the_audit_too(shop, tmp_path, bounds):
+    batch = records(shop)
+    first, second = (new_learner(settings=replace(SETTINGS, max_items=most)) for most in bounds)
+    first.assign(dict.fromkeys(PARTITIONS, 0))
+    first.take(rows(batch, 0, 500))
+    second.restore({name: decode(encode(part)) for name, part in first.snapshot()[1].items()})
+    second.assign(ends(rows(batch, 0, 500)))
+    second.take(rows(batch, 500, len(batch)))
+    assert len(second.vocabulary) == max(bounds)
+    report = audit_of(second, tmp_path, shop, ends(batch))
+    assert report.clean, as_text(report)
+
+
 # --- as it should not be ---------------------------------------------------------------------------------
 
 

@@ -54,6 +54,54 @@ def test_each_third_party_package_has_one_home(path):
         assert any(name.startswith(home) for home in HOMES[package]), f"{package} in {name}"
 
 
+PICKLES = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+
+
+def unpickles(source):
+    """Lines that read or write pickles, by whatever name: importing it, torch.load and save, numpy told to."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+            taken = {alias.name for alias in node.names} & {"load", "save"}
+            if {(name or "").split(".")[0] for name in names} & PICKLES or (names == ["torch"] and taken):
+                yield node.lineno
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.load", "torch.save"):
+            yield node.lineno
+        elif (
+            isinstance(node, ast.keyword)
+            and node.arg == "allow_pickle"
+            and ast.unparse(node.value) != "False"
+        ):
+            yield node.value.lineno
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*SOURCES, *sorted((ROOT / "benchmarks").rglob("*.py"))],
+    ids=lambda p: str(p.relative_to(ROOT)),
+)
+def test_nothing_is_pickled(path):
+    assert list(unpickles(path.read_text())) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import pickle",
+        "import os, pickle as p",
+        "from pickle import loads",
+        "import torch; torch.load('x')",
+        "from torch import save",
+        "write = torch.save",
+        "np.load('x', allow_pickle=True)",
+        "np.load('x', allow_pickle=trusted)",
+    ],
+)
+def test_a_pickle_is_found_under_any_name(line):
+    assert list(unpickles(line)) == [1]
+    assert list(unpickles("from torch import Tensor; np.load('x', allow_pickle=False)")) == []
+
+
 def test_every_package_init_is_empty():
     assert [p for p in ORDER if (ROOT / p / "__init__.py").read_text()] == []
 

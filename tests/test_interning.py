@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -17,7 +19,6 @@ from streaming.interning import (
     map_add,
     map_clear,
     map_get,
-    map_get_all,
     map_items,
     map_new,
     map_of,
@@ -96,7 +97,7 @@ def test_removing_amid_a_cluster_loses_nobody() -> None:
         for i in gone:
             assert map_remove(table, keys[i]) == i
         expected = np.where(np.isin(np.arange(8), gone), MISSING, np.arange(8))
-        np.testing.assert_array_equal(map_get_all(table, keys), expected)
+        assert [map_get(table, key) for key in keys] == expected.tolist()
 
 
 def test_a_map_rebuilt_from_its_items_has_the_same_items() -> None:
@@ -135,6 +136,17 @@ def test_the_vocabulary_grows_past_every_first_size() -> None:
     assert vocabulary.item_ids(first=4999) == items[4998:]
 
 
+def test_asking_for_the_newest_items_copies_no_others() -> None:
+    vocabulary = Vocabulary()
+    vocabulary.intern_all([f"{i:050d}" for i in range(20_000)])
+    tracemalloc.start()
+    newest = vocabulary.item_ids(first=19_999)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert newest == [f"{i:050d}" for i in (19_998, 19_999)]
+    assert peak < 10_000  # bytes, of a million
+
+
 def test_items_never_seen_and_items_beyond_the_bound_are_zero() -> None:
     vocabulary = Vocabulary(max_items=2)
     assert vocabulary.intern_all(["a", "b", "c", "a"]).tolist() == [1, 2, 0, 1]
@@ -160,8 +172,14 @@ def test_a_restored_vocabulary_goes_on_where_the_first_one_stood() -> None:
     second.restore(first.state())
     assert second.refused == 1
     assert second.intern_all(["dddd", "bb"]).tolist() == [4, 2]
-    with pytest.raises(ValueError, match="holds 4 items, max_items is 3"):
-        first.restore(second.state())
+
+
+def test_a_vocabulary_restored_under_a_lower_bound_keeps_what_it_has_and_gives_no_more() -> None:
+    first, second = Vocabulary(), Vocabulary(max_items=2)
+    first.intern_all(["a", "bb", "ccc"])
+    second.restore(first.state())
+    assert second.intern_all(["ccc", "a", "dddd"]).tolist() == [3, 1, 0]
+    assert (len(second), second.max_items, second.refused) == (3, 2, 1)
 
 
 def test_a_damaged_vocabulary_is_refused() -> None:

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from streaming import join_tables
 from streaming.columns import Reason
-from streaming.join_settings import JUMP, WAITS_PER_USER
+from streaming.join_settings import JUMP, STEPS_PER_USER, WAITS_PER_USER
 from streaming.joiner import Joiner, JoinerError, JoinSettings
+from streaming.plain_joiner import PlainJoiner
 from streaming.rewards import CODES, RewardTable
 from tests.joins import DEEP, Learner, output, states
 from tests.rows import Row, bad, columns, decision, event, logged, ms
@@ -620,6 +621,22 @@ def test_the_oldest_step_makes_room_for_one_too_many():
     learner.push(decision("r128", 7, at=128, user="user128"))
     assert (learner.offsets(), learner.discount(0)) == ([0], 0)
     assert learner.count("steps_evicted") == 1
+
+
+@pytest.mark.parametrize(("steps", "cut_short"), [(STEPS_PER_USER, 0), (STEPS_PER_USER + 1, 3)])
+def test_a_deed_whose_decision_is_not_among_its_users_newest_steps_is_counted(steps, cut_short):
+    """The purchase looks for it by id, in vain waits for it, and looks for it by item; the refund does that at once."""
+    rows = [decision(f"r{n}", 7 if n == 0 else 8, at=n) for n in range(steps)]
+    rows.append(event("purchase", 7, at=300, recommendation="r0"))
+    rows.append(event("refund", 7, at=301))
+    rows.append(event("add_to_cart", 0, at=302))  # the unknown item: nobody looks for it
+    rows = logged([*rows, *pressed(at=400)])
+    reference = PlainJoiner(PROMPT, [0])
+    reference.push(rows)
+    learner = Learner(PROMPT).push(*rows)
+    assert learner.joiner.counters() == reference.counters()
+    assert learner.count("searches_cut_short") == cut_short
+    assert learner.count("organic_steps") == (1 if cut_short else 0)
 
 
 def test_memory_does_not_grow_with_the_stream():

@@ -3,7 +3,7 @@
 import pytest
 
 from learner.checkpoint import decode, encode
-from learner.journal import MOST_GAPS, Gap, Journal, Told, Unknown
+from learner.journal import MOST_GAPS, Gap, Journal, Room, Told, Unknown
 from streaming.join_settings import JoinSettings
 from streaming.rewards import RewardTable
 
@@ -20,7 +20,7 @@ def restored(journal: Journal) -> Journal:
 @pytest.fixture
 def journal() -> Journal:
     journal = Journal()
-    journal.begin({0: 10, 1: 0}, ONE)
+    journal.begin({0: 10, 1: 0}, ONE, 100)
     return journal
 
 
@@ -30,14 +30,14 @@ def test_a_partition_begins_with_its_settings(journal):
 
 
 def test_the_same_settings_again_are_no_news(journal):
-    journal.begin({0: 50, 1: 60}, ONE)
+    journal.begin({0: 50, 1: 60}, ONE, 100)
     assert journal.told(0) == [Told(10, None, ONE)]
     assert journal.began == {0: 10, 1: 0}
 
 
 def test_times_and_settings_stay_in_order_even_at_one_offset(journal):
     journal.let_pass(0, 20, 1000)
-    journal.begin({0: 20, 1: 0}, TWO)
+    journal.begin({0: 20, 1: 0}, TWO, 100)
     journal.let_pass(0, 20, 2000)
     told = [Told(10, None, ONE), Told(20, 1000, None), Told(20, None, TWO), Told(20, 2000, None)]
     assert journal.told(0) == told
@@ -52,14 +52,21 @@ def test_of_times_with_no_record_in_between_the_last_stays(journal):
 
 
 def test_a_partition_added_later_begins_with_what_holds_then(journal):
-    journal.begin({0: 30, 1: 30, 2: 5}, TWO)
+    journal.begin({0: 30, 1: 30, 2: 5}, TWO, 100)
     assert journal.told(2) == [Told(5, None, TWO)]
     assert journal.told(1) == [Told(0, None, ONE), Told(30, None, TWO)]
 
 
+def test_how_many_items_there_could_be_is_noted_where_it_changes(journal):
+    journal.begin({0: 30, 1: 40}, ONE, 100)
+    journal.begin({0: 50, 1: 60}, ONE, 200)
+    for each in (journal, restored(journal)):
+        assert each.rooms == {0: [Room(10, 100), Room(50, 200)], 1: [Room(0, 100), Room(60, 200)]}
+
+
 def test_it_stays_small_and_says_from_where_it_is_whole():
     journal = Journal(most_times=3)
-    journal.begin({0: 10}, ONE)
+    journal.begin({0: 10}, ONE, 100)
     for offset in range(20, 25):
         journal.let_pass(0, offset, offset * 1000)
     assert [told.offset for told in journal.told(0)] == [10, 22, 23, 24]
@@ -96,14 +103,14 @@ def test_a_restored_journal_goes_on_as_if_nothing_had_happened(journal):
     journal.let_pass(0, 20, 1000)
     other = restored(journal)
     for one in (journal, other):
-        one.begin({0: 20, 1: 3}, ONE)
+        one.begin({0: 20, 1: 3}, ONE, 100)
         one.let_pass(0, 20, 1500)
     assert encode(other.state()) == encode(journal.state())
 
 
 def test_what_was_of_no_known_schema_is_remembered_until_it_is_known_and_through_a_restart():
     journal, known = Journal(), set[bytes]()
-    journal.begin({0: 0, 1: 0}, JoinSettings())
+    journal.begin({0: 0, 1: 0}, JoinSettings(), 100)
     assert not journal.lacks_schemas
     journal.unread(b"frame", 0, 5)
     journal.unread(b"frame", 0, 7)
@@ -122,7 +129,7 @@ def test_what_was_of_no_known_schema_is_remembered_until_it_is_known_and_through
 def test_garbage_that_looks_like_frames_does_not_fill_the_memory(monkeypatch):
     monkeypatch.setattr("learner.journal.MOST_UNKNOWN", 3)
     journal = Journal()
-    journal.begin({0: 0}, JoinSettings())
+    journal.begin({0: 0}, JoinSettings(), 100)
     for number in range(10):
         journal.unread(b"frame%d" % number, 0, number)
     assert [each.start for each in journal.unknown(0)] == [7, 8, 9]

@@ -10,6 +10,7 @@ from contextlib import closing
 import pytest
 from confluent_kafka import KafkaError, Producer
 
+from streaming.kafka_errors import Losses
 from streaming.kafka_log import KafkaLog
 from streaming.kafka_reader import KafkaReader
 from streaming.log import Bounds, Log, LogUnavailable, NotAllowed, open_log
@@ -108,6 +109,45 @@ def test_a_write_that_fails_is_tried_again_and_neither_lost_nor_doubled(cluster,
     send(mock_log, topic, COUNT)
     with closing(mock_log.reader(topic, dict.fromkeys(range(PARTITIONS), 0))) as reader:
         assert sorted(read(mock_log, topic, 2 * COUNT, reader, [])) == list(range(2 * COUNT))
+
+
+def test_of_many_records_that_are_lost_one_line_tells(cluster, mock_log, topic, caplog):
+    with closing(open_log(cluster.url, {"delivery.timeout.ms": "1000"})) as log:
+        producer = log.producer()
+        producer.send(topic, b"user", b"0")
+        producer.flush()
+        for broker in (1, 2, 3):
+            cluster.down(broker)
+        for number in range(COUNT):
+            producer.send(topic, b"user%d" % (number % 10), b"%d" % number)
+        with pytest.raises(LogUnavailable, match=f"{COUNT} records could not be written"):
+            producer.close()
+    lines = [r.getMessage() for r in caplog.records if "lost" in r.getMessage()]
+    assert 1 <= len(lines) <= 2  # the second when it is closed
+    assert sum(int(line.split()[0]) for line in lines) == COUNT
+    assert f"the newest for {topic}: Local: Message timed out" in lines[-1]
+
+
+def test_records_that_are_lost_are_counted_until_the_next_line_is_due(caplog):
+    now = 100.0
+    losses = Losses(lambda: now)
+
+    def lose(count, why, at_last=False):
+        caplog.clear()
+        for _ in range(count):
+            losses.note("events", why)
+        losses.tell(at_last=at_last)
+        return caplog.messages
+
+    assert lose(0, "") == []
+    assert lose(3, "slow") == ["3 records were lost, the newest for events: slow"]
+    now += 9
+    assert lose(500_000, "down") == []
+    now += 1
+    assert lose(1, "away") == ["500001 records were lost, the newest for events: away"]
+    assert lose(2, "closed", at_last=True) == ["2 records were lost, the newest for events: closed"]
+    now += 10
+    assert lose(0, "") == []
 
 
 def test_an_error_that_will_not_pass_is_raised(cluster, mock_log, topic):

@@ -230,8 +230,23 @@ def test_a_checkpoint_of_another_shape_is_refused_by_name(records):
         restored(before, agent=wide)
 
 
+def test_items_beyond_the_bound_are_unknown_and_a_lower_bound_takes_none_back(records):
+    before = new_learner(replace(SETTINGS, max_items=20))
+    before.take_catalog(records[1])
+    feed(before, records[0], stop=500)
+    assert (len(before.vocabulary), before.agent.rows) == (20, 21)
+    refused = before.vocabulary.refused
+    assert refused > 20
+    after = restored(before, settings=replace(SETTINGS, max_items=10))
+    feed(after, records[0], start=500)
+    assert (len(after.vocabulary), after.agent.rows) == (20, 21)
+    assert after.vocabulary.refused > refused
+    assert after.agent.updates > before.agent.updates
+
+
 @pytest.mark.parametrize(
-    ("setting", "value"), [("updates_high", 0.0), ("min_replay", 0), ("priority_beta", 1.5), ("seed", -1)]
+    ("setting", "value"),
+    [("updates_high", 0.0), ("min_replay", 0), ("max_items", 0), ("priority_beta", 1.5), ("seed", -1)],
 )
 def test_a_setting_out_of_bounds_is_refused_by_name(setting, value):
     with pytest.raises(ValueError, match=setting):

@@ -237,6 +237,7 @@ def test_a_checkpoint_of_another_log_is_refused(shop_url, tmp_path):
     ("flags", "wanted"),
     [
         (("--tpic", "x"), "did you mean '--topic'?"),
+        (("--epsilon", "0.1"), "no such flag --epsilon"),  # servers explore
         (("--gamma", "1.5"), "gamma"),
         (("--deterministic", "--device", "cuda"), "deterministic needs device cpu"),
         (("--rewards", "click=1"), "no such event name"),

@@ -67,7 +67,6 @@ def test_what_was_published_is_loaded(url):
         events_through_ms=1_600_000_000_000,
         transitions=100,
         updates=7,
-        epsilon=0.1,
         settings={"dims": 32, "names": ["a"]},
     )
     published = store.publish(tensors(), meta, items("phone", "étui"))
@@ -116,7 +115,7 @@ def test_old_versions_go_with_their_files_and_labelled_ones_stay(url):
     assert store.latest("canary") == 1
     assert store.latest() == 4
     store.load(1)
-    with pytest.raises(WeightsMissing, match=r"v00000002\.json"):
+    with pytest.raises(WeightsMissing, match=r"v00000002-00000000\.json"):
         store.load(2)
     assert len([name for name in files(url) if name.endswith(".safetensors")]) == 3
     assert len([name for name in files(url) if name.startswith("vocabulary-")]) == 1
@@ -184,7 +183,7 @@ def test_any_damage_is_found_and_names_its_file(url, kind, change):
 def test_every_single_bit_of_a_manifest_matters(tmp_path):
     store = WeightStore(tmp_path)
     whole = store.publish(tensors(), Meta(), items("a"))
-    path = tmp_path / "v00000001.json"
+    path = tmp_path / "v00000001-00000000.json"
     data = path.read_bytes()
     for bit in range(len(data) * 8):
         path.write_bytes(data[: bit // 8] + bytes([data[bit // 8] ^ 1 << bit % 8]) + data[bit // 8 + 1 :])
@@ -239,6 +238,74 @@ def test_a_replaced_learner_cannot_publish_and_is_not_followed(url, tmp_path):
     # what it may have written between asking and writing
     corrupt(url, "labels/stable", lambda data: json.dumps({"version": 1, "epoch": 1}).encode())
     assert reader.latest() == 2
+
+
+class Sleeper:
+    """The blobs of a learner that sleeps, once, before it writes what begins so, while `meanwhile` happens."""
+
+    def __init__(self, store, begins, meanwhile):
+        self._blobs, self._begins, self._meanwhile = store._blobs, begins, meanwhile
+        store._blobs = self
+
+    def __getattr__(self, name):
+        return getattr(self._blobs, name)
+
+    def write(self, name, data):
+        if self._meanwhile and name.startswith(self._begins):
+            meanwhile, self._meanwhile = self._meanwhile, None
+            meanwhile()
+        self._blobs.write(name, data)
+
+
+@pytest.mark.parametrize("begins", ["v0", "labels/"])
+@pytest.mark.parametrize("published", [1, 2, 4])
+def test_what_a_learner_writes_that_slept_while_it_was_replaced_is_used_by_nobody(
+    url, tmp_path, begins, published
+):
+    old = WeightStore(url, fence=Fence(tmp_path / "data", "main"))
+    vocabulary = items("a")
+    old.publish(tensors(1), Meta(), vocabulary)
+    watching, new = WeightStore(url), []
+    assert watching.latest() == 1
+
+    def take_over():
+        new.append(WeightStore(url, keep=2, fence=Fence(tmp_path / "data", "main")))
+        for n in range(published):
+            new[0].publish(tensors(100 + n), Meta(), vocabulary)
+
+    Sleeper(old, begins, take_over)
+    with pytest.raises(Fenced):
+        old.publish(tensors(2), Meta(), vocabulary)
+    for reader in (WeightStore(url), watching):
+        weights = reader.load(reader.latest())
+        assert weights.manifest.epoch == 2
+        assert weights.tensors["online.weight"].max() == 5 * (99 + published)
+    assert WeightStore(url).epoch() == 2
+    last = new[0].publish(tensors(200), Meta(), vocabulary)
+    assert [reader.latest() for reader in (WeightStore(url), watching)] == [last.version] * 2
+    third = WeightStore(url, keep=2, fence=Fence(tmp_path / "data", "main"))
+    newest = third.publish(tensors(300), Meta(), vocabulary)
+    assert third.versions() == [last.version, newest.version]
+
+
+def test_a_label_that_was_set_by_hand_stays_whoever_publishes(url, tmp_path):
+    WeightStore(url, fence=Fence(tmp_path / "data", "main")).publish(tensors(1), Meta(), items())
+    WeightStore(url).set_label("held", 1)
+    WeightStore(url, fence=Fence(tmp_path / "data", "main")).publish(tensors(2), Meta(), items())
+    assert (WeightStore(url).latest("held"), WeightStore(url).latest()) == (1, 2)
+
+
+def test_a_store_of_an_earlier_format_is_gone_on_from(url):
+    published = WeightStore(url).publish(tensors(), Meta(), items())
+    fs, root = fsspec.core.url_to_fs(url)
+    fs.mv(f"{root}/v00000001-00000000.json", f"{root}/v00000007.json")
+    corrupt(url, "labels/stable", lambda data: b'{"version": 7, "epoch": 5}')
+    with pytest.raises(WeightsDamaged, match=r"v00000007\.json"):
+        WeightStore(url).load(WeightStore(url).latest())
+    assert WeightStore(url).epoch() == 5
+    assert WeightStore(url).publish(tensors(), Meta(), items()).version == 8
+    assert files(url) >= {"v00000008-00000005.json", f"{published.tensors_sha256}.safetensors"}
+    assert WeightStore(url).versions() == [8]
 
 
 def test_a_learner_that_lost_its_data_directory_must_claim_above_the_stores_epoch(url, tmp_path):

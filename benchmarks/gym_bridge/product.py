@@ -270,7 +270,7 @@ class _Weights:
         self._vocabulary += learner.vocabulary.item_ids(len(self._vocabulary) + 1)
         items = len(self._vocabulary)
         manifest = Manifest(
-            **vars(learner.meta(positions, 0, 0.0)),
+            **vars(learner.meta(positions, 0)),
             version=1 if before is None else before.manifest.version + 1,
             epoch=1,
             parent=None,
