@@ -674,7 +674,7 @@ class Agent:
         judge = self._judge(rows.aisle)
         judged = self.target.queries(state, judge, there, rows.ids)
         if self.settings.double:
-            chooser = self.online.queries(state, keys, there, rows.ids, judged.recalled)
+            chooser = self.online.queries(state, keys, there, rows.ids, judged.choice.recalled)
             best = self._best(rows, self.online, chooser, keys)
         else:
             best = self._best(rows, self.target, judged, judge)

@@ -181,7 +181,6 @@ class Queries(NamedTuple):
 
     organic: Query
     choice: Query  # of z
-    recalled: Recalled | None
     back: Tensor  # [B, H] of `going_back`
     gain: Tensor  # [B, 2v'] reward, then continuation
     unchosen: Tensor  # [B, quantiles] V0(s)
@@ -194,8 +193,7 @@ class Queries(NamedTuple):
         return Queries(
             self.organic.rows(which),
             self.choice.rows(which),
-            None if self.recalled is None else self.recalled.rows(which),
-            *(column[which] for column in cast(tuple[Tensor, ...], self[3:])),
+            *(column[which] for column in cast(tuple[Tensor, ...], self[2:])),
         )
 
 
@@ -551,7 +549,6 @@ class QNetwork(nn.Module):
         return Queries(
             Query(organic, copy, item, alike, category, None, self.trust),
             Query(choice, copies, item, alikes, category, recalled, self.trust),
-            recalled,
             going_back(state.item) if self.settings.stack else torch.zeros_like(copy),
             self.query(still),
             self.unchosen(torch.cat((still, total), dim=1)),
@@ -563,9 +560,8 @@ class QNetwork(nn.Module):
     def next_all(self, queries: Queries, keys: Keys) -> Tensor:
         """How likely users go to each item next, unaided, log-odds but for a constant, [B, N]: see learner.recall."""
         organic = score_all(queries.organic, keys.organic, keys.category)
-        if queries.recalled is None:
-            return organic
-        return (self.recall.scale * organic).scatter_add_(1, *queries.recalled)
+        recalled = queries.choice.recalled
+        return organic if recalled is None else (self.recall.scale * organic).scatter_add_(1, *recalled)
 
     def q_all(self, queries: Queries, keys: Keys) -> Tensor:
         """Q(s, a) of all N items, [B, N]; the equation of this module's head."""

@@ -25,6 +25,7 @@ from torch import Tensor
 from learner.agent import Agent
 from learner.co_views import CoViews
 from learner.networks import StateTensors
+from learner.recall import newest_entries
 from streaming.interning import Vocabulary
 from streaming.rewards import RewardTable
 from streaming.transitions import Joined
@@ -154,7 +155,7 @@ class Prequential:
         places = _places(self._visits)  # [N] by vocabulary id
         place = places[steps.target]
         popular = _Ranks(place, places[steps.item] < place[:, None])
-        recent = _recent(steps.item)  # [B, H]
+        recent = newest_entries(torch.from_numpy(steps.item.astype(np.int64)))[0].numpy()  # [B, H]
         columns = {
             "learned_q": q.place,
             "learned_next_item": organic.place,
@@ -232,13 +233,6 @@ def _places(score: Ints) -> Ints:
     places = np.full(len(score), len(score), np.int64)
     places[order] = np.arange(1, len(score))
     return places
-
-
-def _recent(item: npt.NDArray[np.int32]) -> Mask:
-    """[B, H] the entries that name an item for the first time, newest first."""
-    same = item[:, :, None] == item[:, None, :]  # [B, h, h']
-    again = np.tril(same, k=-1).any(axis=2)
-    return ~again & (item > 0)
 
 
 def _recent_first(steps: _Steps, recent: Mask, rest: _Ranks) -> Ints:

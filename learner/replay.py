@@ -54,7 +54,7 @@ class Histories(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """B sampled transitions, ready for one update: target = reward + discount * max_a Q(next_state, a)."""
+    """B sampled transitions, ready for one update: target = reward + discount * V(next_state)."""
 
     state: Histories
     next_state: Histories  # where `reward` stops counting; padding where discount is 0

@@ -204,7 +204,7 @@ def test_q_leans_on_it_by_the_prior():
         queries = network.queries(state, keys)
         ids = torch.arange(ITEMS + 1).expand(len(state.item), -1)
         z = network.parts_at(queries, keys, ids)[0]
-        recalled = queries.recalled.sums(ITEMS + 1)
+        recalled = queries.choice.recalled.sums(ITEMS + 1)
         assert recalled.abs().sum() > 0
         network.recall.led = network.recall.led[:1]
         before = network.parts_at(network.queries(state, keys), keys, ids)[0]
