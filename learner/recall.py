@@ -5,8 +5,9 @@
 
 over the newest entry h of each item, of which there are n_h; kind_h is its event type × recency. organic is the
 network's next-item head; walk is how likely co-views lead from an item to another, in one step or two
-(learner.co_views), as it was when somebody came from that item or to it last. In a catalog of tens of thousands most items come too seldom for a vector of theirs to say much, yet
-who went to one of them went, more likely than not, where others went from there.
+(learner.co_views), as it was when somebody last went from that item or to it. In a catalog of tens of thousands most
+items come too seldom for a vector of theirs to say much, yet who went to one of them went, more likely than not, where
+others went from there.
 
 The weights begin about where they come out on logs of views: in a small log there are too few steps to find that out.
 σ and the weights are learnt from each step as it comes, before it is remembered and before the network learns it: what
