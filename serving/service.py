@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
@@ -22,6 +23,8 @@ from serving.requests import Invalid, check_batch, check_recommend, parse
 from serving.variety import Variety
 from serving.view import View
 from serving.weights import Served, WeightsFollower
+
+logger = logging.getLogger(__name__)
 
 SERVICE: Final = "bellwether.v1.Policy"
 _MAX_BATCH: Final = 64  # beyond it a matrix product gains nothing and the first one in waits for the last
@@ -157,9 +160,9 @@ class Service:
                 _refuse(
                     rpc, context, grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed before its turn"
                 )
-            except Exception:
-                metrics.REQUESTS.labels(rpc, "INTERNAL").inc()
-                raise  # gRPC logs it and answers UNKNOWN
+            except Exception:  # gRPC itself would answer UNKNOWN, and tell the caller what it says
+                logger.exception("%s failed", rpc)
+                _refuse(rpc, context, grpc.StatusCode.INTERNAL, "a fault of the server; its log has more")
             latency.observe(time.perf_counter() - start)
             fine.inc()
             return response

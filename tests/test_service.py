@@ -1,0 +1,77 @@
+"""Requests → answers, over a real gRPC server in this process."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from learner.exploration import GREEDY
+from serving import policy_pb2 as pb
+from serving import policy_pb2_grpc
+from serving.metrics import REQUESTS
+from serving.ranking import Ranker
+from serving.service import Service
+from serving.view import View, ViewConfig
+from serving.weights import WeightsFollower
+from streaming.schemas import Codec
+
+NOW_MS = 1_700_000_000_000
+
+
+def service_of(folder: Path, **changes: Any) -> Service:
+    """One without weights or log."""
+    view = View(ViewConfig(max_users=10), Codec())
+    weights = WeightsFollower(str(folder), "stable", "target", 60.0)
+    settings: dict[str, Any] = {
+        "view": view,
+        "weights": weights,
+        "ranker": Ranker(weights, view, np.random.default_rng(0)),
+        "decisions": None,
+        "epsilon": 0.0,
+        "exploration": GREEDY,
+        "slate_size": 2,
+        "max_streams": 1,
+        "instance": "test",
+        "now_ms": lambda: NOW_MS,
+    }
+    return Service(**settings | changes)
+
+
+@contextlib.contextmanager
+def stub_of(service: Service) -> Iterator[Any]:
+    """A client of a server with nothing but this service."""
+    server = grpc.server(ThreadPoolExecutor(2))
+    server.add_generic_rpc_handlers((service.handler(),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            yield policy_pb2_grpc.PolicyStub(channel)
+    finally:
+        server.stop(None).wait()
+
+
+def test_a_fault_of_the_server_is_internal_and_tells_the_caller_nothing_of_it(tmp_path, caplog):
+    def broken() -> int:
+        raise KeyError("user-17's secret")
+
+    request, before = pb.RecommendRequest(user_id="u"), REQUESTS.labels("Recommend", "INTERNAL")._value.get()
+    with stub_of(service_of(tmp_path, now_ms=broken)) as stub:
+        for call in (
+            lambda: stub.Recommend(request),
+            lambda: stub.BatchRecommend(pb.BatchRecommendRequest(requests=[request])),
+            lambda: next(stub.RecommendStream(iter([request]))),
+        ):
+            with pytest.raises(grpc.RpcError) as refused:
+                call()
+            assert refused.value.code() is grpc.StatusCode.INTERNAL
+            assert refused.value.details() == "a fault of the server; its log has more"
+    assert caplog.text.count("KeyError: \"user-17's secret\"") == 3
+    assert REQUESTS.labels("Recommend", "INTERNAL")._value.get() == before + 1
