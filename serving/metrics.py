@@ -87,7 +87,8 @@ WEIGHTS_SWAPPED = Counter(
 )
 WEIGHTS_REFUSED = Counter(
     "serving_weights_refused",
-    "Weights that could not be used, by reason: damaged, probe (non-finite answers), store (cannot be read).",
+    "Times that weights could not be used, by reason: damaged, probe (non-finite answers); store (it, or its label, "
+    "cannot be read: tried again, each 5 s at the seldomest).",
     ["reason"],
     registry=REGISTRY,
 )

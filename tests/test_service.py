@@ -73,5 +73,5 @@ def test_a_fault_of_the_server_is_internal_and_tells_the_caller_nothing_of_it(tm
                 call()
             assert refused.value.code() is grpc.StatusCode.INTERNAL
             assert refused.value.details() == "a fault of the server; its log has more"
-    assert caplog.text.count("KeyError: \"user-17's secret\"") == 3
+    assert caplog.text.count('KeyError: "user-17\'s secret"') == 3
     assert REQUESTS.labels("Recommend", "INTERNAL")._value.get() == before + 1
