@@ -92,7 +92,7 @@ class DecisionWriter:
             with self._work:
                 self._work.wait_for(lambda: self._closing, _RETRY_S)
             return False
-        except LogError as error:
+        except Exception as error:  # whatever a client may raise: the next one must not wait for ever
             self._give_up(1, "lost", error)
         with self._work:
             self._waiting.popleft()
@@ -106,11 +106,13 @@ class DecisionWriter:
             self._give_up(failed - self._failed, "lost", "the log did not take them in time")
             self._failed = failed
 
-    def _give_up(self, count: int, fate: str, why: object) -> None:
+    def _give_up(self, count: int, fate: str, why: str | Exception) -> None:
         metrics.DECISIONS.labels(fate).inc(count)
         with self._complaint:
             self._unsaid += count
             if self._clock() - self._complained_s < _COMPLAIN_EVERY_S:
                 return
             count, self._unsaid, self._complained_s = self._unsaid, 0, self._clock()
-        logger.error("%d decisions %s, nothing will be learnt from them: %s", count, fate, why)
+        fault = why if isinstance(why, Exception) and not isinstance(why, LogError) else None
+        trouble = "%d decisions %s, nothing will be learnt from them: %s"
+        logger.error(trouble, count, fate, why, exc_info=fault)

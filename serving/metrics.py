@@ -111,7 +111,8 @@ VIEW_LAG = Gauge(
 )
 VIEW_FAILURES = Counter(
     "serving_view_failures",
-    "Times that the log could not be read, by kind: unavailable (retried), gap (retention took unread records).",
+    "Times that the log could not be read, by kind: unavailable (retried), gap (retention took unread records), fault "
+    "(a bug, look at the log; the records in hand are passed over).",
     ["kind"],
     registry=REGISTRY,
 )

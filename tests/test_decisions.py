@@ -21,7 +21,7 @@ class Scripted:
     def __init__(self) -> None:
         self.gate = threading.Event()
         self.gate.set()
-        self.errors: list[LogError] = []  # raised by the next sends, last first
+        self.errors: list[Exception] = []  # raised by the next sends, last first
         self.sent: list[bytes] = []
         self.failed = 0
 
@@ -100,6 +100,18 @@ def test_what_the_log_refuses_later_is_counted_as_lost(producer, writer):
     writer.write(decision(0))
     producer.failed = 2
     eventually(lambda: count("lost") - before == 3)
+
+
+def test_a_fault_of_the_client_costs_one_decision_and_is_told_with_where_it_came_from(
+    producer, writer, caplog
+):
+    before = count("lost")
+    producer.errors = [RuntimeError("a bug")]
+    for user in range(2):
+        writer.write(decision(user))
+    eventually(lambda: producer.sent == [b"u1"])
+    assert count("lost") - before == 1
+    assert "RuntimeError: a bug" in caplog.text
 
 
 def test_what_is_not_away_when_the_server_must_end_is_an_error(producer):

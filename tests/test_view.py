@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import closing
 
-from serving.view import View, ViewConfig
+from serving.metrics import VIEW_FAILURES
+from serving.view import Follower, View, ViewConfig
 from streaming.chunks import batch_of
+from streaming.log import RecordBatch, open_log
 from streaming.schemas import Codec
+from tests.serving_process import eventually
 
 CODEC = Codec()
 NOW_MS = 1_700_000_000_000
@@ -46,3 +50,33 @@ def test_users_who_just_met_a_new_item_may_be_asked_for_at_any_moment() -> None:
     asker.join()
     assert errors == []
     assert view.history("u")[-1].item_id == "item-99"
+
+
+class Stumbling(View):
+    """Cannot take in the first records that it is given."""
+
+    stumbled = False
+
+    def absorb(self, batch: RecordBatch) -> int:
+        if not self.stumbled:
+            self.stumbled = True
+            raise ZeroDivisionError("a bug")
+        return super().absorb(batch)
+
+
+def test_a_fault_is_said_and_counted_and_the_view_goes_on_with_what_comes_next(tmp_path, caplog) -> None:
+    config, before = ViewConfig(max_users=10), VIEW_FAILURES.labels("fault")._value.get()
+    view = Stumbling(config, CODEC)
+    with closing(open_log(f"sqlite:///{tmp_path}/log.db")) as log, closing(log.producer()) as producer:
+        log.create_topic("events", 1)
+        producer.send("events", b"u", event(1))
+        producer.flush()
+        follower = Follower(log, view, config, time.monotonic)
+        try:
+            assert follower.start(30)
+            producer.send("events", b"u", event(2))
+            assert eventually(lambda: [entry.item_id for entry in view.history("u")]) == ["item-2"]
+        finally:
+            follower.stop()
+    assert VIEW_FAILURES.labels("fault")._value.get() == before + 1
+    assert "own view: ZeroDivisionError('a bug'); retrying\nTraceback" in caplog.text
