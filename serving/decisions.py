@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from serving import metrics
 from streaming.log import LogError, LogFull, LogUnavailable, Producer
-from streaming.schemas import Codec
+from streaming.schemas import DECISION, MOST_BACKOFF_S, Codec, RegistryUnavailable, SchemaError
 
 logger = logging.getLogger(__name__)
 
@@ -22,8 +22,8 @@ _LOOK_S: Final = 1.0  # between two looks at what the producer has given up
 class DecisionWriter:
     """Writes decisions; threads may share one. The log never holds up an answer.
 
-    A thread of its own hands decisions to the producer, which may have to wait for a broker. What cannot be written is
-    counted, and said in the server's log.
+    A thread of its own hands decisions to the producer, which may have to wait for a broker, and asks the schema
+    registry, where there is one, for their frame. What cannot be written is counted, and said in the server's log.
     """
 
     def __init__(
@@ -35,13 +35,14 @@ class DecisionWriter:
         self._topic = topic
         self._clock = clock
         self._spool_bytes = spool_bytes
-        self._waiting: deque[tuple[bytes, bytes]] = deque()
+        self._waiting: deque[tuple[bytes, bytes]] = deque()  # key, body
         self._waiting_bytes = 0
         self._work = threading.Condition()
         self._closing = False
         self._complaint = threading.Lock()
         self._unsaid = 0  # decisions lost since the last complaint
         self._complained_s = float("-inf")
+        self._told_s = float("-inf")  # when it was said that the registry keeps decisions waiting
         self._failed = 0  # of the producer, at the last look
         self._thread = threading.Thread(target=self._run, name="decisions", daemon=True)
         self._thread.start()
@@ -49,12 +50,12 @@ class DecisionWriter:
     def write(self, decision: Mapping[str, Any]) -> bool:
         """Queue one record (fields of proto/decision.avsc); False if it had to be dropped."""
         try:
-            key, value = decision["user_id"].encode(), self._codec.encode_decision(decision)
+            key, body = decision["user_id"].encode(), self._codec.body(DECISION, decision)
             with self._work:
-                if self._waiting_bytes + len(value) > self._spool_bytes:
+                if self._waiting_bytes + len(body) > self._spool_bytes:
                     raise LogFull(f"{len(self._waiting):,} decisions wait, and the log takes none")
-                self._waiting.append((key, value))
-                self._waiting_bytes += len(value)
+                self._waiting.append((key, body))
+                self._waiting_bytes += len(body)
                 self._work.notify()
         except LogError as error:
             self._give_up(1, "dropped", error)
@@ -84,20 +85,33 @@ class DecisionWriter:
             if entry is None or self._hand_over(*entry):
                 self._look()
 
-    def _hand_over(self, key: bytes, value: bytes) -> bool:
+    def _hand_over(self, key: bytes, body: bytes) -> bool:
         """The first that waits, to the producer; False where it must be tried again."""
         try:
-            self._producer.send(self._topic, key, value)
-        except (LogFull, LogUnavailable):
-            with self._work:
-                self._work.wait_for(lambda: self._closing, _RETRY_S)
+            self._producer.send(self._topic, key, self._codec.frame(DECISION) + body)
+        except (LogFull, LogUnavailable) as error:
+            self._put_off(error, _RETRY_S)
+            return False
+        except (
+            SchemaError
+        ) as error:  # a registry that refuses our schema is asked no oftener than one that is down
+            self._put_off(error, MOST_BACKOFF_S)
             return False
         except Exception as error:  # whatever a client may raise: the next one must not wait for ever
             self._give_up(1, "lost", error)
         with self._work:
             self._waiting.popleft()
-            self._waiting_bytes -= len(value)
+            self._waiting_bytes -= len(body)
         return True
+
+    def _put_off(self, error: LogError, pause_s: float) -> None:
+        if isinstance(error, SchemaError | RegistryUnavailable):
+            now = self._clock()
+            if now - self._told_s >= _COMPLAIN_EVERY_S:
+                self._told_s = now
+                logger.warning("decisions wait: %s", error)
+        with self._work:
+            self._work.wait_for(lambda: self._closing, pause_s)
 
     def _look(self) -> None:
         """Whether the producer has given up any."""

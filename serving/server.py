@@ -211,11 +211,11 @@ class PolicyServer:
             self._log.close()
 
     def _register(self) -> None:
-        """Ask the schema registry, where there is one, now rather than while somebody waits for an answer."""
+        """Ask the schema registry, where there is one, now: what is wrong with it is said at the start."""
         try:
             self._codec.register()
         except LogError as error:
-            logger.warning("%s; decisions are dropped until it answers", error)
+            logger.warning("%s; decisions wait until that is mended", error)
 
     def _writer(self, log: Log) -> DecisionWriter:
         spool_bytes = int(self._config.spool_mib * (1 << 20))

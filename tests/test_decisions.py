@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from serving import metrics
 from serving.decisions import DecisionWriter
 from streaming.log import LogError, LogFull, LogUnavailable
-from streaming.schemas import Codec
+from streaming.schemas import DECISION, Codec, Registry
+from tests.registry import FakeRegistry
 from tests.serving_process import eventually
 
 
@@ -23,6 +26,7 @@ class Scripted:
         self.gate.set()
         self.errors: list[Exception] = []  # raised by the next sends, last first
         self.sent: list[bytes] = []
+        self.values: list[bytes | None] = []
         self.failed = 0
 
     def send(self, topic: str, key: bytes, value: bytes | None, timestamp_ms: int | None = None) -> None:
@@ -30,6 +34,7 @@ class Scripted:
         if self.errors:
             raise self.errors.pop()
         self.sent.append(key)
+        self.values.append(value)
 
     def flush(self, timeout_s: float = 30.0) -> int:
         return 0
@@ -61,7 +66,7 @@ def decision(user: int) -> dict[str, object]:
     }
 
 
-SIZE = len(Codec().encode_decision(decision(10)))
+SIZE = len(Codec().body(DECISION, decision(10)))
 
 
 def count(fate: str) -> float:
@@ -112,6 +117,58 @@ def test_a_fault_of_the_client_costs_one_decision_and_is_told_with_where_it_came
     eventually(lambda: producer.sent == [b"u1"])
     assert count("lost") - before == 1
     assert "RuntimeError: a bug" in caplog.text
+
+
+@pytest.fixture
+def writer_by(producer: Scripted) -> Iterator[Callable[[Codec], DecisionWriter]]:
+    """Makes a writer with this codec."""
+    made: list[DecisionWriter] = []
+
+    def make(codec: Codec) -> DecisionWriter:
+        made.append(DecisionWriter(producer, codec, "events", time.monotonic, 5 * SIZE))
+        return made[0]
+
+    yield make
+    with contextlib.suppress(LogError):
+        made[0].close(0.1)
+
+
+def test_an_answer_does_not_wait_for_a_registry_that_is_silent(writer_by):
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes the call, and says nothing
+        writer = writer_by(Codec(f"http://127.0.0.1:{silent.getsockname()[1]}"))
+        writer.write(decision(0))
+        time.sleep(0.2)  # the registry is being asked now
+        began = time.monotonic()
+        assert writer.write(decision(1))
+        assert time.monotonic() - began < 0.1
+
+
+def test_decisions_wait_for_a_registry_that_fails_and_carry_its_id(producer, writer_by, caplog):
+    with FakeRegistry() as registry:
+        registry.failures = [503] * 3
+        codec = Codec(registry=Registry(registry.url, attempts=1, backoff_s=0.01))
+        writer = writer_by(codec)
+        for user in range(2):
+            assert writer.write(decision(user))
+        eventually(lambda: producer.sent == [b"u0", b"u1"])
+        assert [codec.decode(value)[1]["user_id"] for value in producer.values] == ["u0", "u1"]
+        assert producer.values[0].startswith(b"\x00")
+    assert (
+        caplog.text.count(f"decisions wait: schema registry cannot be asked: {registry.url}: HTTP 503") == 1
+    )
+
+
+def test_a_registry_that_refuses_is_asked_no_oftener_than_one_that_is_down(producer, writer_by):
+    with FakeRegistry() as registry:
+        registry.refuse = "incompatible"
+        writer = writer_by(Codec(registry.url))
+        for user in range(3):
+            assert writer.write(decision(user))
+        time.sleep(0.5)
+        assert len(registry.requests) == 3  # look up, compatibility, register
+        with pytest.raises(LogError, match="3 decisions were not written"):
+            writer.close(0.5)
+    assert producer.sent == []
 
 
 def test_what_is_not_away_when_the_server_must_end_is_an_error(producer):
