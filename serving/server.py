@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -44,7 +46,9 @@ class ServingConfig:
             "metavar": "URL",
         }
     )
-    host: str = field(default="127.0.0.1", metadata={"help": "address to listen on; 0.0.0.0: all"})
+    host: str = field(
+        default="127.0.0.1", metadata={"help": "address to listen on; 0.0.0.0 (or ::, IPv6 too): all"}
+    )
     port: int = field(default=50051, metadata={"help": "port to listen on; 0..65535 (0: any free one)"})
     label: str = field(
         default="stable", metadata={"help": "which label of the store to follow: stable, canary"}
@@ -192,7 +196,7 @@ class PolicyServer:
                 self._view_config.warm_up_s,
             )
         self._service.warm_up()
-        port = self._open(self._config.port if port is None else port)
+        port = listen(self._server, self._config.host, self._config.port if port is None else port)
         self._server.start()
         self._set_health(health_pb2.HealthCheckResponse.SERVING)
         return port
@@ -237,13 +241,6 @@ class PolicyServer:
         reflection.enable_server_reflection(names, server, pool=Symbols())
         return server
 
-    def _open(self, port: int) -> int:
-        address = f"{self._config.host}:{port}"
-        try:
-            return int(self._server.add_insecure_port(address))
-        except RuntimeError:
-            raise OSError(f"cannot listen on {address}: is it taken? choose another --port") from None
-
     def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for name in _HEALTH_SERVICES:
             self._health.set(name, status)
@@ -257,6 +254,41 @@ def _call_threads(count: int) -> ThreadPoolExecutor:
     for _ in range(count):
         pool.submit(all_there.wait)
     return pool
+
+
+def listen(server: grpc.Server, host: str, port: int) -> int:
+    """Open the port; returns it. Raises: OSError that says why it cannot be."""
+    try:
+        return int(server.add_insecure_port(address_of(host, port)))
+    except RuntimeError as error:
+        raise _why_not(host, port) or OSError(str(error)) from None
+
+
+def _why_not(host: str, port: int) -> OSError | None:
+    """What keeps us from listening there, which gRPC does not say; None: nothing any more."""
+    try:
+        for family, kind, _, _, place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(place)
+    except OSError as error:
+        return cannot_listen(host, port, error)
+    return None
+
+
+def cannot_listen(host: str, port: int, error: OSError) -> OSError:
+    """The error with where it was, and which flag to change."""
+    flag = "--port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
+    return OSError(f"cannot listen on {address_of(host, port)}: {error.strerror}; choose another {flag}")
+
+
+def address_of(host: str, port: int) -> str:
+    """Host and port as one.
+
+    >>> address_of("127.0.0.1", 50051), address_of("::1", 50051)
+    ('127.0.0.1:50051', '[::1]:50051')
+    """
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 class Symbols:

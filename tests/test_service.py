@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,7 @@ from serving import policy_pb2 as pb
 from serving import policy_pb2_grpc
 from serving.metrics import REQUESTS
 from serving.ranking import Ranker
+from serving.server import listen
 from serving.service import Service
 from serving.view import View, ViewConfig
 from serving.weights import WeightsFollower
@@ -75,3 +77,20 @@ def test_a_fault_of_the_server_is_internal_and_tells_the_caller_nothing_of_it(tm
             assert refused.value.details() == "a fault of the server; its log has more"
     assert caplog.text.count('KeyError: "user-17\'s secret"') == 3
     assert REQUESTS.labels("Recommend", "INTERNAL")._value.get() == before + 1
+
+
+def test_it_listens_on_an_ipv6_address():
+    assert listen(grpc.server(ThreadPoolExecutor(1)), "::1", 0) > 0
+
+
+def test_why_it_cannot_listen_is_said_with_the_flag_to_change():
+    with contextlib.ExitStack() as closing:
+        taken = closing.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1]
+        for host, port, why in (
+            ("127.0.0.1", taken, f"127.0.0.1:{taken}: Address already in use; choose another --port"),
+            ("nosuch.invalid", 5, "nosuch.invalid:5: Name or service not known; choose another --host"),
+            ("192.0.2.1", 5, "192.0.2.1:5: Cannot assign requested address; choose another --host"),
+        ):
+            server = grpc.server(ThreadPoolExecutor(1), options=[("grpc.so_reuseport", 0)])
+            with pytest.raises(OSError, match=f"^cannot listen on {why}$"):
+                listen(server, host, port)

@@ -759,6 +759,14 @@ def test_a_server_killed_outright_knows_its_users_again_after_a_restart(world: W
         assert ITEMS[0] not in shown(client.recommend(ask(slate_size=30)))  # caught up before the port opened
 
 
+def test_it_listens_on_ipv6(world: World) -> None:
+    with world.server("--host", "::", "--processes", "2") as server:
+        with Client(f"[::1]:{server.port}") as client:
+            client.wait(30)
+            assert client.policy().label == "stable"
+        assert server.terminate() == 0
+
+
 def test_metrics_are_there_for_prometheus(world: World) -> None:
     publish(world.store, ITEMS)
     with socket.socket() as probe:
