@@ -104,6 +104,12 @@ class _Label(NamedTuple):
     epoch: int  # of the learner that set it
 
 
+def store_url(text: str) -> str:
+    """The text, if it is a path or a URL that a store can be opened at. Raises: ValueError."""
+    open_blobs(text)
+    return text
+
+
 class WeightStore:
     """Publishes and reads versions; one thread at a time, any number of processes.
 

@@ -21,6 +21,7 @@ from grpc_reflection.v1alpha import reflection
 from learner.compiled import compile_q
 from learner.exploration import Exploration, Kind
 from learner.policy import use_threads
+from learner.weights import store_url
 from serving import metrics
 from serving.decisions import DecisionWriter
 from serving.ranking import Ranker
@@ -44,6 +45,7 @@ class ServingConfig:
         metadata={
             "help": "weight store to follow: a directory, or any fsspec URL (s3://...)",
             "metavar": "URL",
+            "parse": store_url,
         }
     )
     host: str = field(

@@ -799,6 +799,10 @@ def test_metrics_are_there_for_prometheus(world: World) -> None:
             ["--log", "redis://x"],
             "serving: 'redis://x' is no log; use kafka://host:9092 or sqlite:///path.db",
         ),
+        (
+            ["--weights", "nosuch://x"],
+            "serving: argument --weights: cannot open 'nosuch://x': Protocol not known: nosuch",
+        ),
     ],
 )
 def test_a_wrong_command_line_ends_in_one_line(
