@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
@@ -129,6 +130,13 @@ USERS_FORGOTTEN = Gauge(
 
 
 def expose(port: int, host: str) -> int:
-    """Serve the metrics over HTTP from a daemon thread; returns the port, which is chosen freely for port 0."""
-    server, _ = start_http_server(port, addr=host, registry=REGISTRY)
+    """Serve the metrics over HTTP from a daemon thread; returns the port, which is chosen freely for port 0.
+
+    Raises: OSError naming the flag to change.
+    """
+    try:
+        server, _ = start_http_server(port, addr=host, registry=REGISTRY)
+    except OSError as error:
+        flag = "--metrics-port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
+        raise OSError(f"metrics port {port} of {host}: {error.strerror}; choose another {flag}") from None
     return int(server.server_port)

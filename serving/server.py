@@ -121,7 +121,7 @@ class ServingConfig:
             "threads": (1, 1000),
             "max_streams": (0, self.threads - 1),
             "weights_poll_s": (0.01, 60),
-            "metrics_port": (0, 65535),
+            "metrics_port": (0, 65536 - self.processes),
             "drain_s": (0, 600),
             "spool_mib": (0.001, 65536),
             "seed": (0, 2**63),

@@ -16,7 +16,7 @@ import pytest
 from learner.exploration import GREEDY
 from serving import policy_pb2 as pb
 from serving import policy_pb2_grpc
-from serving.metrics import REQUESTS
+from serving.metrics import REQUESTS, expose
 from serving.ranking import Ranker
 from serving.server import listen
 from serving.service import Service
@@ -94,3 +94,13 @@ def test_why_it_cannot_listen_is_said_with_the_flag_to_change():
             server = grpc.server(ThreadPoolExecutor(1), options=[("grpc.so_reuseport", 0)])
             with pytest.raises(OSError, match=f"^cannot listen on {why}$"):
                 listen(server, host, port)
+
+
+def test_why_metrics_cannot_be_served_is_said_with_the_flag_to_change():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        why = f"metrics port {port} of 127.0.0.1: Address already in use; choose another --metrics-port"
+        with pytest.raises(OSError, match=f"^{why}$"):
+            expose(port, "127.0.0.1")
+    with pytest.raises(OSError, match="Name or service not known; choose another --host"):
+        expose(5, "nosuch.invalid")

@@ -793,6 +793,10 @@ def test_metrics_are_there_for_prometheus(world: World) -> None:
     ("arguments", "line"),
     [
         (["--epsilon", "2"], "serving: epsilon must be within 0..1, not 2.0"),
+        (
+            ["--processes", "4", "--metrics-port", "65533"],
+            "serving: metrics_port must be within 0..65532, not 65533",
+        ),
         (["--epsilom", "0.1"], "serving: no such flag --epsilom; did you mean '--epsilon'?"),
         (["--network", "offline"], "serving: --network: no such choice 'offline'; did you mean 'online'?"),
         (
