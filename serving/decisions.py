@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, Final
 
 from serving import metrics
@@ -39,8 +41,10 @@ class DecisionWriter:
         self._waiting_bytes = 0
         self._work = threading.Condition()
         self._closing = False
+        self._end_s = float("inf")  # of the time for what waits, once closing
         self._complaint = threading.Lock()
         self._unsaid = 0  # decisions lost since the last complaint
+        self._given_up = 0  # dropped or lost, since the drain began
         self._complained_s = float("-inf")
         self._told_s = float("-inf")  # when it was said that the registry keeps decisions waiting
         self._failed = 0  # of the producer, at the last look
@@ -63,23 +67,37 @@ class DecisionWriter:
         metrics.DECISIONS.labels("queued").inc()
         return True
 
+    def begin_drain(self) -> None:
+        """What is given up from now on makes `close` raise; what was before has been counted."""
+        with suppress(LogError):
+            self._producer.flush(0.0)  # it tells of what failed once
+        with self._complaint:
+            self._given_up = 0
+
     def close(self, timeout_s: float) -> None:
-        """Wait until all that was queued is durable. Raises LogError, naming the count, if it could not be."""
+        """Wait until all that was queued is durable. Raises LogError, naming counts, for what is not or was lost."""
         end_s = self._clock() + timeout_s
         with self._work:
-            self._closing = True
+            self._closing, self._end_s = True, end_s
             self._work.notify()
         self._thread.join(timeout_s)
-        left = len(self._waiting)
-        self._producer.close(max(0.1, end_s - self._clock()))
-        if left:
-            raise LogError(f"{left} decisions were not written within {timeout_s:g} s")
+        trouble = []
+        if left := len(self._waiting):
+            trouble.append(f"{left} decisions were not written within {timeout_s:g} s")
+        if self._given_up:
+            trouble.append(f"{self._given_up} decisions were dropped or lost while all was to end")
+        try:
+            self._producer.close(max(0.1, end_s - self._clock()))
+        except LogError as error:
+            trouble.append(str(error))
+        if trouble:
+            raise LogError("; ".join(trouble))
 
     def _run(self) -> None:
         while True:
             with self._work:
                 self._work.wait_for(lambda: self._waiting or self._closing, _LOOK_S)
-                if self._closing and not self._waiting:
+                if self._closing and not (self._waiting and self._clock() < self._end_s):
                     return
                 entry = self._waiting[0] if self._waiting else None
             if entry is None or self._hand_over(*entry):
@@ -110,8 +128,9 @@ class DecisionWriter:
             if now - self._told_s >= _COMPLAIN_EVERY_S:
                 self._told_s = now
                 logger.warning("decisions wait: %s", error)
+        time.sleep(_RETRY_S)  # closing or not: else it would be asked without a pause
         with self._work:
-            self._work.wait_for(lambda: self._closing, pause_s)
+            self._work.wait_for(lambda: self._closing, pause_s - _RETRY_S)
 
     def _look(self) -> None:
         """Whether the producer has given up any."""
@@ -124,6 +143,7 @@ class DecisionWriter:
         metrics.DECISIONS.labels(fate).inc(count)
         with self._complaint:
             self._unsaid += count
+            self._given_up += count
             if self._clock() - self._complained_s < _COMPLAIN_EVERY_S:
                 return
             count, self._unsaid, self._complained_s = self._unsaid, 0, self._clock()

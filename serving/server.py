@@ -204,8 +204,11 @@ class PolicyServer:
         return port
 
     def drain(self) -> None:
-        """Turn away new calls, finish the open ones, make every decision durable. Raises LogError if one was lost."""
+        """Turn away new calls, finish the open ones, make every decision durable. Raises LogError if one was lost
+        or dropped meanwhile."""
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        if self._decisions is not None:
+            self._decisions.begin_drain()
         self._service.draining = True
         self._server.stop(self._config.drain_s).wait()
         self._weights.stop()

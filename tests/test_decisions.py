@@ -28,8 +28,10 @@ class Scripted:
         self.sent: list[bytes] = []
         self.values: list[bytes | None] = []
         self.failed = 0
+        self.tries = 0
 
     def send(self, topic: str, key: bytes, value: bytes | None, timestamp_ms: int | None = None) -> None:
+        self.tries += 1
         self.gate.wait(30)
         if self.errors:
             raise self.errors.pop()
@@ -53,6 +55,7 @@ def writer(producer: Scripted) -> Iterator[DecisionWriter]:
     writer = DecisionWriter(producer, Codec(), "events", time.monotonic, 5 * SIZE)
     yield writer
     producer.gate.set()
+    writer.begin_drain()
     writer.close(10.0)
 
 
@@ -178,3 +181,27 @@ def test_what_is_not_away_when_the_server_must_end_is_an_error(producer):
     with pytest.raises(LogError, match="1 decisions were not written"):
         writer.close(0.2)
     producer.gate.set()
+
+
+def test_a_producer_that_stays_full_while_the_server_ends_is_not_asked_without_a_pause(producer):
+    writer = DecisionWriter(producer, Codec(), "events", time.monotonic, 5 * SIZE)
+    producer.errors = [LogFull("full")] * 1_000_000
+    writer.write(decision(0))
+    with pytest.raises(LogError, match="1 decisions were not written within 1 s"):
+        writer.close(1.0)
+    assert 2 <= producer.tries <= 8
+    tries = producer.tries
+    time.sleep(0.5)
+    assert producer.tries == tries  # and no more once it has ended
+
+
+def test_what_is_refused_while_the_server_ends_is_an_error_and_what_was_before_is_not(producer):
+    writer = DecisionWriter(producer, Codec(), "events", time.monotonic, 5 * SIZE)
+    producer.errors, before = [LogError("too large")], count("lost")
+    writer.write(decision(0))
+    eventually(lambda: count("lost") == before + 1)
+    writer.begin_drain()
+    producer.errors = [LogError("too large")]
+    writer.write(decision(1))
+    with pytest.raises(LogError, match=r"^1 decisions were dropped or lost while all was to end$"):
+        writer.close(10.0)

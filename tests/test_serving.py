@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import os
+import queue
 import re
 import shutil
 import signal
@@ -650,6 +651,29 @@ def test_a_drain_finishes_what_was_begun_and_loses_no_decision(world: World) -> 
     assert statuses[:1] == [health_pb2.HealthCheckResponse.NOT_SERVING]
     assert len(load.answers) > 300
     assert {answer.recommendation_id for answer in load.answers} <= world.decisions().keys()
+
+
+def test_a_drain_that_loses_a_decision_ends_with_1_and_says_how_many(tmp_path: Path) -> None:
+    log = open_log(f"sqlite:///{tmp_path}/log.db")
+    log.create_topic("catalog", 1, compacted=True)  # and no topic for decisions
+    log.close()
+    publish(WeightStore(f"{tmp_path}/weights"), ITEMS)
+    asked: queue.Queue[pb.RecommendRequest | None] = queue.Queue()
+    with (
+        ServerProcess("--weights", f"{tmp_path}/weights", "--log", log.url) as server,
+        server.client() as client,
+    ):
+        answers = client.stream(iter(asked.get, None))
+        asked.put(ask())
+        assert next(answers).slate
+        eventually(lambda: "1 decisions lost" in server.stderr())
+        server.process.send_signal(signal.SIGTERM)
+        eventually(lambda: "draining" in server.stderr())
+        asked.put(ask())
+        assert next(answers).slate
+        asked.put(None)
+        assert server.process.wait(30) == 1
+        assert "1 decisions were dropped or lost while all was to end" in server.stderr().splitlines()[-1]
 
 
 def test_new_weights_under_load_are_swapped_whole(world: World) -> None:
