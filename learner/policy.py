@@ -67,7 +67,7 @@ class Candidate(NamedTuple):
     category: str | None = None
     brand: str | None = None
     price: float | None = None
-    vector: Sequence[float] = ()
+    vector: Sequence[float] | npt.NDArray[np.float32] = ()
 
     @property
     def says_something(self) -> bool:

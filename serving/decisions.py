@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from serving import metrics
 from streaming.log import LogError, LogFull, LogUnavailable, Producer
@@ -19,6 +19,13 @@ logger = logging.getLogger(__name__)
 _COMPLAIN_EVERY_S: Final = 10.0
 _RETRY_S: Final = 0.2  # between two tries to hand a decision to a producer that takes none
 _LOOK_S: Final = 1.0  # between two looks at what the producer has given up
+
+
+class Encoded(NamedTuple):
+    """A decision record, but for its frame."""
+
+    key: bytes
+    body: bytes
 
 
 class DecisionWriter:
@@ -37,7 +44,7 @@ class DecisionWriter:
         self._topic = topic
         self._clock = clock
         self._spool_bytes = spool_bytes
-        self._waiting: deque[tuple[bytes, bytes]] = deque()  # key, body
+        self._waiting: deque[Encoded] = deque()
         self._waiting_bytes = 0
         self._work = threading.Condition()
         self._closing = False
@@ -51,15 +58,23 @@ class DecisionWriter:
         self._thread = threading.Thread(target=self._run, name="decisions", daemon=True)
         self._thread.start()
 
-    def write(self, decision: Mapping[str, Any]) -> bool:
-        """Queue one record (fields of proto/decision.avsc); False if it had to be dropped."""
+    def encoded(self, decision: Mapping[str, Any]) -> Encoded | None:
+        """A record (fields of proto/decision.avsc) for `write`; None if it had to be dropped."""
         try:
-            key, body = decision["user_id"].encode(), self._codec.body(DECISION, decision)
+            return Encoded(decision["user_id"].encode(), self._codec.body(DECISION, decision))
+        except LogError as error:
+            self._give_up(1, "dropped", error)
+            return None
+
+    def write(self, decision: Encoded) -> bool:
+        """Queue one record; False if it had to be dropped."""
+        size = len(decision.body)
+        try:
             with self._work:
-                if self._waiting_bytes + len(body) > self._spool_bytes:
+                if self._waiting_bytes + size > self._spool_bytes:
                     raise LogFull(f"{len(self._waiting):,} decisions wait, and the log takes none")
-                self._waiting.append((key, body))
-                self._waiting_bytes += len(body)
+                self._waiting.append(decision)
+                self._waiting_bytes += size
                 self._work.notify()
         except LogError as error:
             self._give_up(1, "dropped", error)

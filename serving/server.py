@@ -34,6 +34,7 @@ from streaming.schemas import Codec
 logger = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES: Final = 64 << 20  # 1000 requests, or 10000 candidates with vectors
+_WAITING: Final = 16  # calls for each thread: who would wait longer than that had better hear of it at once
 _HEALTH_SERVICES: Final = ("", SERVICE)
 
 
@@ -85,6 +86,14 @@ class ServingConfig:
         default=1, metadata={"help": "server processes that share the port; 1..256, each with its own view"}
     )
     threads: int = field(default=32, metadata={"help": "calls worked on at once, per process; 1..1000"})
+    max_calls: int | None = field(
+        default=None,
+        metadata={
+            "help": "calls open at once, per process, with streams and those that wait for a thread; more are turned "
+            "away with RESOURCE_EXHAUSTED; threads..1000000",
+            "shown": f"{_WAITING} times threads",
+        },
+    )
     max_streams: int = field(
         default=16,
         metadata={"help": "RecommendStreams open at once, per process; each takes a thread: < threads"},
@@ -119,6 +128,7 @@ class ServingConfig:
             "slate_size": (1, 1000),
             "processes": (1, 256),
             "threads": (1, 1000),
+            "max_calls": (self.threads, 1_000_000),
             "max_streams": (0, self.threads - 1),
             "weights_poll_s": (0.01, 60),
             "metrics_port": (0, 65536 - self.processes),
@@ -234,6 +244,7 @@ class PolicyServer:
     def _build(self) -> grpc.Server:
         server = grpc.server(
             _call_threads(self._config.threads),
+            maximum_concurrent_rpcs=self._config.max_calls or _WAITING * self._config.threads,
             options=[
                 ("grpc.so_reuseport", int(self._config.processes > 1)),
                 ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),

@@ -11,13 +11,14 @@ from itertools import count
 from typing import Any, Final, NoReturn, TypeVar
 
 import grpc
+import numpy as np
 
 from learner.exploration import GREEDY, Exploration
 from learner.policy import Candidate, Entry
 from serving import metrics
 from serving import policy_pb2 as pb
 from serving.batching import Batcher, DeadlinePassed
-from serving.decisions import DecisionWriter
+from serving.decisions import DecisionWriter, Encoded
 from serving.ranking import Answer, Query, Ranker
 from serving.requests import Invalid, check_batch, check_recommend, parse
 from serving.variety import Variety
@@ -85,11 +86,16 @@ class Service:
     ) -> list[pb.RecommendResponse]:
         """Answers to checked requests, in their order; each has left its decision record in the log's queue.
 
-        deadline_s: on time.monotonic's clock. Raises: DeadlinePassed.
+        Taken by cuts of one batch: what ranking needs of a request is larger than the request.
+        deadline_s: on time.monotonic's clock. Raises: DeadlinePassed; then no decision is left.
         """
-        queries = [self._query(request) for request in requests]
-        answers = self._batcher.run(queries, deadline_s)
-        return [self._settle(*three) for three in zip(requests, queries, answers, strict=True)]
+        settled: list[tuple[pb.RecommendResponse, Encoded | None]] = []
+        for start in range(0, len(requests), _MAX_BATCH):
+            settled += self._settled(requests[start : start + _MAX_BATCH], deadline_s)
+        for _, decision in settled:
+            if decision is not None and self._decisions is not None:
+                self._decisions.write(decision)
+        return [response for response, _ in settled]
 
     def warm_up(self) -> None:
         """Answer one made-up request, so that no caller waits for what is compiled or built at first use."""
@@ -169,7 +175,15 @@ class Service:
 
         return guarded
 
-    # --- one request -----------------------------------------------------------------------------------------
+    # --- requests --------------------------------------------------------------------------------------------
+
+    def _settled(
+        self, requests: Sequence[pb.RecommendRequest], deadline_s: float
+    ) -> list[tuple[pb.RecommendResponse, Encoded | None]]:
+        """One batch of them: answers, and the decisions to be written, if any."""
+        queries = [self._query(request) for request in requests]
+        answers = self._batcher.run(queries, deadline_s)
+        return [self._settle(*three) for three in zip(requests, queries, answers, strict=True)]
 
     def _query(self, request: pb.RecommendRequest) -> Query:
         now_ms = request.timestamp_ms or self._now_ms()
@@ -190,7 +204,10 @@ class Service:
             candidates=[_candidate(candidate) for candidate in request.candidates],
         )
 
-    def _settle(self, request: pb.RecommendRequest, query: Query, answer: Answer) -> pb.RecommendResponse:
+    def _settle(
+        self, request: pb.RecommendRequest, query: Query, answer: Answer
+    ) -> tuple[pb.RecommendResponse, Encoded | None]:
+        decision = None
         recommendation_id = f"{self._instance}-{next(self._numbers):x}"
         if query.candidates:  # the log may say so only after the user's next request, or not at all
             shown = set(answer.item_ids)
@@ -204,8 +221,8 @@ class Service:
             if answer.policy_version:
                 self._variety.saw(answer.item_ids)
             if self._decisions is not None:
-                self._decisions.write(_decision(recommendation_id, request, query, answer))
-        return pb.RecommendResponse(
+                decision = self._decisions.encoded(_decision(recommendation_id, request, query, answer))
+        response = pb.RecommendResponse(
             recommendation_id=recommendation_id,
             slate=[
                 pb.Slot(item_id=item_id, propensity=propensity, q=q, explored=explored)
@@ -218,6 +235,7 @@ class Service:
             epsilon=query.epsilon,
             exploration=str(answer.exploration),
         )
+        return response, decision
 
 
 def _serialize(response: Any) -> bytes:
@@ -263,7 +281,7 @@ def _decision(
         "epsilon": query.epsilon if answer.exploration.kind == "greedy" else 0.0,
         "policy_version": answer.policy_version,
         "strategy": pb.Strategy.Name(answer.strategy),
-        "candidates": [candidate._asdict() for candidate in query.candidates] or None,
+        "candidates": [_told(candidate) for candidate in query.candidates] or None,
     }
 
 
@@ -273,8 +291,17 @@ def _candidate(candidate: pb.Candidate) -> Candidate:
         candidate.category or None,
         candidate.brand or None,
         candidate.price if candidate.HasField("price") else None,
-        list(candidate.vector),
+        # a tenth of a list's memory
+        np.array(candidate.vector, np.float32) if candidate.vector else (),
     )
+
+
+def _told(candidate: Candidate) -> dict[str, Any]:
+    """As a decision record has it: fastavro takes lists only."""
+    vector = candidate.vector
+    return candidate._asdict() | {
+        "vector": vector.tolist() if isinstance(vector, np.ndarray) else list(vector)
+    }
 
 
 def _describe(response: pb.GetPolicyResponse, served: Served, now_ms: int) -> None:

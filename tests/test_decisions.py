@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from serving import metrics
-from serving.decisions import DecisionWriter
+from serving.decisions import DecisionWriter, Encoded
 from streaming.log import LogError, LogFull, LogUnavailable
 from streaming.schemas import DECISION, Codec, Registry
 from tests.registry import FakeRegistry
@@ -69,6 +69,10 @@ def decision(user: int) -> dict[str, object]:
     }
 
 
+def record(user: int) -> Encoded:
+    return Encoded(b"u%d" % user, Codec().body(DECISION, decision(user)))
+
+
 SIZE = len(Codec().body(DECISION, decision(10)))
 
 
@@ -79,7 +83,7 @@ def count(fate: str) -> float:
 def test_an_answer_does_not_wait_for_a_log_that_cannot_be_reached(producer, writer):
     producer.gate.clear()
     began = time.monotonic()
-    assert all(writer.write(decision(user)) for user in range(3))
+    assert all(writer.write(record(user)) for user in range(3))
     assert time.monotonic() - began < 1
     producer.gate.set()
     eventually(lambda: producer.sent == [b"u0", b"u1", b"u2"])
@@ -88,14 +92,14 @@ def test_an_answer_does_not_wait_for_a_log_that_cannot_be_reached(producer, writ
 def test_what_the_log_cannot_take_now_is_tried_again_in_order(producer, writer):
     producer.errors = [LogFull("full"), LogUnavailable("away")]
     for user in range(3):
-        writer.write(decision(user))
+        writer.write(record(user))
     eventually(lambda: producer.sent == [b"u0", b"u1", b"u2"])
 
 
 def test_what_finds_no_room_is_dropped_and_counted(producer, writer, caplog):
     producer.gate.clear()
     before = count("dropped")
-    taken = [writer.write(decision(user)) for user in range(10, 30)]
+    taken = [writer.write(record(user)) for user in range(10, 30)]
     assert count("dropped") - before == taken.count(False) == 15
     assert "1 decisions dropped, nothing will be learnt" in caplog.text  # and no line for each of the rest
     producer.gate.set()
@@ -105,7 +109,7 @@ def test_what_finds_no_room_is_dropped_and_counted(producer, writer, caplog):
 def test_what_the_log_refuses_later_is_counted_as_lost(producer, writer):
     before = count("lost")
     producer.errors = [LogError("too large")]
-    writer.write(decision(0))
+    writer.write(record(0))
     producer.failed = 2
     eventually(lambda: count("lost") - before == 3)
 
@@ -116,7 +120,7 @@ def test_a_fault_of_the_client_costs_one_decision_and_is_told_with_where_it_came
     before = count("lost")
     producer.errors = [RuntimeError("a bug")]
     for user in range(2):
-        writer.write(decision(user))
+        writer.write(record(user))
     eventually(lambda: producer.sent == [b"u1"])
     assert count("lost") - before == 1
     assert "RuntimeError: a bug" in caplog.text
@@ -139,10 +143,10 @@ def writer_by(producer: Scripted) -> Iterator[Callable[[Codec], DecisionWriter]]
 def test_an_answer_does_not_wait_for_a_registry_that_is_silent(writer_by):
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes the call, and says nothing
         writer = writer_by(Codec(f"http://127.0.0.1:{silent.getsockname()[1]}"))
-        writer.write(decision(0))
+        writer.write(record(0))
         time.sleep(0.2)  # the registry is being asked now
         began = time.monotonic()
-        assert writer.write(decision(1))
+        assert writer.write(record(1))
         assert time.monotonic() - began < 0.1
 
 
@@ -152,7 +156,7 @@ def test_decisions_wait_for_a_registry_that_fails_and_carry_its_id(producer, wri
         codec = Codec(registry=Registry(registry.url, attempts=1, backoff_s=0.01))
         writer = writer_by(codec)
         for user in range(2):
-            assert writer.write(decision(user))
+            assert writer.write(record(user))
         eventually(lambda: producer.sent == [b"u0", b"u1"])
         assert [codec.decode(value)[1]["user_id"] for value in producer.values] == ["u0", "u1"]
         assert producer.values[0].startswith(b"\x00")
@@ -166,7 +170,7 @@ def test_a_registry_that_refuses_is_asked_no_oftener_than_one_that_is_down(produ
         registry.refuse = "incompatible"
         writer = writer_by(Codec(registry.url))
         for user in range(3):
-            assert writer.write(decision(user))
+            assert writer.write(record(user))
         time.sleep(0.5)
         assert len(registry.requests) == 3  # look up, compatibility, register
         with pytest.raises(LogError, match="3 decisions were not written"):
@@ -177,7 +181,7 @@ def test_a_registry_that_refuses_is_asked_no_oftener_than_one_that_is_down(produ
 def test_what_is_not_away_when_the_server_must_end_is_an_error(producer):
     writer = DecisionWriter(producer, Codec(), "events", time.monotonic, 5 * SIZE)
     producer.gate.clear()
-    writer.write(decision(0))
+    writer.write(record(0))
     with pytest.raises(LogError, match="1 decisions were not written"):
         writer.close(0.2)
     producer.gate.set()
@@ -186,7 +190,7 @@ def test_what_is_not_away_when_the_server_must_end_is_an_error(producer):
 def test_a_producer_that_stays_full_while_the_server_ends_is_not_asked_without_a_pause(producer):
     writer = DecisionWriter(producer, Codec(), "events", time.monotonic, 5 * SIZE)
     producer.errors = [LogFull("full")] * 1_000_000
-    writer.write(decision(0))
+    writer.write(record(0))
     with pytest.raises(LogError, match="1 decisions were not written within 1 s"):
         writer.close(1.0)
     assert 2 <= producer.tries <= 8
@@ -198,10 +202,10 @@ def test_a_producer_that_stays_full_while_the_server_ends_is_not_asked_without_a
 def test_what_is_refused_while_the_server_ends_is_an_error_and_what_was_before_is_not(producer):
     writer = DecisionWriter(producer, Codec(), "events", time.monotonic, 5 * SIZE)
     producer.errors, before = [LogError("too large")], count("lost")
-    writer.write(decision(0))
+    writer.write(record(0))
     eventually(lambda: count("lost") == before + 1)
     writer.begin_drain()
     producer.errors = [LogError("too large")]
-    writer.write(decision(1))
+    writer.write(record(1))
     with pytest.raises(LogError, match=r"^1 decisions were dropped or lost while all was to end$"):
         writer.close(10.0)

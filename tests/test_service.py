@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Iterator
+import time
+import tracemalloc
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,23 +16,29 @@ import numpy as np
 import pytest
 
 from learner.exploration import GREEDY
+from learner.weights import WeightStore
 from serving import policy_pb2 as pb
 from serving import policy_pb2_grpc
+from serving.batching import DeadlinePassed
+from serving.decisions import DecisionWriter
 from serving.metrics import REQUESTS, expose
-from serving.ranking import Ranker
+from serving.ranking import Answer, Query, Ranker
 from serving.server import listen
 from serving.service import Service
 from serving.view import View, ViewConfig
 from serving.weights import WeightsFollower
 from streaming.schemas import Codec
+from tests.serving_process import publish
+from tests.test_decisions import Scripted
 
 NOW_MS = 1_700_000_000_000
 
 
 def service_of(folder: Path, **changes: Any) -> Service:
-    """One without weights or log."""
+    """One with the weights in this folder, if any, and without a log."""
     view = View(ViewConfig(max_users=10), Codec())
     weights = WeightsFollower(str(folder), "stable", "target", 60.0)
+    weights.look()
     settings: dict[str, Any] = {
         "view": view,
         "weights": weights,
@@ -104,3 +112,42 @@ def test_why_metrics_cannot_be_served_is_said_with_the_flag_to_change():
             expose(port, "127.0.0.1")
     with pytest.raises(OSError, match="Name or service not known; choose another --host"):
         expose(5, "nosuch.invalid")
+
+
+def test_a_large_batch_is_taken_by_cuts_and_its_vectors_take_no_more_memory_than_its_message(tmp_path):
+    publish(WeightStore(tmp_path), ["a", "b"])
+    service = service_of(tmp_path)
+    vector = np.linspace(0, 1, 256).tolist()
+    offered = [pb.Candidate(item_id=f"c{i}", vector=vector) for i in range(100)]
+    requests = [
+        pb.RecommendRequest(user_id=f"u{i}", candidates=offered, timestamp_ms=NOW_MS) for i in range(130)
+    ]
+    service.warm_up()
+    tracemalloc.start()
+    try:
+        answers = service.recommend(requests)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert [len(answer.slate) for answer in answers] == [2] * 130
+    assert peak < 130 * 100 * 256 * 4
+
+
+def test_a_call_whose_deadline_passes_between_its_cuts_leaves_no_decision(tmp_path):
+    class Slow(Ranker):
+        def rank(self, queries: Sequence[Query]) -> list[Answer]:
+            time.sleep(0.2)
+            return super().rank(queries)
+
+    view, producer = View(ViewConfig(max_users=10), Codec()), Scripted()
+    writer = DecisionWriter(producer, Codec(), "events", time.monotonic, 1 << 20)
+    weights = WeightsFollower(str(tmp_path), "stable", "target", 60.0)
+    service = service_of(
+        tmp_path, ranker=Slow(weights, view, np.random.default_rng(0)), view=view, decisions=writer
+    )
+    requests = [pb.RecommendRequest(user_id="u", candidates=[pb.Candidate(item_id="a")])] * 130
+    with pytest.raises(DeadlinePassed):
+        service.recommend(requests, time.monotonic() + 0.3)
+    assert len(service.recommend(requests[:70])) == 70
+    writer.close(10.0)
+    assert len(producer.sent) == 70

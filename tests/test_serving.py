@@ -534,6 +534,18 @@ def test_a_stream_too_many_is_turned_away_and_calls_go_on(world: World) -> None:
         assert eventually(lambda: _streams(client))
 
 
+def test_calls_too_many_are_turned_away_at_once(world: World) -> None:
+    publish(world.store, ITEMS)
+    flags = ("--threads", "1", "--max-streams", "0", "--max-calls", "2")
+    with world.server(*flags) as server, server.client(retries=0) as client:
+        stub, large = client._stub(), pb.BatchRecommendRequest(requests=[ask()] * 500)
+        calls = [stub.BatchRecommend.future(large, timeout=60) for _ in range(10)]
+        codes = [call.code() for call in calls]
+        assert set(codes) == {grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED}
+        assert codes.count(grpc.StatusCode.OK) < 10
+        assert len(client.recommend(ask()).slate) == 10
+
+
 def _streams(client: Client) -> bool:
     with contextlib.suppress(grpc.RpcError):
         return len(next(client.stream([ask()])).slate) == 10
