@@ -15,7 +15,7 @@ import grpc
 import numpy as np
 import pytest
 
-from learner.exploration import GREEDY
+from learner.exploration import GREEDY, Exploration
 from learner.weights import WeightStore
 from serving import policy_pb2 as pb
 from serving import policy_pb2_grpc
@@ -131,6 +131,26 @@ def test_a_large_batch_is_taken_by_cuts_and_its_vectors_take_no_more_memory_than
         tracemalloc.stop()
     assert [len(answer.slate) for answer in answers] == [2] * 130
     assert peak < 130 * 100 * 256 * 4
+
+
+def test_thompsons_draws_take_no_more_memory_for_many_users_than_for_few(tmp_path):
+    items = [f"item-{i}" for i in range(5000)]
+    publish(WeightStore(tmp_path), items)
+    weights = WeightsFollower(str(tmp_path), "stable", "target", 60.0)
+    weights.look()
+    ranker = Ranker(weights, View(ViewConfig(max_users=10), Codec()), np.random.default_rng(0))
+    query = Query([], NOW_MS, 10, 0.1, set(), (), Exploration("thompson"))
+
+    def peak(users: int) -> int:
+        tracemalloc.start()
+        try:
+            assert all(len(answer.item_ids) == 10 for answer in ranker.rank([query] * users))
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(1)  # what is made at first use
+    assert peak(64) < 1.5 * peak(4)
 
 
 def test_a_call_whose_deadline_passes_between_its_cuts_leaves_no_decision(tmp_path):
