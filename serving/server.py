@@ -7,7 +7,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
@@ -16,7 +16,7 @@ import grpc
 import numpy as np
 from google.protobuf import descriptor_pool
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from learner.compiled import compile_q
 from learner.exploration import Exploration, Kind
@@ -25,7 +25,7 @@ from learner.weights import store_url
 from serving import metrics
 from serving.decisions import DecisionWriter
 from serving.ranking import Ranker
-from serving.service import SERVICE, Service
+from serving.service import SERVICE, Service, Streams
 from serving.view import Follower, View, ViewConfig, compile_view
 from serving.weights import WeightsFollower
 from streaming.log import Log, LogError
@@ -96,7 +96,9 @@ class ServingConfig:
     )
     max_streams: int = field(
         default=16,
-        metadata={"help": "RecommendStreams open at once, per process; each takes a thread: < threads"},
+        metadata={
+            "help": "streams open at once, per process, those of reflection too; each takes a thread: < threads"
+        },
     )
     weights_poll_s: float = field(
         default=0.1, metadata={"help": "how often to look for new weights; seconds, 0.01..60"}
@@ -254,7 +256,8 @@ class PolicyServer:
         server.add_generic_rpc_handlers((self._service.handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, server, pool=Symbols())
+        answering = Reflection(names, self._service.streams)
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(answering, server)
         return server
 
     def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
@@ -305,6 +308,21 @@ def address_of(host: str, port: int) -> str:
     ('127.0.0.1:50051', '[::1]:50051')
     """
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+class Reflection(reflection.ReflectionServicer):  # type: ignore[misc]
+    """What the server offers, for clients that were not told; its streams count as any."""
+
+    def __init__(self, names: Sequence[str], streams: Streams) -> None:
+        super().__init__(names, pool=Symbols())
+        self._streams = streams
+
+    def ServerReflectionInfo(  # noqa: N802 (gRPC's own name)
+        self, requests: Iterator[Any], context: grpc.ServicerContext
+    ) -> Iterator[Any]:
+        """One answer for each question, over one stream."""
+        with self._streams.one("ServerReflectionInfo", context):
+            yield from super().ServerReflectionInfo(requests, context)
 
 
 class Symbols:

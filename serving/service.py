@@ -7,6 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import count
 from typing import Any, Final, NoReturn, TypeVar
 
@@ -31,6 +32,25 @@ SERVICE: Final = "bellwether.v1.Policy"
 _MAX_BATCH: Final = 64  # beyond it a matrix product gains nothing and the first one in waits for the last
 
 Response = TypeVar("Response")
+
+
+class Streams:
+    """Those that are open. Each holds a thread for as long as it lives: too many would leave none for calls."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._free = threading.Semaphore(most)
+
+    @contextmanager
+    def one(self, rpc: str, context: grpc.ServicerContext) -> Iterator[None]:
+        """It is open within the block; where there are too many, the caller is turned away."""
+        if not self._free.acquire(blocking=False):
+            why = f"{self._most} streams are open; close one, call Recommend, or raise --max-streams"
+            _refuse(rpc, context, grpc.StatusCode.RESOURCE_EXHAUSTED, why)
+        try:
+            yield
+        finally:
+            self._free.release()
 
 
 class Service:
@@ -59,7 +79,6 @@ class Service:
         self._epsilon = epsilon
         self._exploration = exploration
         self._slate_size = slate_size
-        self._max_streams = max_streams
         self._instance = instance
         self._now_ms = now_ms
         self._batcher: Batcher[Query, Answer] = Batcher(ranker.rank, _MAX_BATCH, time.monotonic)
@@ -67,7 +86,7 @@ class Service:
         metrics.COVERAGE.set_function(lambda: variety.coverage(ranker.on_offer))
         metrics.GINI.set_function(lambda: variety.gini(ranker.on_offer))
         self._numbers = count(1)  # next() on it is atomic
-        self._streams = threading.Semaphore(max_streams)
+        self.streams: Final = Streams(max_streams)
         self.draining = False  # set by the server: streams end after the answer in hand
 
     def handler(self) -> grpc.GenericRpcHandler:
@@ -117,22 +136,12 @@ class Service:
     def _stream(
         self, requests: Iterator[bytes], context: grpc.ServicerContext
     ) -> Iterator[pb.RecommendResponse]:
-        # a stream holds a thread for as long as it lives: too many would leave none for calls
-        if not self._streams.acquire(blocking=False):
-            _refuse(
-                "RecommendStream",
-                context,
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"{self._max_streams} streams are open; close one, call Recommend, or raise --max-streams",
-            )
-        try:
+        with self.streams.one("RecommendStream", context):
             answer = self._guarded("RecommendStream", self._recommend)
             for data in requests:
                 yield answer(data, context)
                 if self.draining:
                     return
-        finally:
-            self._streams.release()
 
     def _get_policy(self, data: bytes, context: grpc.ServicerContext) -> pb.GetPolicyResponse:
         parse(pb.GetPolicyRequest, data)

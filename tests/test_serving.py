@@ -528,6 +528,11 @@ def test_a_stream_too_many_is_turned_away_and_calls_go_on(world: World) -> None:
         error = refused(lambda: next(client.stream([ask()])))
         assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "--max-streams" in error.details()
+        with server.channel() as channel:
+            reflect = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo
+            question = reflection_pb2.ServerReflectionRequest(list_services="")
+            error = refused(lambda: next(reflect(iter([question]))))
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED  # it takes a thread as well
         assert len(client.recommend(ask()).slate) == 10
         gate.set()
         assert list(first) == []
