@@ -28,7 +28,7 @@ from learner.journal import Journal
 from learner.learner import READABLE_FORMATS, join_states
 from learner.replay import Contents, Replay
 from learner.retelling import Retelling, first_offset, open_steps, read_partition, rows_of
-from learner.weights import WeightsError, WeightStore
+from learner.weights import WeightsError, WeightStore, store_url
 from streaming.columns import Kind, Reason
 from streaming.dead_letters import dlq_topic, late_topic
 from streaming.decoder import Decoder
@@ -58,7 +58,9 @@ class AuditConfig:
 
     name: str = _setting("learner", "the learner's --name")
     data_dir: str = _setting(".bellwether/learner", "the learner's --data-dir", metavar="DIR")
-    weights: str = _setting(".bellwether/weights", "the learner's weight store", metavar="URL")
+    weights: str = _setting(
+        ".bellwether/weights", "the learner's weight store", metavar="URL", parse=store_url
+    )
     topic: str | None = _setting(
         None, "refuse a checkpoint of another topic than this", metavar="TOPIC", shown="the checkpoint's"
     )

@@ -30,6 +30,7 @@ from learner.replay import Histories
 from learner.reward_model import FEATURES, Model, RewardModel
 from learner.slate_chances import Judged, judge
 from learner.target_policies import LEAST, LOGGING, Contexts, Learned, Scores, Target, policy_names
+from learner.weights import store_url
 from streaming.catalog import Catalog
 from streaming.columns import Columns, Kind, Reason
 from streaming.interning import Vocabulary
@@ -76,7 +77,7 @@ class EvaluateConfig:
         parse=policy_names,
         metavar="NAME,...",
     )
-    weights: str = _setting(".bellwether/weights", "the weight store", metavar="URL")
+    weights: str = _setting(".bellwether/weights", "the weight store", metavar="URL", parse=store_url)
     label: str = _setting("stable", "which version the policy `weights` is")
     network: Literal["online", "target"] = _setting(
         "target", "which of a version's two networks, as at a server"

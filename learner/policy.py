@@ -13,7 +13,7 @@ rank (the server's batcher sees to it); the next version may be made meanwhile.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from functools import lru_cache
 from typing import Any, Final, Literal, NamedTuple
 
@@ -69,7 +69,7 @@ class Candidate(NamedTuple):
     category: str | None = None
     brand: str | None = None
     price: float | None = None
-    vector: Sequence[float] = ()
+    vector: Sequence[float] | npt.NDArray[np.float32] = ()
 
     @property
     def says_something(self) -> bool:
@@ -270,14 +270,29 @@ class Policy:
         shelf, ids = self._shelf_of(candidates)
         return *self._compiled.parts_among(state, shelf, ids), ids
 
-    def scores(self, states: Histories, exploration: Exploration, rng: np.random.Generator) -> list[Scores]:
-        """What `explore` needs of B users, over all items as `q`."""
+    def scores(
+        self, states: Histories, exploration: Exploration, rng: np.random.Generator
+    ) -> Iterator[Scores]:
+        """What `explore` needs of B users, over all items as `q`: one by one, for what thompson draws of each is DRAWS
+        times as large as its Q."""
         if exploration.kind != "thompson":
-            return [Scores(q) for q in self.q(states)]
+            return map(Scores, self.q(states))
         with torch.inference_mode():
-            log_odds, gain, value, phi = self._compiled.parts(states)
-            deviation = exploration.scale * self._doubt.deviation(phi)
-            return [_drawn(*parts, rng) for parts in zip(log_odds, gain, value, deviation, strict=True)]
+            parts = self._compiled.parts(states)
+        return (self._drawn(*one, exploration.scale, rng) for one in zip(*parts, strict=True))
+
+    def _drawn(
+        self,
+        log_odds: Tensor,
+        gain: Tensor,
+        value: Tensor,
+        phi: Tensor,
+        scale: float,
+        rng: np.random.Generator,
+    ) -> Scores:
+        with torch.inference_mode():
+            deviation = scale * self._doubt.deviation(phi.unsqueeze(0))
+            return _drawn(log_odds, gain, value, deviation[0], rng)
 
     def scores_of_candidates(
         self,
@@ -309,13 +324,12 @@ class Policy:
 
         eligible: [B, items + 1] or [items + 1], what may be shown; None: all that the catalog has on offer.
         """
-        scores = self.scores(states, exploration, rng)
         allowed = np.broadcast_to(
-            self.on_offer if eligible is None else eligible, (len(scores), len(self.on_offer))
+            self.on_offer if eligible is None else eligible, (len(states.item), len(self.on_offer))
         )
         return [
             _recommendation(mine, explore(exploration, mine, may, k, epsilon, rng))
-            for mine, may in zip(scores, allowed, strict=True)
+            for mine, may in zip(self.scores(states, exploration, rng), allowed, strict=True)
         ]
 
     def recommend_candidates(
@@ -396,8 +410,8 @@ def _drawn(
     log_odds: Tensor, gain: Tensor, value: Tensor, deviation: Tensor, rng: np.random.Generator
 ) -> Scores:
     """Q, [N], and Q as it may be, [DRAWS, N], where log-odds deviate so much. All [N], value [1]."""
-    noise = torch.from_numpy(rng.standard_normal((DRAWS, len(log_odds)), np.float32))
-    drawn = value + torch.sigmoid(log_odds + deviation * noise) * gain
+    drawn = torch.from_numpy(rng.standard_normal((DRAWS, len(log_odds)), np.float32))
+    drawn.mul_(deviation).add_(log_odds).sigmoid_().mul_(gain).add_(value)  # in place: [DRAWS, N] is large
     return Scores((value + torch.sigmoid(log_odds) * gain).numpy(), drawn.numpy())
 
 

@@ -26,7 +26,7 @@ from learner.misplaced import Misplaced
 from learner.progress import Totals
 from learner.publishing import PublishFailed, WeightPublisher
 from learner.watch import LogWatch
-from learner.weights import WeightStore
+from learner.weights import WeightStore, store_url
 from streaming.arena import Arena
 from streaming.columns import Reason
 from streaming.dead_letters import DeadLetters
@@ -74,6 +74,7 @@ class TrainConfig:
         ".bellwether/weights",
         "weight store to publish to: a directory, or any fsspec URL (s3://...)",
         metavar="URL",
+        parse=store_url,
     )
     start: Literal["earliest", "latest"] = _setting("earliest", "where a learner without a checkpoint begins")
     on_gap: Literal["stop", "earliest", "latest"] = _setting(

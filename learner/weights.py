@@ -105,6 +105,12 @@ class _Label(NamedTuple):
     held: bool  # set by hand: it names this version, whoever publishes meanwhile
 
 
+def store_url(text: str) -> str:
+    """The text, if it is a path or a URL that a store can be opened at. Raises: ValueError."""
+    open_blobs(text)
+    return text
+
+
 class WeightStore:
     """Publishes and reads versions; one thread at a time, any number of processes.
 

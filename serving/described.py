@@ -30,7 +30,7 @@ class Described:
                 self._items.pop(candidate.item_id, None)
                 if candidate.says_something:
                     vector = np.asarray(candidate.vector, np.float32)  # a tenth of a list's memory
-                    self._items[candidate.item_id] = candidate._replace(vector=vector)  # type: ignore[arg-type]
+                    self._items[candidate.item_id] = candidate._replace(vector=vector)
             while len(self._items) > self._most:
                 del self._items[next(iter(self._items))]
 

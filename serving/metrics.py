@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
@@ -87,7 +88,8 @@ WEIGHTS_SWAPPED = Counter(
 )
 WEIGHTS_REFUSED = Counter(
     "serving_weights_refused",
-    "Weights that could not be used, by reason: damaged, probe (non-finite answers), store (cannot be read).",
+    "Times that weights could not be used, by reason: damaged, probe (non-finite answers); store (it, or its label, "
+    "cannot be read: tried again, each 5 s at the seldomest).",
     ["reason"],
     registry=REGISTRY,
 )
@@ -110,7 +112,8 @@ VIEW_LAG = Gauge(
 )
 VIEW_FAILURES = Counter(
     "serving_view_failures",
-    "Times that the log could not be read, by kind: unavailable (retried), gap (retention took unread records).",
+    "Times that the log could not be read, by kind: unavailable (retried), gap (retention took unread records), fault "
+    "(a bug, look at the log; the records in hand are passed over).",
     ["kind"],
     registry=REGISTRY,
 )
@@ -127,6 +130,13 @@ USERS_FORGOTTEN = Gauge(
 
 
 def expose(port: int, host: str) -> int:
-    """Serve the metrics over HTTP from a daemon thread; returns the port, which is chosen freely for port 0."""
-    server, _ = start_http_server(port, addr=host, registry=REGISTRY)
+    """Serve the metrics over HTTP from a daemon thread; returns the port, which is chosen freely for port 0.
+
+    Raises: OSError naming the flag to change.
+    """
+    try:
+        server, _ = start_http_server(port, addr=host, registry=REGISTRY)
+    except OSError as error:
+        flag = "--metrics-port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
+        raise OSError(f"metrics port {port} of {host}: {error.strerror}; choose another {flag}") from None
     return int(server.server_port)

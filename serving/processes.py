@@ -16,7 +16,7 @@ from multiprocessing.context import SpawnProcess
 from typing import Final, NamedTuple
 
 from learner.policy import use_threads
-from serving.server import Instance, PolicyServer, ServingConfig
+from serving.server import Instance, PolicyServer, ServingConfig, address_of, cannot_listen
 from serving.view import ViewConfig
 from streaming.commandline import codec_of, run
 from streaming.heap import keep_giving_back
@@ -193,7 +193,7 @@ def _reserve(host: str, port: int) -> socket.socket:
         reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         reserved.bind((host, port))
     except OSError as error:
-        raise OSError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from None
+        raise cannot_listen(host, port, error) from None
     return reserved
 
 
@@ -201,8 +201,9 @@ def _announce(launch: Launch, port: int) -> None:
     """The one line that says it is ready; scripts wait for it."""
     config = launch.config
     log = launch.log_url or "none: no decisions are written, histories must come with the requests"
+    many = "es" if config.processes > 1 else ""
     print(
-        f"serving on {config.host}:{port} ({config.processes} process{'es' if config.processes > 1 else ''}), "
+        f"serving on {address_of(config.host, port)} ({config.processes} process{many}), "
         f"weights {config.weights} [{config.label}, {config.network}], log {log}",
         flush=True,
     )

@@ -67,42 +67,40 @@ class Ranker:
     def _by_q(self, policy: Policy, queries: Sequence[Query]) -> list[Answer]:
         histories, now_ms = [query.history for query in queries], [query.now_ms for query in queries]
         states = policy.encode(histories, now_ms, self._view.described.get)
-        whole = [i for i, query in enumerate(queries) if not query.candidates]
-        scores: dict[int, Scores] = {}
-        for exploration in dict.fromkeys(queries[i].exploration for i in whole):
-            rows = [i for i in whole if queries[i].exploration == exploration]
-            scores |= zip(rows, policy.scores(_rows(states, rows), exploration, self._rng), strict=True)
         eligible = self._shelf.eligible(policy)
         self.on_offer = self._shelf.on_offer
-        answers = []
-        for i, query in enumerate(queries):
-            if i in scores:
+        answers: dict[int, Answer] = {}
+        whole = [i for i, query in enumerate(queries) if not query.candidates]
+        for exploration in dict.fromkeys(queries[i].exploration for i in whole):
+            rows = [i for i in whole if queries[i].exploration == exploration]
+            # each is done with before the next is drawn: see Policy.scores
+            for i, scores in zip(
+                rows, policy.scores(_rows(states, rows), exploration, self._rng), strict=True
+            ):
                 allowed = eligible.copy()
-                allowed[policy.ids(list(query.excluded))] = False
-                mine = scores[i]
-            else:
-                allowed = self._eligible_candidates(query)
-                mine = policy.scores_of_candidates(
-                    _rows(states, [i]), query.candidates, query.exploration, self._rng
-                )
-            mine = _finite(mine)
-            slate = explore(query.exploration, mine, allowed, query.slate_size, query.epsilon, self._rng)
-            if i in scores:
-                item_ids = [policy.item_id(row) for row in slate.ids.tolist()]
-            else:
-                item_ids = [query.candidates[row].item_id for row in slate.ids.tolist()]
-            answers.append(
-                Answer(
-                    item_ids,
-                    slate.propensity.tolist(),
-                    mine.q[slate.ids].tolist(),
-                    slate.explored.tolist(),
-                    policy.version,
-                    query.exploration,
-                    pb.LEARNED,
-                )
-            )
-        return answers
+                allowed[policy.ids(list(queries[i].excluded))] = False
+                answers[i] = self._answer(policy, queries[i], scores, allowed)
+        for i, query in enumerate(queries):
+            if query.candidates:
+                state, allowed = _rows(states, [i]), self._eligible_candidates(query)
+                scores = policy.scores_of_candidates(state, query.candidates, query.exploration, self._rng)
+                answers[i] = self._answer(policy, query, scores, allowed)
+        return [answers[i] for i in range(len(queries))]
+
+    def _answer(self, policy: Policy, query: Query, scores: Scores, allowed: Mask) -> Answer:
+        """scores, allowed: of the query's candidates, or of all items."""
+        scores = _finite(scores)
+        slate = explore(query.exploration, scores, allowed, query.slate_size, query.epsilon, self._rng)
+        rows = slate.ids.tolist()
+        return Answer(
+            [query.candidates[row].item_id if query.candidates else policy.item_id(row) for row in rows],
+            slate.propensity.tolist(),
+            scores.q[slate.ids].tolist(),
+            slate.explored.tolist(),
+            policy.version,
+            query.exploration,
+            pb.LEARNED,
+        )
 
     def _by_popularity(self, query: Query) -> Answer:
         names = self._view.items()

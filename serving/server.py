@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
@@ -14,15 +16,16 @@ import grpc
 import numpy as np
 from google.protobuf import descriptor_pool
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from learner.compiled import compile_q
 from learner.exploration import Exploration, Kind
 from learner.policy import use_threads
+from learner.weights import store_url
 from serving import metrics
 from serving.decisions import DecisionWriter
 from serving.ranking import Ranker
-from serving.service import SERVICE, Service
+from serving.service import SERVICE, Service, Streams
 from serving.view import Follower, View, ViewConfig, compile_view
 from serving.weights import WeightsFollower
 from streaming.log import Log, LogError
@@ -31,6 +34,7 @@ from streaming.schemas import Codec
 logger = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES: Final = 64 << 20  # 1000 requests, or 10000 candidates with vectors
+_WAITING: Final = 16  # calls for each thread: who would wait longer than that had better hear of it at once
 _HEALTH_SERVICES: Final = ("", SERVICE)
 
 
@@ -42,9 +46,12 @@ class ServingConfig:
         metadata={
             "help": "weight store to follow: a directory, or any fsspec URL (s3://...)",
             "metavar": "URL",
+            "parse": store_url,
         }
     )
-    host: str = field(default="127.0.0.1", metadata={"help": "address to listen on; 0.0.0.0: all"})
+    host: str = field(
+        default="127.0.0.1", metadata={"help": "address to listen on; 0.0.0.0 (or ::, IPv6 too): all"}
+    )
     port: int = field(default=50051, metadata={"help": "port to listen on; 0..65535 (0: any free one)"})
     label: str = field(
         default="stable", metadata={"help": "which label of the store to follow: stable, canary"}
@@ -79,9 +86,19 @@ class ServingConfig:
         default=1, metadata={"help": "server processes that share the port; 1..256, each with its own view"}
     )
     threads: int = field(default=32, metadata={"help": "calls worked on at once, per process; 1..1000"})
+    max_calls: int | None = field(
+        default=None,
+        metadata={
+            "help": "calls open at once, per process, with streams and those that wait for a thread; more are turned "
+            "away with RESOURCE_EXHAUSTED; threads..1000000",
+            "shown": f"{_WAITING} times threads",
+        },
+    )
     max_streams: int = field(
         default=16,
-        metadata={"help": "RecommendStreams open at once, per process; each takes a thread: < threads"},
+        metadata={
+            "help": "streams open at once, per process, those of reflection too; each takes a thread: < threads"
+        },
     )
     weights_poll_s: float = field(
         default=0.1, metadata={"help": "how often to look for new weights; seconds, 0.01..60"}
@@ -113,9 +130,10 @@ class ServingConfig:
             "slate_size": (1, 1000),
             "processes": (1, 256),
             "threads": (1, 1000),
+            "max_calls": (self.threads, 1_000_000),
             "max_streams": (0, self.threads - 1),
             "weights_poll_s": (0.01, 60),
-            "metrics_port": (0, 65535),
+            "metrics_port": (0, 65536 - self.processes),
             "drain_s": (0, 600),
             "spool_mib": (0.001, 65536),
             "seed": (0, 2**63),
@@ -192,14 +210,17 @@ class PolicyServer:
                 self._view_config.warm_up_s,
             )
         self._service.warm_up()
-        port = self._open(self._config.port if port is None else port)
+        port = listen(self._server, self._config.host, self._config.port if port is None else port)
         self._server.start()
         self._set_health(health_pb2.HealthCheckResponse.SERVING)
         return port
 
     def drain(self) -> None:
-        """Turn away new calls, finish the open ones, make every decision durable. Raises LogError if one was lost."""
+        """Turn away new calls, finish the open ones, make every decision durable. Raises LogError if one was lost
+        or dropped meanwhile."""
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        if self._decisions is not None:
+            self._decisions.begin_drain()
         self._service.draining = True
         self._server.stop(self._config.drain_s).wait()
         self._weights.stop()
@@ -211,11 +232,11 @@ class PolicyServer:
             self._log.close()
 
     def _register(self) -> None:
-        """Ask the schema registry, where there is one, now rather than while somebody waits for an answer."""
+        """Ask the schema registry, where there is one, now: what is wrong with it is said at the start."""
         try:
             self._codec.register()
         except LogError as error:
-            logger.warning("%s; decisions are dropped until it answers", error)
+            logger.warning("%s; decisions wait until that is mended", error)
 
     def _writer(self, log: Log) -> DecisionWriter:
         spool_bytes = int(self._config.spool_mib * (1 << 20))
@@ -225,6 +246,7 @@ class PolicyServer:
     def _build(self) -> grpc.Server:
         server = grpc.server(
             _call_threads(self._config.threads),
+            maximum_concurrent_rpcs=self._config.max_calls or _WAITING * self._config.threads,
             options=[
                 ("grpc.so_reuseport", int(self._config.processes > 1)),
                 ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -234,15 +256,9 @@ class PolicyServer:
         server.add_generic_rpc_handlers((self._service.handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, server, pool=Symbols())
+        answering = Reflection(names, self._service.streams)
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(answering, server)
         return server
-
-    def _open(self, port: int) -> int:
-        address = f"{self._config.host}:{port}"
-        try:
-            return int(self._server.add_insecure_port(address))
-        except RuntimeError:
-            raise OSError(f"cannot listen on {address}: is it taken? choose another --port") from None
 
     def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for name in _HEALTH_SERVICES:
@@ -257,6 +273,56 @@ def _call_threads(count: int) -> ThreadPoolExecutor:
     for _ in range(count):
         pool.submit(all_there.wait)
     return pool
+
+
+def listen(server: grpc.Server, host: str, port: int) -> int:
+    """Open the port; returns it. Raises: OSError that says why it cannot be."""
+    try:
+        return int(server.add_insecure_port(address_of(host, port)))
+    except RuntimeError as error:
+        raise _why_not(host, port) or OSError(str(error)) from None
+
+
+def _why_not(host: str, port: int) -> OSError | None:
+    """What keeps us from listening there, which gRPC does not say; None: nothing any more."""
+    try:
+        for family, kind, _, _, place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(place)
+    except OSError as error:
+        return cannot_listen(host, port, error)
+    return None
+
+
+def cannot_listen(host: str, port: int, error: OSError) -> OSError:
+    """The error with where it was, and which flag to change."""
+    flag = "--port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
+    return OSError(f"cannot listen on {address_of(host, port)}: {error.strerror}; choose another {flag}")
+
+
+def address_of(host: str, port: int) -> str:
+    """Host and port as one.
+
+    >>> address_of("127.0.0.1", 50051), address_of("::1", 50051)
+    ('127.0.0.1:50051', '[::1]:50051')
+    """
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+class Reflection(reflection.ReflectionServicer):  # type: ignore[misc]
+    """What the server offers, for clients that were not told; its streams count as any."""
+
+    def __init__(self, names: Sequence[str], streams: Streams) -> None:
+        super().__init__(names, pool=Symbols())
+        self._streams = streams
+
+    def ServerReflectionInfo(  # noqa: N802 (gRPC's own name)
+        self, requests: Iterator[Any], context: grpc.ServicerContext
+    ) -> Iterator[Any]:
+        """One answer for each question, over one stream."""
+        with self._streams.one("ServerReflectionInfo", context):
+            yield from super().ServerReflectionInfo(requests, context)
 
 
 class Symbols:

@@ -2,31 +2,55 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import count
 from typing import Any, Final, NoReturn, TypeVar
 
 import grpc
+import numpy as np
 
 from learner.exploration import GREEDY, Exploration
 from learner.policy import Candidate, Entry
 from serving import metrics
 from serving import policy_pb2 as pb
 from serving.batching import Batcher, DeadlinePassed
-from serving.decisions import DecisionWriter
+from serving.decisions import DecisionWriter, Encoded
 from serving.ranking import Answer, Query, Ranker
 from serving.requests import Invalid, check_batch, check_recommend, parse
 from serving.variety import Variety
 from serving.view import View
 from serving.weights import Served, WeightsFollower
 
+logger = logging.getLogger(__name__)
+
 SERVICE: Final = "bellwether.v1.Policy"
 _MAX_BATCH: Final = 64  # beyond it a matrix product gains nothing and the first one in waits for the last
 
 Response = TypeVar("Response")
+
+
+class Streams:
+    """Those that are open. Each holds a thread for as long as it lives: too many would leave none for calls."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._free = threading.Semaphore(most)
+
+    @contextmanager
+    def one(self, rpc: str, context: grpc.ServicerContext) -> Iterator[None]:
+        """It is open within the block; where there are too many, the caller is turned away."""
+        if not self._free.acquire(blocking=False):
+            why = f"{self._most} streams are open; close one, call Recommend, or raise --max-streams"
+            _refuse(rpc, context, grpc.StatusCode.RESOURCE_EXHAUSTED, why)
+        try:
+            yield
+        finally:
+            self._free.release()
 
 
 class Service:
@@ -55,7 +79,6 @@ class Service:
         self._epsilon = epsilon
         self._exploration = exploration
         self._slate_size = slate_size
-        self._max_streams = max_streams
         self._instance = instance
         self._now_ms = now_ms
         self._batcher: Batcher[Query, Answer] = Batcher(ranker.rank, _MAX_BATCH, time.monotonic)
@@ -63,7 +86,7 @@ class Service:
         metrics.COVERAGE.set_function(lambda: variety.coverage(ranker.on_offer))
         metrics.GINI.set_function(lambda: variety.gini(ranker.on_offer))
         self._numbers = count(1)  # next() on it is atomic
-        self._streams = threading.Semaphore(max_streams)
+        self.streams: Final = Streams(max_streams)
         self.draining = False  # set by the server: streams end after the answer in hand
 
     def handler(self) -> grpc.GenericRpcHandler:
@@ -82,11 +105,16 @@ class Service:
     ) -> list[pb.RecommendResponse]:
         """Answers to checked requests, in their order; each has left its decision record in the log's queue.
 
-        deadline_s: on time.monotonic's clock. Raises: DeadlinePassed.
+        Taken by cuts of one batch: what ranking needs of a request is larger than the request.
+        deadline_s: on time.monotonic's clock. Raises: DeadlinePassed; then no decision is left.
         """
-        queries = [self._query(request) for request in requests]
-        answers = self._batcher.run(queries, deadline_s)
-        return [self._settle(*three) for three in zip(requests, queries, answers, strict=True)]
+        settled: list[tuple[pb.RecommendResponse, Encoded | None]] = []
+        for start in range(0, len(requests), _MAX_BATCH):
+            settled += self._settled(requests[start : start + _MAX_BATCH], deadline_s)
+        for _, decision in settled:
+            if decision is not None and self._decisions is not None:
+                self._decisions.write(decision)
+        return [response for response, _ in settled]
 
     def warm_up(self) -> None:
         """Answer one made-up request, so that no caller waits for what is compiled or built at first use."""
@@ -108,22 +136,12 @@ class Service:
     def _stream(
         self, requests: Iterator[bytes], context: grpc.ServicerContext
     ) -> Iterator[pb.RecommendResponse]:
-        # a stream holds a thread for as long as it lives: too many would leave none for calls
-        if not self._streams.acquire(blocking=False):
-            _refuse(
-                "RecommendStream",
-                context,
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"{self._max_streams} streams are open; close one, call Recommend, or raise --max-streams",
-            )
-        try:
+        with self.streams.one("RecommendStream", context):
             answer = self._guarded("RecommendStream", self._recommend)
             for data in requests:
                 yield answer(data, context)
                 if self.draining:
                     return
-        finally:
-            self._streams.release()
 
     def _get_policy(self, data: bytes, context: grpc.ServicerContext) -> pb.GetPolicyResponse:
         parse(pb.GetPolicyRequest, data)
@@ -157,16 +175,24 @@ class Service:
                 _refuse(
                     rpc, context, grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed before its turn"
                 )
-            except Exception:
-                metrics.REQUESTS.labels(rpc, "INTERNAL").inc()
-                raise  # gRPC logs it and answers UNKNOWN
+            except Exception:  # gRPC itself would answer UNKNOWN, and tell the caller what it says
+                logger.exception("%s failed", rpc)
+                _refuse(rpc, context, grpc.StatusCode.INTERNAL, "a fault of the server; its log has more")
             latency.observe(time.perf_counter() - start)
             fine.inc()
             return response
 
         return guarded
 
-    # --- one request -----------------------------------------------------------------------------------------
+    # --- requests --------------------------------------------------------------------------------------------
+
+    def _settled(
+        self, requests: Sequence[pb.RecommendRequest], deadline_s: float
+    ) -> list[tuple[pb.RecommendResponse, Encoded | None]]:
+        """One batch of them: answers, and the decisions to be written, if any."""
+        queries = [self._query(request) for request in requests]
+        answers = self._batcher.run(queries, deadline_s)
+        return [self._settle(*three) for three in zip(requests, queries, answers, strict=True)]
 
     def _query(self, request: pb.RecommendRequest) -> Query:
         now_ms = request.timestamp_ms or self._now_ms()
@@ -187,7 +213,10 @@ class Service:
             candidates=[_candidate(candidate) for candidate in request.candidates],
         )
 
-    def _settle(self, request: pb.RecommendRequest, query: Query, answer: Answer) -> pb.RecommendResponse:
+    def _settle(
+        self, request: pb.RecommendRequest, query: Query, answer: Answer
+    ) -> tuple[pb.RecommendResponse, Encoded | None]:
+        decision = None
         recommendation_id = f"{self._instance}-{next(self._numbers):x}"
         if query.candidates:  # the log may say so only after the user's next request, or not at all
             shown = set(answer.item_ids)
@@ -201,8 +230,8 @@ class Service:
             if answer.policy_version:
                 self._variety.saw(answer.item_ids)
             if self._decisions is not None:
-                self._decisions.write(_decision(recommendation_id, request, query, answer))
-        return pb.RecommendResponse(
+                decision = self._decisions.encoded(_decision(recommendation_id, request, query, answer))
+        response = pb.RecommendResponse(
             recommendation_id=recommendation_id,
             slate=[
                 pb.Slot(item_id=item_id, propensity=propensity, q=q, explored=explored)
@@ -215,6 +244,7 @@ class Service:
             epsilon=query.epsilon,
             exploration=str(answer.exploration),
         )
+        return response, decision
 
 
 def _serialize(response: Any) -> bytes:
@@ -260,7 +290,7 @@ def _decision(
         "epsilon": query.epsilon if answer.exploration.kind == "greedy" else 0.0,
         "policy_version": answer.policy_version,
         "strategy": pb.Strategy.Name(answer.strategy),
-        "candidates": [candidate._asdict() for candidate in query.candidates] or None,
+        "candidates": [_told(candidate) for candidate in query.candidates] or None,
     }
 
 
@@ -270,8 +300,17 @@ def _candidate(candidate: pb.Candidate) -> Candidate:
         candidate.category or None,
         candidate.brand or None,
         candidate.price if candidate.HasField("price") else None,
-        list(candidate.vector),
+        # a tenth of a list's memory
+        np.array(candidate.vector, np.float32) if candidate.vector else (),
     )
+
+
+def _told(candidate: Candidate) -> dict[str, Any]:
+    """As a decision record has it: fastavro takes lists only."""
+    vector = candidate.vector
+    return candidate._asdict() | {
+        "vector": vector.tolist() if isinstance(vector, np.ndarray) else list(vector)
+    }
 
 
 def _describe(response: pb.GetPolicyResponse, served: Served, now_ms: int) -> None:

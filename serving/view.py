@@ -118,8 +118,8 @@ class View:
     def absorb(self, batch: RecordBatch) -> int:
         """Take in records of `events`; returns how many of them could not be read."""
         columns = self._decoder.decode(batch)
+        self._name_items()  # first: whoever asks for these users must be able to name what they met
         self.users.absorb(columns, len(self.vocabulary))
-        self._name_items()
         for row in np.flatnonzero(columns.candidates & (columns.kind == Kind.DECISION)).tolist():
             self._note_described(batch.value(row) or b"")
         return int(np.count_nonzero(columns.kind == Kind.BAD))
@@ -238,21 +238,32 @@ class Follower:
     def _run(self) -> None:
         while not self._stop.is_set():
             try:
-                self._turn()
-            except OffsetOutOfRange as error:
-                metrics.VIEW_FAILURES.labels("gap").inc()
-                logger.warning("own view: %s; going on at what the log still holds", error)
-                self._skip_gaps()
-            except LogError as error:
-                metrics.VIEW_FAILURES.labels("unavailable").inc()
-                self._complain(str(error))
+                self._try_turn()
+            except Exception as error:  # whatever a driver or a record may raise: this thread must go on
+                metrics.VIEW_FAILURES.labels("fault").inc()
+                self._complain(repr(error), error)
+                for tail in self._tails:
+                    tail.give_up()
                 self._stop.wait(_RETRY_S)
 
-    def _complain(self, trouble: str) -> None:
-        """Once, and now and then while it lasts: it is tried every second."""
+    def _try_turn(self) -> None:
+        """One turn; what a log may say is taken as it comes."""
+        try:
+            self._turn()
+        except OffsetOutOfRange as error:
+            metrics.VIEW_FAILURES.labels("gap").inc()
+            logger.warning("own view: %s; going on at what the log still holds", error)
+            self._skip_gaps()
+        except LogError as error:
+            metrics.VIEW_FAILURES.labels("unavailable").inc()
+            self._complain(str(error))
+            self._stop.wait(_RETRY_S)
+
+    def _complain(self, trouble: str, fault: Exception | None = None) -> None:
+        """Once, and now and then while it lasts: it is tried every second. fault: one that nobody foresaw."""
         now, (said, said_s) = self._clock(), self._said
         if trouble != said or now - said_s >= _COMPLAIN_S:
-            logger.warning("own view: %s; retrying", trouble)
+            logger.warning("own view: %s; retrying", trouble, exc_info=fault)
             self._said = trouble, now
 
     def _turn(self) -> None:
@@ -331,6 +342,10 @@ class _Tail:
             self._parked = None
             metrics.VIEW_RECORDS.labels(self._topic).inc(len(batch))
         return len(batch)
+
+    def give_up(self) -> None:
+        """Pass over what was read and could not be absorbed: it must not hold up what comes after it."""
+        self._parked = None
 
     def caught_up(self) -> bool:
         """Whether everything that was there at the start has been absorbed; True where there is no such topic."""

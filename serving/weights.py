@@ -20,7 +20,7 @@ _REST: Final = 4.0  # times as long as a piece of work on a new version took
 _PAUSE: Final = 10.0  # times the CPU time of taking a version, until the next one is looked for
 _LONGEST_PAUSE_S: Final = 5.0
 _LONGEST_REST_S: Final = 0.1
-_COMPLAIN_EVERY: Final = 300  # failed looks at the store between two lines about it
+_COMPLAIN_S: Final = 30.0  # between two lines about a store that cannot be read
 
 
 class Served(NamedTuple):
@@ -34,7 +34,8 @@ class WeightsFollower:
     """`served` is what to answer with now; a thread of its own keeps it up to date.
 
     A version that is damaged or gives non-finite values is refused, once, and the one in use stays. A store that
-    cannot be read changes nothing either. Whoever answers reads `served` once, and so answers from one version.
+    cannot be read changes nothing either, and is tried again. Whoever answers reads `served` once, and so answers from
+    one version.
     """
 
     def __init__(self, url: str, label: str, network: Literal["online", "target"], poll_s: float) -> None:
@@ -45,6 +46,7 @@ class WeightsFollower:
         self._poll_s = poll_s
         self._refused: int | None = None
         self._failures = 0  # in a row
+        self._said: tuple[type[Exception] | None, float] = None, 0.0  # what was complained of last, and when
         self._worked_s = 0.0  # CPU time of taking the last version
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="weights", daemon=True)
@@ -62,27 +64,40 @@ class WeightsFollower:
 
     def look(self) -> None:
         """Ask the store once; swap if its label names another version. Never raises for what a store may do."""
-        version, in_use = None, self.served.manifest.version if self.served else None
+        version = None
         try:
             version = self._store.latest(self.label)
             # not only upwards: whoever moves the label back wants the older version served
-            if version is not None and version not in (in_use, self._refused):
+            if version is not None and version not in (self._in_use, self._refused):
                 self._take(version)
             self._failures = 0
-        except (WeightsDamaged, PolicyDamaged) as error:
-            self._refused = version
-            reason = "damaged" if isinstance(error, WeightsDamaged) else "probe"
-            metrics.WEIGHTS_REFUSED.labels(reason).inc()
-            logger.error("weights refused, version %s stays in use: %s", in_use, error)
-        except (WeightsError, OSError) as error:
-            metrics.WEIGHTS_REFUSED.labels("store").inc()
-            if self._failures % _COMPLAIN_EVERY == 0:
-                logger.warning("weight store cannot be read, version %s stays in use: %s", in_use, error)
-            self._failures += 1
-        except Exception:  # whatever else a store's driver or a file may hold: this thread must go on
-            self._refused = version
-            metrics.WEIGHTS_REFUSED.labels("damaged").inc()
-            logger.exception("weights refused, version %s stays in use", in_use)
+        except Exception as error:  # whatever a store's driver may raise: this thread must go on
+            if version is not None and isinstance(error, WeightsDamaged | PolicyDamaged):
+                self._refuse(version, error)
+            else:
+                self._put_off(error)
+
+    def _refuse(self, version: int, error: Exception) -> None:
+        self._refused, self._failures = version, 0
+        metrics.WEIGHTS_REFUSED.labels("damaged" if isinstance(error, WeightsDamaged) else "probe").inc()
+        logger.error("weights refused, version %s stays in use: %s", self._in_use, error)
+
+    def _put_off(self, error: Exception) -> None:
+        """It is tried again, the seldomer the longer it lasts; one line about it now and then."""
+        metrics.WEIGHTS_REFUSED.labels("store").inc()
+        self._failures += 1
+        kind, now = type(error), time.monotonic()
+        said, said_s = self._said
+        if kind is said and now - said_s < _COMPLAIN_S:
+            return
+        self._said = kind, now
+        foreseen = isinstance(error, WeightsError | OSError)
+        trouble = "weight store cannot be read, version %s stays in use: %s"
+        logger.warning(trouble, self._in_use, error, exc_info=None if foreseen else error)
+
+    @property
+    def _in_use(self) -> int | None:
+        return self.served.manifest.version if self.served else None
 
     def _take(self, version: int) -> None:
         before = self.served.policy if self.served else None
@@ -125,5 +140,6 @@ class WeightsFollower:
             self.look()
 
     def _pause_s(self) -> float:
-        """Taking versions costs a tenth of a core at most."""
-        return min(_PAUSE * self._worked_s, _LONGEST_PAUSE_S)
+        """Taking versions costs a tenth of a core at most; a store that fails is asked half as often each time."""
+        failing_s = self._poll_s * 2.0 ** min(self._failures - 1, 30) if self._failures else 0.0
+        return min(max(_PAUSE * self._worked_s, failing_s), _LONGEST_PAUSE_S)

@@ -22,7 +22,8 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba import extending, types
 
 from streaming.jit import jit
-from streaming.log import RecordBatch
+from streaming.kafka_errors import translated
+from streaming.log import LogError, RecordBatch
 
 Ints = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
@@ -212,7 +213,10 @@ class ClientLog(Protocol):
 
 
 class ArrayConsumer:
-    """Reads partitions that are assigned by hand; owned by one thread. Joins no group, stores no offset."""
+    """Reads partitions that are assigned by hand; owned by one thread. Joins no group, stores no offset.
+
+    Once it is made, what librdkafka refuses is raised as LogError, by what can be done about it.
+    """
 
     def __init__(self, settings: Mapping[str, Any], *, logger: ClientLog) -> None:
         """settings: librdkafka's, and `error_cb`, which is told of errors that belong to no partition, within `take`.
@@ -266,7 +270,7 @@ class ArrayConsumer:
         place = self._messages[already:].ctypes.data
         count = _LIBRARY.rd_kafka_consume_batch_queue(self._queue, int(1000 * timeout_s), place, most)
         if count < 0:
-            raise _failed(_LIBRARY.rd_kafka_last_error())
+            raise _refused(_LIBRARY.rd_kafka_last_error())
         return int(count)
 
     def _gathered(self, messages: Ints, keys: bool) -> tuple[RecordBatch, list[Trouble]]:
@@ -317,7 +321,7 @@ class ArrayConsumer:
         code = getattr(library, f"rd_kafka_{what}")(self._handle, places)
         library.rd_kafka_topic_partition_list_destroy(places)
         if code:
-            raise _failed(code)
+            raise _refused(code, topic)
 
 
 def _made(settings: Mapping[str, Any], hear_error: Any, hear_log: Any) -> int:
@@ -356,8 +360,8 @@ def _log_callback(logger: ClientLog) -> Any:
     return _HEAR_LOG(hear)
 
 
-def _failed(code: int) -> KafkaException:
-    return KafkaException(KafkaError(code, _text(_LIBRARY.rd_kafka_err2str(code))))
+def _refused(code: int, topic: str | None = None) -> LogError:
+    return translated(KafkaError(code, _text(_LIBRARY.rd_kafka_err2str(code))), topic)
 
 
 def _close(handle: int, queue: int, callbacks: object) -> None:

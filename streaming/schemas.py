@@ -105,9 +105,12 @@ class Codec:
         return self.encode(ITEM, item)
 
     def encode(self, name: str, record: Mapping[str, Any]) -> bytes:
-        """A record's bytes by the full name of its schema. Dead letters are always in single-object framing."""
+        """A record's bytes by the full name of its schema: its frame, and its body."""
+        return self.frame(name) + self.body(name, record)
+
+    def body(self, name: str, record: Mapping[str, Any]) -> bytes:
+        """What comes after the frame; no registry is asked. Raises: SchemaError naming what does not fit."""
         out = io.BytesIO()
-        out.write(self._prefix(name))
         try:
             fastavro.schemaless_writer(out, self._parsed_readers[name], record, strict_allow_default=True)
         except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
@@ -170,9 +173,13 @@ class Codec:
         Raises: RegistryUnavailable; SchemaError when the registry refuses a schema.
         """
         for name in (EVENT, DECISION, ITEM):
-            self._prefix(name)
+            self.frame(name)
 
-    def _prefix(self, name: str) -> bytes:
+    def frame(self, name: str) -> bytes:
+        """What stands before each record of this schema. Dead letters' is always that of single-object encoding.
+
+        Raises: RegistryUnavailable and SchemaError, as `register`; before the first success only.
+        """
         if self._registry is None or name == DEAD_LETTER:
             return self._prefixes[name]
         if name not in self._registered:
@@ -256,7 +263,7 @@ class Registry:
             if code != 200:
                 logger.warning("registry keeps its own compatibility for %s: %s %s", subject, code, said)
             status, answer = self._ask("POST", path + "/versions", body)
-        if status != 200:
+        if status != 200 or "id" not in answer:
             said = answer.get("message", "")
             raise SchemaError(f"registry refuses subject {subject}: HTTP {status} {said}")
         return int(answer["id"])

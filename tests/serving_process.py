@@ -40,7 +40,7 @@ class ServerProcess:
         )
         assert self.process.stdout is not None
         line = self.process.stdout.readline()  # its end, too, ends the wait
-        found = re.match(r"serving on [\d.]+:(\d+)", line)
+        found = re.match(r"serving on (?:[\d.]+|\[[\d:]+\]):(\d+)", line)
         if found is None:
             self.process.wait(self._ready_s)
             self.process.stdout.close()

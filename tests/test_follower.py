@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
 from itertools import pairwise
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from learner.agent import Agent, AgentSettings
 from learner.weights import Meta, WeightStore
 from serving.metrics import REGISTRY
 from serving.weights import WeightsFollower
 from streaming.interning import Vocabulary
+from tests.serving_process import eventually
 
 
-def test_taking_versions_costs_a_tenth_of_a_core_at_most(tmp_path):
+def publisher(store: WeightStore) -> Callable[[], int]:
+    """Publishes the same small network again and again; gives the versions."""
     agent = Agent(AgentSettings(dim=4, hidden=4, history_length=4))
     agent.grow(3)
     vocabulary = Vocabulary()
     for name in ("a", "b", "c"):
         vocabulary.intern(name)
-    store = WeightStore(tmp_path)
 
     def publish() -> int:
         return store.publish(
             agent.tensors(), Meta(settings=agent.shape(), events_through_ms=1_700_000_000_500), vocabulary
         ).version
 
+    return publish
+
+
+def test_taking_versions_costs_a_tenth_of_a_core_at_most(tmp_path):
+    publish = publisher(WeightStore(tmp_path))
     publish()
     follower = WeightsFollower(str(tmp_path), "stable", "target", poll_s=0.01)
     load, taken = follower._store.load, []
@@ -52,3 +63,63 @@ def test_taking_versions_costs_a_tenth_of_a_core_at_most(tmp_path):
         assert REGISTRY.get_sample_value(metric) == 1_700_000_000.5
     finally:
         follower.stop()
+
+
+def refusals(reason: str) -> float:
+    return REGISTRY.get_sample_value("serving_weights_refused_total", {"reason": reason}) or 0.0
+
+
+def test_a_damaged_label_is_said_once_asked_for_seldomer_and_followed_again_once_mended(tmp_path, caplog):
+    publisher(WeightStore(tmp_path))()
+    label = tmp_path / "labels" / "stable"
+    good, before = label.read_bytes(), refusals("store")
+    label.write_bytes(b"garbage")
+    follower = WeightsFollower(str(tmp_path), "stable", "target", poll_s=0.01)
+    follower.start()
+    try:
+        time.sleep(1.0)
+        assert 2 <= refusals("store") - before <= 8  # after 10, 20, 40, ... ms
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        assert "'stable' cannot be read: b'garbage'" in caplog.text
+        label.write_bytes(good)
+        assert eventually(lambda: follower.served).manifest.version == 1
+    finally:
+        follower.stop()
+
+
+class Flaky(MemoryFileSystem):
+    """Its driver's own error, which is no OSError, for so many reads of names that end like this."""
+
+    protocol = "flaky"
+    store: dict = {}  # noqa: RUF012 (fsspec's own way)
+    failures = 0
+    ending = ""
+
+    def cat_file(self, path, *arguments, **options):
+        if path.endswith(Flaky.ending) and Flaky.failures:
+            Flaky.failures -= 1
+            raise RuntimeError("SlowDown: reduce your request rate")
+        return super().cat_file(path, *arguments, **options)
+
+
+@pytest.fixture
+def flaky() -> Iterator[type[Flaky]]:
+    fsspec.register_implementation("flaky", Flaky, clobber=True)
+    Flaky.store.clear()
+    yield Flaky
+    Flaky.failures = 0
+
+
+@pytest.mark.parametrize("ending", ["labels/stable", ".json", ".safetensors"])
+def test_whatever_a_stores_driver_raises_a_good_version_is_tried_again(flaky, ending, caplog):
+    version = publisher(WeightStore("flaky://weights"))()
+    flaky.ending, flaky.failures = ending, 3
+    follower = WeightsFollower("flaky://weights", "stable", "target", poll_s=0.01)
+    damaged, store = refusals("damaged"), refusals("store")
+    follower.start()
+    try:
+        assert eventually(lambda: follower.served).manifest.version == version
+    finally:
+        follower.stop()
+    assert (refusals("damaged") - damaged, refusals("store") - store) == (0, 3)
+    assert caplog.text.count("Traceback") == 1  # nobody foresaw it: where it came from is said, once

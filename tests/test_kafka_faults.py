@@ -13,7 +13,7 @@ from confluent_kafka import KafkaError, Producer
 from streaming.kafka_errors import Losses
 from streaming.kafka_log import KafkaLog
 from streaming.kafka_reader import KafkaReader
-from streaming.log import Bounds, Log, LogUnavailable, NotAllowed, open_log
+from streaming.log import Bounds, Log, LogError, LogUnavailable, NotAllowed, open_log
 from tests.kafka_broker import KafkaBroker
 from tests.mock_kafka import FETCH, LIST_OFFSETS, METADATA, PRODUCE, MockKafka
 
@@ -156,6 +156,13 @@ def test_an_error_that_will_not_pass_is_raised(cluster, mock_log, topic):
         cluster.fail(FETCH, *[KafkaError.TOPIC_AUTHORIZATION_FAILED] * 4)
         with pytest.raises(NotAllowed, match="check its rights"):
             read(mock_log, topic, COUNT, reader, [])
+
+
+def test_what_a_consumer_refuses_is_an_error_of_the_log(mock_log, topic):
+    with pytest.raises(LogError, match="Invalid argument"):
+        mock_log.reader(topic, {0: -77})
+    with closing(mock_log.reader(topic, {0: 0})) as reader, pytest.raises(LogError, match="Invalid argument"):
+        reader.seek({0: -77})
 
 
 def test_leaders_that_move_about_cost_no_record(cluster, mock_log, topic):

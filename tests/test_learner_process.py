@@ -242,6 +242,12 @@ def test_a_checkpoint_of_another_log_is_refused(shop_url, tmp_path):
         (("--deterministic", "--device", "cuda"), "deterministic needs device cpu"),
         (("--rewards", "click=1"), "no such event name"),
         (("--log", "redis://x"), "is no log"),
+        (
+            ("--weights", "nosuch://x"),
+            "argument --weights: cannot open 'nosuch://x': Protocol not known: nosuch",
+        ),
+        (("audit", "--weights", "abfs://x"), "argument --weights: cannot open 'abfs://x': Install adlfs"),
+        (("evaluate", "--weights", "nosuch://x"), "argument --weights: cannot open 'nosuch://x'"),
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_status_2(flags, wanted):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -113,7 +115,7 @@ def test_draws_deviate_by_what_is_not_known_of_how_items_answer(tmp_path):
         store.load(store.publish(made.tensors(), Meta(settings=made.shape()), words).version)
     )
     states, rng = policy.encode([HISTORY], [10_000]), np.random.default_rng(0)
-    some = [policy.scores(states, THOMPSON, rng)[0] for _ in range(200)]
+    some = [next(policy.scores(states, THOMPSON, rng)) for _ in range(200)]
     np.testing.assert_array_equal(some[0].q, policy.q(states)[0])
     drawn = np.concatenate([scores.drawn for scores in some]).astype(np.float64)
     with torch.no_grad():
@@ -136,4 +138,12 @@ def test_draws_deviate_by_what_is_not_known_of_how_items_answer(tmp_path):
     deviation = np.concatenate([scores.drawn for scores in mine]).std(axis=0)
     assert deviation[0] == pytest.approx(drawn[:, 3].std(), rel=0.06)
     np.testing.assert_allclose(mine[0].q, policy.q_candidates(states, offered))
-    assert policy.scores(states, Exploration("boltzmann"), rng)[0].drawn is None
+    assert next(policy.scores(states, Exploration("boltzmann"), rng)).drawn is None
+
+
+def test_draws_of_a_user_are_gone_when_those_of_the_next_are_made(served):
+    states, drawn, most = served.encode([HISTORY] * 30, [10_000] * 30), [], 0
+    for scores in served.scores(states, THOMPSON, np.random.default_rng(0)):
+        drawn.append(weakref.ref(scores.drawn))
+        most = max(most, sum(ref() is not None for ref in drawn))
+    assert (len(drawn), most) == (30, 1)

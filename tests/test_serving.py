@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import os
+import queue
 import re
 import shutil
 import signal
@@ -527,10 +528,27 @@ def test_a_stream_too_many_is_turned_away_and_calls_go_on(world: World) -> None:
         error = refused(lambda: next(client.stream([ask()])))
         assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "--max-streams" in error.details()
+        with server.channel() as channel:
+            reflect = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo
+            question = reflection_pb2.ServerReflectionRequest(list_services="")
+            error = refused(lambda: next(reflect(iter([question]))))
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED  # it takes a thread as well
         assert len(client.recommend(ask()).slate) == 10
         gate.set()
         assert list(first) == []
         assert eventually(lambda: _streams(client))
+
+
+def test_calls_too_many_are_turned_away_at_once(world: World) -> None:
+    publish(world.store, ITEMS)
+    flags = ("--threads", "1", "--max-streams", "0", "--max-calls", "2")
+    with world.server(*flags) as server, server.client(retries=0) as client:
+        stub, large = client._stub(), pb.BatchRecommendRequest(requests=[ask()] * 500)
+        calls = [stub.BatchRecommend.future(large, timeout=60) for _ in range(10)]
+        codes = [call.code() for call in calls]
+        assert set(codes) == {grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED}
+        assert codes.count(grpc.StatusCode.OK) < 10
+        assert len(client.recommend(ask()).slate) == 10
 
 
 def _streams(client: Client) -> bool:
@@ -652,6 +670,29 @@ def test_a_drain_finishes_what_was_begun_and_loses_no_decision(world: World) -> 
     assert {answer.recommendation_id for answer in load.answers} <= world.decisions().keys()
 
 
+def test_a_drain_that_loses_a_decision_ends_with_1_and_says_how_many(tmp_path: Path) -> None:
+    log = open_log(f"sqlite:///{tmp_path}/log.db")
+    log.create_topic("catalog", 1, compacted=True)  # and no topic for decisions
+    log.close()
+    publish(WeightStore(f"{tmp_path}/weights"), ITEMS)
+    asked: queue.Queue[pb.RecommendRequest | None] = queue.Queue()
+    with (
+        ServerProcess("--weights", f"{tmp_path}/weights", "--log", log.url) as server,
+        server.client() as client,
+    ):
+        answers = client.stream(iter(asked.get, None))
+        asked.put(ask())
+        assert next(answers).slate
+        eventually(lambda: "1 decisions lost" in server.stderr())
+        server.process.send_signal(signal.SIGTERM)
+        eventually(lambda: "draining" in server.stderr())
+        asked.put(ask())
+        assert next(answers).slate
+        asked.put(None)
+        assert server.process.wait(30) == 1
+        assert "1 decisions were dropped or lost while all was to end" in server.stderr().splitlines()[-1]
+
+
 def test_new_weights_under_load_are_swapped_whole(world: World) -> None:
     publish(world.store, ITEMS, seed=0)
     policies: dict[int, Policy] = {1: Policy.from_weights(world.store.load(1))}
@@ -759,6 +800,14 @@ def test_a_server_killed_outright_knows_its_users_again_after_a_restart(world: W
         assert ITEMS[0] not in shown(client.recommend(ask(slate_size=30)))  # caught up before the port opened
 
 
+def test_it_listens_on_ipv6(world: World) -> None:
+    with world.server("--host", "::", "--processes", "2") as server:
+        with Client(f"[::1]:{server.port}") as client:
+            client.wait(30)
+            assert client.policy().label == "stable"
+        assert server.terminate() == 0
+
+
 def test_metrics_are_there_for_prometheus(world: World) -> None:
     publish(world.store, ITEMS)
     with socket.socket() as probe:
@@ -785,11 +834,19 @@ def test_metrics_are_there_for_prometheus(world: World) -> None:
     ("arguments", "line"),
     [
         (["--epsilon", "2"], "serving: epsilon must be within 0..1, not 2.0"),
+        (
+            ["--processes", "4", "--metrics-port", "65533"],
+            "serving: metrics_port must be within 0..65532, not 65533",
+        ),
         (["--epsilom", "0.1"], "serving: no such flag --epsilom; did you mean '--epsilon'?"),
         (["--network", "offline"], "serving: --network: no such choice 'offline'; did you mean 'online'?"),
         (
             ["--log", "redis://x"],
             "serving: 'redis://x' is no log; use kafka://host:9092 or sqlite:///path.db",
+        ),
+        (
+            ["--weights", "nosuch://x"],
+            "serving: argument --weights: cannot open 'nosuch://x': Protocol not known: nosuch",
         ),
     ],
 )
