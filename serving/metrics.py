@@ -127,6 +127,10 @@ USERS_FORGOTTEN = Gauge(
     "Users given up since the start to stay within --max-users, least recently active first.",
     registry=REGISTRY,
 )
+ITEMS_REFUSED = Gauge(
+    "serving_view_items_refused",
+    "Times that an item had no room within --max-items: it is the unknown item in histories.",
+)
 
 
 def expose(port: int, host: str) -> int:

@@ -68,6 +68,12 @@ class ViewConfig:
             "do; items, 0..100 million"
         },
     )
+    max_items: int = field(
+        default=10_000_000,
+        metadata={
+            "help": "items known, for good: what comes later is the unknown item in histories; items, 1..1073741824"
+        },
+    )
     bought_window_s: float = field(
         default=30 * 86400.0,
         metadata={"help": "an item bought is not recommended again for so long; seconds, >= 0 (0: at once)"},
@@ -84,6 +90,7 @@ class ViewConfig:
             "max_users": (1, 100_000_000),
             "history_length": (1, 1000),
             "max_described": (0, 100_000_000),
+            "max_items": (1, 1 << 30),
             "bought_window_s": (0, 100 * 365 * 86400),
         }
         for name, (low, high) in bounds.items():
@@ -99,7 +106,7 @@ class View:
     BOUGHT_LENGTH: Final = 16  # purchases remembered of each user
 
     def __init__(self, config: ViewConfig, codec: Codec) -> None:
-        self.vocabulary: Final = Vocabulary()
+        self.vocabulary: Final = Vocabulary(config.max_items)
         self.users: Final = UserState(
             config.max_users,
             config.history_length,
@@ -132,7 +139,7 @@ class View:
         return len(rejects.row)
 
     def history(self, user_id: str) -> list[Entry]:
-        """The user's newest entries, oldest first; items that the view cannot name are left out."""
+        """The user's newest entries, oldest first; those that it cannot name, or had no room for, are left out."""
         history = self.users.history(hash_string(user_id))
         names = self._item_ids
         columns = (column.tolist() for column in history)
@@ -277,6 +284,7 @@ class Follower:
             self._busy_s = now
         metrics.USERS.set(self._view.users.known)
         metrics.USERS_FORGOTTEN.set(self._view.users.forgotten)
+        metrics.ITEMS_REFUSED.set(self._view.vocabulary.refused)
         quiet = now - self._busy_s >= _QUIET_S
         if quiet or all(tail.caught_up() for tail in self._tails):
             self._caught_up.set()

@@ -139,6 +139,16 @@ def test_the_view_takes_from_decisions_how_what_was_shown_was_described():
     assert len(view.described) == 2
 
 
+def test_items_beyond_the_bound_are_left_out_of_histories():
+    view = View(ViewConfig(max_users=10, max_items=2), CODEC)
+    for n in range(4):
+        event = {"event_id": f"e{n}", "name": "purchase", "user_id": "ann", "timestamp": NOW + n}
+        view.absorb(batch_of([CODEC.encode_event(event | {"items": [{"item_id": f"news-{n}"}]})]))
+    assert [entry.item_id for entry in view.history("ann")] == ["news-0", "news-1"]
+    assert (len(view.vocabulary), view.vocabulary.refused) == (2, 2)
+    assert set(view.bought("ann", NOW + 10)) <= {"news-0", "news-1", ""}
+
+
 class Weights:
     """A follower that stands still."""
 
