@@ -22,6 +22,7 @@ from learner.learner import Learner, LearnerSettings
 from learner.policy import Candidate, Policy
 from learner.weights import Manifest, Weights
 from serving import policy_pb2 as pb
+from serving.decisions import Encoded
 from serving.ranking import Ranker
 from serving.server import ServingConfig
 from serving.service import Service
@@ -225,9 +226,13 @@ class InProcess:
         self.cpu_s += time.process_time() - began
         return response
 
-    def write(self, decision: Mapping[str, Any]) -> bool:
+    def encoded(self, decision: Mapping[str, Any]) -> Encoded:
+        """The same before that, frame and all: nobody puts one before it later."""
+        return Encoded(decision["user_id"].encode(), self._codec.encode_decision(decision))
+
+    def write(self, decision: Encoded) -> bool:
         """The service's decision, for the log."""
-        self._waiting.append(self._codec.encode_decision(decision))
+        self._waiting.append(decision.body)
         return True
 
     def _learn(self) -> None:
