@@ -32,7 +32,7 @@ from learner.networks import (
     score_all,
     unknown_items,
 )
-from learner.recall import BLOCK, EVERY, READ, RecallFit
+from learner.recall import BLOCK, EVERY, RecallFit
 from learner.replay import Batch, Histories
 from learner.response import Fit, Shown
 from learner.stacking import StackFit
@@ -386,19 +386,17 @@ class Agent:
         here, at, ids, stands_for = state.item, item, None, None
         with torch.no_grad():
             if self.rows > self.settings.exact_items:
-                ids, stands_for = self._sample(
-                    here, at, recall.led[recall.known(state.item[:, :READ])].long()
-                )
+                ids, stands_for = self._sample(here, at, recall.leads_to(here))
                 here, at = torch.searchsorted(ids, here), torch.searchsorted(ids, at)
             keys = self._keys_now(self.online, ids)
             queries = self.online.queries(state, keys, here, ids)
             organic = score_all(queries.organic, keys.organic, keys.category)
-            places = place_buckets(state)
+            places = place_buckets(state)[0]
         self._recall.learn(
             organic,
             stands_for,
             at,
-            lambda weights: recall.recalled(state.item, queries.kinds, places, here, ids, weights),
+            lambda weights: recall.recalled(state.item, queries.kinds, places, ids, weights),
         )
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ and one against what each item has of its own (learner.response):
 
     log-odds of choice = u(s) · key(a) + o(s) · own(a) + c(s)
                          + Σ_h copy[h] [history item h is a] + Σ_h alike[h] [it is of a's category]
-                         + Σ_h pull[h] · walk(item h, a)        (learner.recall)
+                         + ρ · log(1 + SCALE · ways(s, a))        (learner.recall)
                          (set right as learner.stacking has it: all but o times κ, and κ in own)
     m + γ g            = w(s) · key(a) + e(s)
 """
@@ -21,9 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from learner.co_views import again
 from learner.networks import (
     AGE_BOUNDS_S,
     AGES,
@@ -63,9 +61,6 @@ class _Parameters(NamedTuple):
     kind: Floats  # [KINDS, C] weight of an entry of this event type and recency
     place: Floats  # [H, C] likewise by place
     copy: Floats  # [KINDS] pull of a history item on its own log-odds
-    again: Floats  # [KINDS] the same by learner.recall, of the newest entry of each item ...
-    again_place: Floats  # [H] ... by its place ...
-    often: np.float32  # ... and by the logarithm of how many there are
     alike: Floats  # [KINDS] likewise on those of its category
     share: Floats  # [C] likewise by the entry's share of each channel
     tower: Floats  # [N, d] ψ(a)
@@ -87,7 +82,6 @@ class _Parameters(NamedTuple):
     item_mean: Floats  # [d]
     unchosen: _Layer
     unchosen_out: _Layer
-    pull: Floats  # [READ] of learner.recall, times ρ
     prior: np.float32
     going_back: np.float32  # ω of learner.stacking
     gamma: np.float32
@@ -103,6 +97,8 @@ class CompiledQ:
         self._own = self._own_of(shelf).contiguous()  # [d + 1, N]
         self._category = shelf.category
         self._recall = network.recall
+        self._trust = float(network.stack.weights[1] * network.trust)
+        self._pull = network.recall.pull.exp().numpy()
         self._items = len(shelf.category)
         self._buckets = network.settings.category_buckets
 
@@ -123,9 +119,9 @@ class CompiledQ:
         log_odds, gain = views.scores(self._keys, self._own)
         log_odds += views.alike.index_select(1, self._category)
         item = self._known(states)
-        log_odds.scatter_add_(1, item, views.copy)
+        log_odds.scatter_add_(1, torch.from_numpy(item), views.copy)
         if self._recall.has_any:
-            log_odds.scatter_add_(1, *self._led(item, views.pull))
+            log_odds.scatter_add_(1, *self._ways(item))
         return log_odds, gain, views.value, views.own[:, :-1]
 
     def parts_among(
@@ -139,22 +135,21 @@ class CompiledQ:
         same = (item.unsqueeze(1) == ids.unsqueeze(1)) & (ids > 0).unsqueeze(1)  # [B, M, H]
         log_odds += (same * views.copy.unsqueeze(1)).sum(dim=2)
         if self._recall.has_any:
-            to, pull = self._led(self._known(states), views.pull)
+            to, pull = self._ways(self._known(states))
             mine, which = torch.unique(ids, return_inverse=True)
             at = torch.searchsorted(mine, to).clamp(max=len(mine) - 1)
             pull *= (mine[at] == to) & (to > 0)
             log_odds += pull.new_zeros(len(pull), len(mine)).scatter_add_(1, at, pull)[:, which]
         return log_odds, gain, views.value, views.own[:, :-1]
 
-    def _known(self, states: Histories) -> Tensor:
+    def _known(self, states: Histories) -> npt.NDArray[np.int64]:
         """[B, H] the histories' items, 0 where they are none of the N."""
-        return torch.from_numpy(np.where(states.item < self._items, states.item, 0).astype(np.int64))
+        return np.where(states.item < self._items, states.item, 0).astype(np.int64)
 
-    def _led(self, item: Tensor, pull: Tensor) -> tuple[Tensor, Tensor]:
-        """Where the histories' newest items lead, and how strongly they pull there, [B, READ * WALKED] each."""
-        read = self._recall.known(item[:, : pull.shape[1]])
-        walks = functional.embedding(read, self._recall.walk) * pull.unsqueeze(2)
-        return functional.embedding(read, self._recall.led).flatten(1).long(), walks.flatten(1)
+    def _ways(self, item: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Where the histories' items lead, each once, and what that adds to log-odds there, [B, E] each."""
+        row, ways, _ = self._recall.merged(item, np.zeros(item.shape, np.float32), self._pull)
+        return row, ways.mul_(self._trust)
 
     def _own_of(self, shelf: Shelf) -> Tensor:
         """What each item has of its own, [d + 1, M]."""
@@ -176,7 +171,6 @@ class _Views(NamedTuple):
     value: Tensor
     copy: Tensor
     alike: Tensor
-    pull: Tensor
 
     def scores(self, keys: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
         """Log-odds of choice, but for pulls of histories, and m + γ g, [B, M] each. keys, own: [d + 1, M]."""
@@ -213,15 +207,11 @@ def _parameters(network: QNetwork, shelf: Shelf) -> _Parameters:
     more = network.response
     c, scale, going_back = network.stack.weights
     prior = scale * network.prior
-    recalled = scale * network.trust * float(network.recall.has_any)
     first, last = cast(nn.Linear, network.unchosen[0]), cast(nn.Linear, network.unchosen[2])
     return _Parameters(
         kind=_array(torch.exp(encoder.name_weight.unsqueeze(1) + encoder.age_weight).flatten(0, 1)),
         place=_array(torch.exp(encoder.place_weight[place])),
         copy=_array(prior * network.copy + scale * more.copy),
-        again=_array(recalled * network.recall.again),
-        again_place=_array(recalled * network.recall.place[place]),
-        often=np.float32((recalled * network.recall.often).item()),
         alike=_array(prior * network.alike + scale * more.alike),
         share=_array(prior * network.share + scale * more.share),
         tower=_array(shelf.tower),
@@ -248,7 +238,6 @@ def _parameters(network: QNetwork, shelf: Shelf) -> _Parameters:
         unchosen_out=_Layer(  # of their mean
             _array(last.weight.mean(dim=0, keepdim=True).T), _array(last.bias.mean(dim=0, keepdim=True))
         ),
-        pull=_array(recalled * network.recall.pull),
         prior=np.float32(prior.item()),
         going_back=np.float32(going_back.item()),
         gamma=np.float32(settings.gamma),
@@ -274,9 +263,9 @@ def _vectors(
     name: npt.NDArray[np.uint8],
     age_s: Floats,
     value: Floats,
-) -> tuple[Floats, Floats, Floats, Floats, Floats, Floats, Floats]:
+) -> tuple[Floats, Floats, Floats, Floats, Floats, Floats]:
     """[2B, d + 1] u of all states, then w; [B, d + 1] o; [2B, 1] c, then e; [B, 1] γ V0; [B, H] copy; [B, buckets]
-    sums of alike; [B, READ or H if less] pull."""
+    sums of alike."""
     batch, length = item.shape
     channels, d = p.place.shape[1], p.tower.shape[1]
     vectors = np.zeros((2 * batch, d + 1), np.float32)
@@ -285,7 +274,6 @@ def _vectors(
     ahead = np.zeros((batch, 1), np.float32)
     copy = np.zeros((batch, length), np.float32)
     alike = np.zeros((batch, buckets), np.float32)
-    pull = np.zeros((batch, min(length, len(p.pull))), np.float32)
     pooled = np.empty(channels * d, np.float32)
     features = np.empty(channels * d + COUNTS, np.float32)
     hidden = np.empty(len(p.hidden.bias), np.float32)
@@ -297,9 +285,6 @@ def _vectors(
     half = len(p.gain_key.bias) // 2
     for b in range(batch):
         _features(p, item[b], name[b], age_s[b], value[b], features, visit[d:], copy[b], alike[b])
-        for h in range(pull.shape[1]):
-            if item[b, h] > 0 and not again(item[b], h):
-                pull[b, h] = p.pull[h]
         for i in range(len(pooled)):
             pooled[i] = features[i]
         _apply(p.hidden, features, hidden, True)
@@ -325,7 +310,7 @@ def _vectors(
         _apply(p.unchosen, visit, value_hidden, True)
         _apply(p.unchosen_out, value_hidden, ahead[b], False)
         ahead[b, 0] *= p.gamma
-    return vectors, own, constants, ahead, copy, alike, pull
+    return vectors, own, constants, ahead, copy, alike
 
 
 @jit
@@ -394,12 +379,6 @@ def _features(
             for other in item:
                 same += other == item[h]
             copy[h] += p.going_back / np.sqrt(np.float32(same * items))
-    for h in range(len(item)):
-        if item[h] > 0 and not again(item, h):
-            same = 0
-            for other in item:
-                same += other == item[h]
-            copy[h] += p.again[kinds[h]] + p.again_place[h] + p.often * np.log(np.float32(same))
     for c in range(channels):
         for j in range(d):
             features[c * d + j] /= total[c]

@@ -23,9 +23,9 @@ the organic head, which is p's prior.
 
 The log-odds of p are what the user goes to unaided, and how items answer otherwise than that tells (learner.response, a
 Bayesian last layer, with a leaning of the state to choose at all). What they go to unaided is told by an encoder and
-by what is remembered of where others went from there (learner.recall):
+by the ways that others went from there (learner.recall):
 
-    z(s, a) = β · organic(s, a) + ρ · recalled(s, a) + response(s, a) + lean(s)
+    z(s, a) = β · organic(s, a) + ρ · log(1 + SCALE · ways(s, a)) + response(s, a) + lean(s)
 
 and logit p = z; or, with `stack`, what they come to once they are set right by what came of slots foretold by them
 (learner.stacking):
@@ -158,7 +158,7 @@ class Query(NamedTuple):
     """One head's view of B states.
 
     score(s, a) = vector(s) · key(a) + Σ_h copy[h] [history item h is a] + Σ_h alike[h] [it is of a's category]
-                  + trust · Σ what is recalled of a
+                  + trust · log(1 + SCALE · ways(s, a))        (learner.recall)
     """
 
     vector: Tensor  # [B, D]
@@ -204,9 +204,10 @@ def score_all(query: Query, keys: Tensor, category: Tensor) -> Tensor:
     scores.scatter_add_(1, query.item, query.copy)
     if query.recalled is None:
         return scores
+    pull = query.trust * query.recalled.ways
     if scores.requires_grad:
-        return scores + query.trust * query.recalled.sums(len(keys))
-    return scores.scatter_add_(1, query.recalled.row, query.trust * query.recalled.pull)
+        return scores.scatter_add(1, query.recalled.row, pull)
+    return scores.scatter_add_(1, query.recalled.row, pull)
 
 
 def score_at(query: Query, keys: Tensor, category: Tensor, ids: Tensor) -> Tensor:
@@ -214,7 +215,7 @@ def score_at(query: Query, keys: Tensor, category: Tensor, ids: Tensor) -> Tenso
     scores = torch.bmm(functional.embedding(ids, keys), query.vector.unsqueeze(2)).squeeze(2)
     same, alike = matches(query, category, ids)
     scores = scores + (same * query.copy.unsqueeze(1) + alike * query.alike.unsqueeze(1)).sum(dim=2)
-    return scores if query.recalled is None else scores + query.trust * query.recalled.sums_at(ids)
+    return scores if query.recalled is None else scores + query.trust * query.recalled.ways_at(ids)
 
 
 def matches(query: Query, category: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -405,11 +406,11 @@ class QNetwork(nn.Module):
         self.alike = nn.Parameter(torch.zeros(KINDS))
         self.share = nn.Parameter(torch.zeros(settings.channels))
         self.prior = nn.Parameter(torch.tensor(0.3))  # β: how far choice follows organic interest
-        self.trust = nn.Parameter(torch.tensor(0.0))  # ρ: how far what is remembered
+        self.trust = nn.Parameter(torch.tensor(0.3))  # ρ: how far it follows where others went
         self.organic_key = nn.Linear(d, d + 1)
         self.response = Response(d, items, KINDS, settings.channels)
         self.stack = Stack(items)
-        self.recall = Recall(KINDS, PLACES)
+        self.recall = Recall(KINDS, (0, *PLACE_BOUNDS))
         self.lean = nn.Linear(d, 1)  # choice log-odds of whatever is shown
         self.query = nn.Linear(d, 2 * v)  # reward, continuation
         self.key = nn.Linear(d, 2 * v)
@@ -544,7 +545,7 @@ class QNetwork(nn.Module):
         still = (phi.detach() - self.state_mean) / self.state_scale
         choice = torch.cat((organic, self.lean(phi)), dim=1)
         if recalled is None and self.recall.has_any:
-            recalled = self.recall.recalled(state.item, kinds, place_buckets(state), item, ids)
+            recalled = self.recall.recalled(state.item, kinds, place_buckets(state)[0], ids)
         copies, alikes = self.prior * copy + more_copy, self.prior * alike + more_alike
         return Queries(
             Query(organic, copy, item, alike, category, None, self.trust),
@@ -561,7 +562,10 @@ class QNetwork(nn.Module):
         """How likely users go to each item next, unaided, log-odds but for a constant, [B, N]: see learner.recall."""
         organic = score_all(queries.organic, keys.organic, keys.category)
         recalled = queries.choice.recalled
-        return organic if recalled is None else (self.recall.scale * organic).scatter_add_(1, *recalled)
+        if recalled is None:
+            return organic
+        pull = self.recall.power.exp() * recalled.whole
+        return (self.recall.scale * organic).scatter_add_(1, recalled.row, pull)
 
     def q_all(self, queries: Queries, keys: Keys) -> Tensor:
         """Q(s, a) of all N items, [B, N]; the equation of this module's head."""

@@ -1,23 +1,25 @@
 """What is remembered of where users went, beside what a network has learnt: known after one step, not after hundreds.
 
-    next(s, a) = σ · organic(s, a)  +  Σ_h (again[kind_h] + place[place_h] + often · log n_h) [history item h is a]
-                                    +  Σ_h<READ pull_h · log(1 + SCALE · walk(item_h, a))
+    next(s, a) = σ · organic(s, a) + exp(power) · log(1 + SCALE · (ways(s, a) + back(s, a)))
+    ways(s, a) = Σ_i<READ exp(pull_i) · walk(item_i, a)
+    back(s, a) = exp(again[kind_i] + place[place_i] + often · log n_i)        where a is item_i, else 0
 
-over the newest entry h of each item, of which there are n_h; kind_h is its event type × recency. organic is the
-network's next-item head; walk is how likely co-views lead from an item to another, in one step or two
-(learner.co_views), as it was when somebody last went from that item or to it. In a catalog of tens of thousands most
-items come too seldom for a vector of theirs to say much, yet who went to one of them went, more likely than not, where
-others went from there.
+over the distinct items of a history, the newest first (i = 0, 1, ...): n_i entries are of item_i, and kind_i is the
+newest one's event type × recency. organic is the network's next-item head; walk is how likely co-views lead from an
+item to another, in one step or two (learner.co_views), as it was when somebody last went from that item or to it. In a
+catalog of tens of thousands most items come too seldom for a vector of theirs to say much, yet who went to one of them
+went, more likely than not, where others went from there.
 
-The weights begin about where they come out on logs of views: in a small log there are too few steps to find that out.
-σ and the weights are learnt from each step as it comes, before it is remembered and before the network learns it: what
+Ways and items that users come back to are parts of one mixture: what several entries lead to is as likely as they say
+together, and not as their product. The weights begin as in `CoViews.walk_scores`, which is a good rule by itself. σ and
+the weights are learnt from each step as it comes, before it is remembered and before the network learns it: what
 was learnt from already would vouch for its own memory, and every pull look worth more than it is. Slots of slates are
 not remembered: what is chosen there tells as much of what was shown as of what is liked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -26,16 +28,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from learner.co_views import WALKED, CoViews, again
+from learner.co_views import OWN, WALKED, CoViews, again
 from streaming.jit import jit
 
-READ: Final = 8  # newest entries of a history that walks start from
-SCALE: Final = 100.0  # of walk(a, b), at which it begins to tell
+READ: Final = 8  # newest items of a history that walks start from
+SCALE: Final = 100.0  # one over the mass of an item at which it begins to tell
 RATE: Final = 0.1  # of Adam, at first; falls with the root of blocks learnt from ...
 SLOWER: Final = 30  # ... from here on
-# where weights begin, about as they come out on logs of views: place, and pull of the newest entry
-COMES_BACK: Final = 3.0
-LEADS_ON: Final = 1.5
 BLOCK: Final = 128  # steps learnt from at once
 EVERY: Final = 1024  # steps, of which so many are learnt from ...
 YOUNG: Final = 256  # ... once there have been so many blocks; before, of each lot of steps that comes
@@ -44,29 +43,26 @@ YOUNG: Final = 256  # ... once there have been so many blocks; before, of each l
 class Recalled(NamedTuple):
     """What pulls on which rows of the keys, for B states; no gradients."""
 
-    row: Tensor  # [B, E] int64; 0, the unknown item, where there is nothing
-    pull: Tensor  # [B, E]
+    row: Tensor  # [B, E] int64, no other twice; 0, the unknown item, where there is nothing
+    ways: Tensor  # [B, E] log(1 + SCALE · ways)
+    whole: Tensor  # [B, E] with what is come back to
 
     def rows(self, which: Tensor | slice) -> Recalled:
         """Of these states."""
-        return Recalled(self.row[which], self.pull[which])
+        return Recalled(*(column[which] for column in self))
 
-    def sums(self, items: int) -> Tensor:
-        """Of all rows, [B, items]."""
-        return self.pull.new_zeros(len(self.pull), items).scatter_add_(1, self.row, self.pull)
-
-    def sums_at(self, ids: Tensor) -> Tensor:
+    def ways_at(self, ids: Tensor) -> Tensor:
         """Of these rows, [B, K]; 0 for the unknown item. ids: [B, K]."""
         if ids.device.type != "cpu":
             same = (self.row.unsqueeze(1) == ids.unsqueeze(2)) & (ids > 0).unsqueeze(2)
-            return (same * self.pull.unsqueeze(1)).sum(dim=2)
+            return (same * self.ways.unsqueeze(1)).sum(dim=2)
         out = np.zeros(ids.shape, np.float32)
-        _add_up(self.row.numpy(), self.pull.numpy(), ids.numpy(), out)
+        _find_at(self.row.numpy(), self.ways.numpy(), ids.numpy(), out)
         return torch.from_numpy(out)
 
 
 @jit
-def _add_up(
+def _find_at(
     row: npt.NDArray[np.int64],
     pull: npt.NDArray[np.float32],
     ids: npt.NDArray[np.int64],
@@ -85,6 +81,7 @@ class Weights(NamedTuple):
     """What is learnt beside the memory itself."""
 
     scale: Tensor  # [1] σ
+    power: Tensor  # [1]
     again: Tensor  # [KINDS]
     place: Tensor  # [PLACES]
     often: Tensor  # [1]
@@ -97,22 +94,24 @@ class Recall(nn.Module):
     led: Tensor
     walk: Tensor
     scale: Tensor
+    power: Tensor
     again: Tensor
     place: Tensor
     often: Tensor
     pull: Tensor
 
-    def __init__(self, kinds: int, places: int) -> None:
-        """kinds, places: of history entries."""
+    def __init__(self, kinds: int, places: Sequence[int]) -> None:
+        """kinds: of history entries; places: a place of each bucket of them, from 0."""
         super().__init__()
         # as many rows as there are vocabulary ids up to the last that anybody went to unaided
         self.register_buffer("led", torch.zeros(1, WALKED, dtype=torch.int32))  # vocabulary ids, 0: none
-        self.register_buffer("walk", torch.zeros(1, WALKED))  # log(1 + SCALE · walk)
-        self.register_buffer("scale", torch.ones(1))  # σ
+        self.register_buffer("walk", torch.zeros(1, WALKED))
+        self.register_buffer("scale", torch.ones(1))
+        self.register_buffer("power", torch.zeros(1))
         self.register_buffer("again", torch.zeros(kinds))
-        self.register_buffer("place", torch.full((places,), COMES_BACK))
+        self.register_buffer("place", torch.log(float(OWN[0]) / (torch.tensor(places) + 1) + float(OWN[1])))
         self.register_buffer("often", torch.zeros(1))
-        self.register_buffer("pull", LEADS_ON / torch.arange(1, READ + 1).square())
+        self.register_buffer("pull", -torch.arange(1, READ + 1).log())
 
     @property
     def has_any(self) -> bool:
@@ -124,25 +123,46 @@ class Recall(nn.Module):
         item: Tensor,
         kinds: Tensor,
         places: Tensor,
-        local: Tensor,
         ids: Tensor | None,
         weights: Weights | None = None,
     ) -> Recalled:
-        """item, kinds: [B, H] of histories; places: [1, H]; local: [B, H] rows of the keys that their items are; ids:
-        [N] ascending, that the rows of the keys are; None: row i is vocabulary id i. What is not among the rows pulls
-        on nothing. weights: None: what was learnt."""
-        weights = weights or self.weights
+        """item, kinds: [B, H] of histories; places: [H] buckets of places; ids: [N] ascending, that the rows of the
+        keys are, those of the histories among them; None: row i is vocabulary id i. What is not among the rows pulls on
+        nothing. weights: None: what was learnt; else with their gradients."""
         newest, often = newest_entries(item)
-        back = weights.again[kinds] + weights.place[places] + weights.often * often
-        read = self.known(item[:, :READ])
-        led = functional.embedding(read, self.led).flatten(1).long()
-        pull = (weights.pull[: read.shape[1]] * newest[:, :READ]).unsqueeze(2)
-        pull = (functional.embedding(read, self.walk) * pull).flatten(1)
+        known = weights or self.weights
+        rank = (newest.cumsum(dim=1) - 1).clamp(min=0)
+        back = torch.exp(known.again[kinds] + known.place[places[rank]] + known.often * often) * newest
+        pull = known.pull.exp()
+        if weights is None and item.device.type == "cpu":
+            row, ways, whole = self.merged(item.numpy(), back.numpy(), pull.numpy())
+        else:
+            read = self.known(_newest_items(item, newest))
+            led = functional.embedding(read, self.led).flatten(1).long()
+            walk = (functional.embedding(read, self.walk) * pull[: read.shape[1]].unsqueeze(1)).flatten(1)
+            nothing = torch.zeros_like(back)
+            masses = torch.stack((torch.cat((nothing, walk), dim=1), torch.cat((back, walk), dim=1)))
+            row, sums = _summed(torch.cat((item * newest, led), dim=1), masses)
+            ways, whole = torch.log1p(SCALE * sums)
         if ids is not None:
-            at = torch.searchsorted(ids, led).clamp(max=len(ids) - 1)
-            there = ids[at] == led
-            led, pull = at * there, pull * there
-        return Recalled(torch.cat((local, led), dim=1), torch.cat((back * newest, pull), dim=1))
+            at = torch.searchsorted(ids, row).clamp(max=len(ids) - 1)
+            there = ids[at] == row
+            row, ways, whole = at * there, ways * there, whole * there
+        return Recalled(row, ways, whole)
+
+    def merged(
+        self, item: npt.NDArray[np.integer], back: npt.NDArray[np.float32], pull: npt.NDArray[np.float32]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Recalled`, rows being vocabulary ids. item, back: [B, H]; pull: [READ]."""
+        shape = len(item), item.shape[1] + READ * WALKED
+        row, ways, whole = np.zeros(shape, np.int64), *np.zeros((2, *shape), np.float32)
+        _merge(self.led.numpy(), self.walk.numpy(), item, back, pull, row, ways, whole)
+        return torch.from_numpy(row), torch.from_numpy(ways), torch.from_numpy(whole)
+
+    def leads_to(self, item: Tensor) -> Tensor:
+        """Where walks from histories [B, H] lead, [B, READ * WALKED] vocabulary ids; 0: nowhere."""
+        read = self.known(_newest_items(item, newest_entries(item)[0]))
+        return self.led[read].flatten(1).long()
 
     def known(self, item: Tensor) -> Tensor:
         """These vocabulary ids, 0 for those of which nothing is remembered."""
@@ -152,6 +172,81 @@ class Recall(nn.Module):
     def weights(self) -> Weights:
         """As they are by now; they share their numbers."""
         return Weights(*(getattr(self, name) for name in Weights._fields))
+
+
+@jit
+def _merge(
+    led: npt.NDArray[np.int32],
+    walk: npt.NDArray[np.float32],
+    item: npt.NDArray[np.integer],
+    back: npt.NDArray[np.float32],
+    pull: npt.NDArray[np.float32],
+    row: npt.NDArray[np.int64],
+    ways: npt.NDArray[np.float32],
+    whole: npt.NDArray[np.float32],
+) -> None:
+    """Sums by item, found by a table of hashes: there are few of them, of maybe a million."""
+    size = 2
+    while size < 2 * row.shape[1]:
+        size *= 2
+    place = np.empty(size, np.int64)  # in row, of the item with this hash; -1: none
+    for b in range(len(item)):
+        place[:] = -1
+        n = read = 0
+        for h in range(item.shape[1]):
+            start = np.int64(item[b, h])
+            if start == 0 or again(item[b], h):
+                continue
+            n = _meet(place, row[b], n, start)
+            whole[b, place[_hash(place, row[b], start)]] += back[b, h]
+            if read < len(pull) and start < len(led):
+                for m in range(led.shape[1]):
+                    to = np.int64(led[start, m])
+                    if to == 0:
+                        break
+                    n = _meet(place, row[b], n, to)
+                    ways[b, place[_hash(place, row[b], to)]] += pull[read] * walk[start, m]
+            read += 1
+        for e in range(n):
+            whole[b, e] = np.log1p(np.float32(SCALE) * (ways[b, e] + whole[b, e]))
+            ways[b, e] = np.log1p(np.float32(SCALE) * ways[b, e])
+
+
+@jit
+def _hash(place: npt.NDArray[np.int64], row: npt.NDArray[np.int64], item: np.int64) -> int:
+    """Where in the table the item is, or would be."""
+    at = (item * 0x9E3779B1) & (len(place) - 1)
+    while place[at] >= 0 and row[place[at]] != item:
+        at = (at + 1) & (len(place) - 1)
+    return int(at)
+
+
+@jit
+def _meet(place: npt.NDArray[np.int64], row: npt.NDArray[np.int64], n: int, item: np.int64) -> int:
+    """Make room for the item, if it is the first time; how many there are by now."""
+    at = _hash(place, row, item)
+    if place[at] < 0:
+        place[at] = n
+        row[n] = item
+        n += 1
+    return n
+
+
+def _summed(row: Tensor, masses: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row once, [B, E], 0 in place of others like it, and its sums, [2, B, E]. row: [B, E]; masses: [2, B, E] of
+    what is not negative."""
+    row, order = row.sort(dim=1)
+    sums = masses.gather(2, order.expand_as(masses)).cumsum(dim=2)
+    last = functional.pad(row[:, 1:] != row[:, :-1], (0, 1), value=True)
+    before = functional.pad(torch.where(last, sums, 0.0).cummax(dim=2).values[..., :-1], (1, 0))
+    return row * last, (sums - before) * (last & (row > 0))
+
+
+def _newest_items(item: Tensor, newest: Tensor) -> Tensor:
+    """[B, READ or H if less] the newest distinct items; 0 where there are no more."""
+    order = newest * torch.arange(item.shape[1], 0, -1, device=item.device)
+    at = order.topk(min(READ, item.shape[1]), dim=1).indices
+    return item.gather(1, at) * newest.gather(1, at)
 
 
 def newest_entries(item: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,11 +275,11 @@ def _count_entries(
 
 def compile_recall() -> None:
     """Have the loops compiled, by a memory that is thrown away."""
-    memory = RecallFit(Recall(1, 1))
+    memory = RecallFit(Recall(1, [0]))
     memory.observe(np.array([[1, 2]], np.int32), np.array([3]))
     item = torch.tensor([[3, 1]])
     nothing = torch.zeros_like(item)
-    memory.recall.recalled(item, nothing, nothing[:1], item, None).sums_at(item)
+    memory.recall.recalled(item, nothing, nothing[0], None).ways_at(item)
 
 
 class RecallFit:
@@ -217,7 +312,8 @@ class RecallFit:
         self._optimiser.param_groups[0]["lr"] = RATE * min(1.0, (SLOWER / self.blocks) ** 0.5)
         self._optimiser.zero_grad(set_to_none=True)
         weights = Weights(*self._parameters())
-        logits = (weights.scale * organic).scatter_add(1, *recalled(weights))
+        mine = recalled(weights)
+        logits = (weights.scale * organic).scatter_add(1, mine.row, weights.power.exp() * mine.whole)
         if stands_for is not None:
             logits = logits + stands_for
         functional.cross_entropy(logits, went).backward()  # type: ignore[no-untyped-call]
@@ -232,7 +328,7 @@ class RecallFit:
         device = self.recall.led.device
         rows = torch.from_numpy(changed).to(device)
         self.recall.led[rows] = torch.from_numpy(to).to(device)
-        self.recall.walk[rows] = torch.from_numpy(np.log1p(SCALE * walk)).to(device, torch.float32)
+        self.recall.walk[rows] = torch.from_numpy(walk).to(device)
 
     def _reserve(self, items: int) -> None:
         """Grow the tables to so many rows at least, by doubling."""
