@@ -59,7 +59,7 @@ def test_a_candidate_is_pulled_on_as_the_category_that_it_comes_with_is(tmp_path
     with torch.no_grad():
         network, shelf = policy._network, policy._shelf_of(offered)[0]
         queries = network.queries(state_tensors(states), policy._shelf)
-        keys = network._keys(shelf)
+        keys = network.keys_of(shelf)
         same = queries.choice.category.unsqueeze(1) == keys.category.unsqueeze(1)
         pull = (queries.choice.alike.unsqueeze(1) * same).sum(dim=2)
         choice = queries.choice.vector @ keys.choice.T + pull
