@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -87,21 +89,36 @@ class _Remote:
         return f"{self._root}/{name}" if name else self._root
 
     def read(self, name: str) -> bytes:
-        return bytes(self._fs.cat_file(self._path(name)))
+        with _drivers_errors():
+            return bytes(self._fs.cat_file(self._path(name)))
 
     def write(self, name: str, data: bytes) -> None:
-        self._fs.pipe_file(self._path(name), data)
+        with _drivers_errors():
+            self._fs.pipe_file(self._path(name), data)
 
     def names(self, folder: str = "") -> list[str]:
         self._fs.invalidate_cache()
         try:
-            entries = self._fs.ls(self._path(folder), detail=True)
+            with _drivers_errors():
+                entries = self._fs.ls(self._path(folder), detail=True)
         except FileNotFoundError:
             return []
         return sorted(entry["name"].rpartition("/")[2] for entry in entries if entry["type"] == "file")
 
     def remove(self, name: str) -> None:
         try:
-            self._fs.rm_file(self._path(name))
+            with _drivers_errors():
+                self._fs.rm_file(self._path(name))
         except FileNotFoundError:
             return
+
+
+@contextmanager
+def _drivers_errors() -> Iterator[None]:
+    """Whatever a driver raises is an OSError: of its own kinds nobody knows who uses a store."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error

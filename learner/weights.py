@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -29,6 +30,8 @@ import safetensors.numpy
 from learner.blobs import open_blobs
 from learner.fence import Fence, Fenced
 from streaming.interning import Vocabulary
+
+logger = logging.getLogger(__name__)
 
 FORMAT: Final = "bellwether-weights/4"
 CHUNK: Final = 8192  # item ids in one vocabulary file; all but the last file of a vocabulary are full
@@ -225,6 +228,8 @@ class WeightStore:
                 labels[name] = _parse_label(name, self._blobs.read(f"labels/{name}"))
             except FileNotFoundError:
                 continue  # removed in between
+            except WeightsDamaged as error:  # it names nothing, until it is set anew
+                logger.warning("%s", error)
         return labels
 
     # --- publishing

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from learner import weights as module
+from learner.blobs import _Remote
 from learner.fence import Fence, Fenced
 from learner.weights import Meta, WeightsDamaged, WeightsError, WeightsMissing, WeightStore
 from streaming.interning import Vocabulary
@@ -363,3 +364,36 @@ def test_an_unknown_scheme_is_named():
 def test_the_module_works_without_torch():
     code = "import sys; sys.modules['torch'] = None; import learner.weights"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_damaged_label_is_mended_by_the_next_version(url):
+    store = WeightStore(url)
+    store.publish(tensors(), Meta(), items("a"))
+    corrupt(url, "labels/stable", lambda data: data[:5])
+    with pytest.raises(WeightsDamaged, match="publish anew"):
+        WeightStore(url).latest()
+    again = WeightStore(url)
+    assert again.epoch() == 0
+    assert again.publish(tensors(2.0), Meta(), items("a")).version == 2
+    assert WeightStore(url).latest() == 2
+
+
+class Unruly(fsspec.AbstractFileSystem):
+    """A driver that raises what only its own package knows."""
+
+    def fail(self, *_, **__):
+        raise RuntimeError("the service says: slow down")
+
+    cat_file = pipe_file = ls = rm_file = fail
+
+
+def test_whatever_a_driver_raises_is_an_oserror_that_says_it():
+    blobs = _Remote(Unruly(), "bucket")
+    for call in (
+        lambda: blobs.read("x"),
+        lambda: blobs.write("x", b""),
+        blobs.names,
+        lambda: blobs.remove("x"),
+    ):
+        with pytest.raises(OSError, match="RuntimeError: the service says: slow down"):
+            call()
