@@ -47,6 +47,8 @@ MOST_BACKOFF_S: Final = 15.0  # between two questions to a registry that is down
 
 logger = logging.getLogger(__name__)
 
+_SAID: Final = 300  # characters of what fastavro says
+
 
 class SchemaError(LogError):
     """A record or a schema that does not fit the contracts; the message says which and why."""
@@ -114,7 +116,9 @@ class Codec:
         try:
             fastavro.schemaless_writer(out, self._parsed_readers[name], record, strict_allow_default=True)
         except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
-            raise SchemaError(f"no {name}: {error}; its fields are in proto/") from error
+            said = str(error)  # with all of the record, which may be long
+            said = said if len(said) <= _SAID else said[:_SAID] + " ..."
+            raise SchemaError(f"no {name}: {said}; its fields are in proto/") from None
         return out.getvalue()
 
     def decode(self, data: bytes) -> tuple[str, dict[str, Any]]:

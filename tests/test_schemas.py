@@ -142,6 +142,14 @@ def test_a_record_that_does_not_fit_is_refused_by_name(event: dict[str, Any]) ->
         Codec().encode_event(event)
 
 
+def test_what_is_said_of_a_record_that_does_not_fit_does_not_hold_all_of_it() -> None:
+    event = minimal(items=[{"item_id": f"item-{n}"} for n in range(5000)], timestamp="now")
+    with pytest.raises(SchemaError, match=EVENT) as refused:
+        Codec().encode_event(event)
+    assert len(str(refused.value)) < 500
+    assert refused.value.__suppress_context__
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
