@@ -253,6 +253,7 @@ class Agent:
         self._unaided_looks = [0, 0]
         self.unit = 1.0  # of value, in reward units: see `_look_unit`
         self._unit_looks = 0
+        self._choices = 0  # from slates, so far
         self._response = Fit(self.online.response)
         self._stack = StackFit(self.online.stack)
         self._recall = RecallFit(self.online.recall)
@@ -361,6 +362,8 @@ class Agent:
     def foretell(self, joined: Joined) -> None:
         """Note what is foretold of these transitions, and what came: before anything is learnt from them, and of
         vocabulary ids that there is room for."""
+        t = joined.transitions
+        self._choices += int(np.count_nonzero(~t.organic & (t.reward != 0)))
         if self.settings.recall:
             self._recall_steps(joined)
         if self.settings.stack and self.updates > 0:  # else nothing is known: that says nothing of what is
@@ -494,6 +497,7 @@ class Agent:
         """
         self._check(batch)
         self.online.look()
+        self._trust_recall()
         rows = self._rows(batch, len(batch.action) / max(kept or 0, len(batch.action)))
         keys = self._keys(rows.aisle)
         queries = self.online.queries(rows.state, keys, rows.here, rows.ids)
@@ -516,6 +520,12 @@ class Agent:
         q = q * self.unit
         values = torch.stack([loss, q.mean(), q.std(correction=0), *losses.values()]).tolist()
         return Update(values[0], error, values[1], values[2], dict(zip(losses, values[3:], strict=True)))
+
+    @torch.no_grad()
+    def _trust_recall(self) -> None:
+        """ρ: where others went stands in for choices that have not been made. Learnt along with them it takes from
+        encoder and tower what they would have to tell, and values are read from these."""
+        self.online.trust.copy_(self.online.prior * (IN_PLACE / (IN_PLACE + self._choices)))
 
     def _keys(self, aisle: _Aisle | None) -> Keys:
         """The online network's keys of the rows, with a gradient."""
@@ -857,7 +867,11 @@ class Agent:
         out["generator"] = self._generator.get_state().numpy().copy()
         out["unaided"] = self._unaided.cpu().numpy().copy()
         out["counters"] = np.array(
-            [self.updates, self.last_target_sync_update, self._unit_looks, *self._unaided_looks], np.int64
+            [
+                *(self.updates, self.last_target_sync_update, self._choices, self._unit_looks),
+                *self._unaided_looks,
+            ],
+            np.int64,
         )
         out["met"] = self._met[: self.rows].cpu().numpy().copy()
         out["slots"] = np.array([self.slots])
@@ -919,7 +933,8 @@ class Agent:
         self._generator.set_state(torch.from_numpy(state["generator"].copy()))
         _fill(self._unaided, state["unaided"], "unaided")
         counters = (int(n) for n in state["counters"])
-        self.updates, self.last_target_sync_update, self._unit_looks, *self._unaided_looks = counters
+        self.updates, self.last_target_sync_update, self._choices, self._unit_looks, *looks = counters
+        self._unaided_looks = looks
         self._offers = state["offers"].copy()
         self.slots, self.unit = float(state["slots"][0]), float(state["unit"][0])
 
@@ -1065,6 +1080,9 @@ class Agent:
 BOTH: Final = "both."  # prefix of what online and target network share
 DOUBT: Final = "doubt."  # prefix of what is not known of how items answer: see `Fit.variance`
 MAX_STEPS: Final = 100  # of n-step returns
+IN_PLACE: Final = (
+    100  # choices of which where others went is worth as much as they are: see `Agent._trust_recall`
+)
 MEETINGS: Final = 3  # with an item that a vector describes, before its id has a row of its own
 UNIT_MEMORY: Final = 1000  # updates over which what a choice earns is a mean
 _CACHED: Final = 1 << 18  # numbers in one matrix over all items

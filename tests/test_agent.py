@@ -673,7 +673,7 @@ def test_heads_of_value_learn_so_many_times_as_fast():
     # Adam's first step is as far as its rate, however steep it is there
     far = {name: (new - old).abs().max().item() for (name, new), old in pairs}
     heads = {name for name in far if name.split(".")[0] in ("query", "key", "unchosen")}
-    moved = {name for name, step in far.items() if step > 0}
+    moved = {name for name, step in far.items() if step > 0} - {"trust"}  # which no gradient moves
     hint = {"hint.weight", "hint.bias"}  # it is so flat there that Adam's ε counts
     assert moved > heads | hint
     assert all(6e-4 < far[name] < 7e-4 for name in hint)
