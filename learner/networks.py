@@ -406,9 +406,8 @@ class QNetwork(nn.Module):
         self.alike = nn.Parameter(torch.zeros(KINDS))
         self.share = nn.Parameter(torch.zeros(settings.channels))
         self.prior = nn.Parameter(torch.tensor(0.3))  # β: how far choice follows organic interest
-        self.trust = nn.Parameter(
-            torch.tensor(0.0), requires_grad=False
-        )  # ρ: how far choice follows where others went
+        # ρ: how far it follows where others went; learner.agent says so
+        self.trust = nn.Parameter(torch.tensor(0.0), requires_grad=False)
         self.organic_key = nn.Linear(d, d + 1)
         self.response = Response(d, items, KINDS, settings.channels)
         self.stack = Stack(items)
