@@ -684,6 +684,7 @@ def test_a_drain_that_loses_a_decision_ends_with_1_and_says_how_many(tmp_path: P
         asked.put(ask())
         assert next(answers).slate
         eventually(lambda: "1 decisions lost" in server.stderr())
+        time.sleep(1.0)  # until the stream waits for its next request
         server.process.send_signal(signal.SIGTERM)
         eventually(lambda: "draining" in server.stderr())
         asked.put(ask())
