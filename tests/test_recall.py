@@ -107,6 +107,23 @@ def test_what_is_recalled_is_what_the_definition_says():
         assert set(led[b].tolist()) | {0} == {int(i) for i in np.flatnonzero(ways[b])} | {0}
 
 
+def test_items_whose_hashes_are_one_are_told_apart():
+    memory = memory_of(5000)
+    asked = torch.tensor([history(*(7 + 1024 * n for n in range(4)))])
+    memory.led[7, :3] = torch.tensor([7 + 1024, 7 + 4096, 9])
+    memory.walk[7, :3] = torch.tensor([0.5, 0.3, 0.1])
+    places = torch.tensor([sum(bound <= h for bound in PLACE_BOUNDS) for h in range(H)])
+    for weights in (None, memory.weights):
+        recalled = memory.recalled(asked, torch.zeros_like(asked), places, None, weights)
+        back = memory.place.exp()[places[:4]]
+        masses = {7 + 1024 * n: float(back[n]) + (0.5 if n == 1 else 0.0) for n in range(4)}
+        masses |= {7 + 4096: 0.3, 9: 0.1}
+        found = {
+            row: whole for row, whole in zip(recalled.row[0].tolist(), recalled.whole[0].tolist()) if row
+        }
+        assert found == pytest.approx({row: np.log1p(SCALE * mass) for row, mass in masses.items()}, rel=1e-4)
+
+
 def test_it_begins_as_the_rule_that_it_is_made_of():
     fit, rng = RecallFit(memory := Recall(KINDS, FIRST_PLACES)), np.random.default_rng(0)
     rule = CoViews()
