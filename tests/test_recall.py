@@ -119,7 +119,9 @@ def test_items_whose_hashes_are_one_are_told_apart():
         masses = {7 + 1024 * n: float(back[n]) + (0.5 if n == 1 else 0.0) for n in range(4)}
         masses |= {7 + 4096: 0.3, 9: 0.1}
         found = {
-            row: whole for row, whole in zip(recalled.row[0].tolist(), recalled.whole[0].tolist()) if row
+            row: whole
+            for row, whole in zip(*(x[0].tolist() for x in (recalled.row, recalled.whole)), strict=True)
+            if row
         }
         assert found == pytest.approx({row: np.log1p(SCALE * mass) for row, mass in masses.items()}, rel=1e-4)
 
