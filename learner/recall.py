@@ -197,15 +197,17 @@ def _merge(
             start = np.int64(item[b, h])
             if start == 0 or again(item[b], h):
                 continue
-            n = _meet(place, row[b], n, start)
-            whole[b, place[_hash(place, row[b], start)]] += back[b, h]
+            at = _place(place, row[b], n, start)
+            n = max(n, at + 1)
+            whole[b, at] += back[b, h]
             if read < len(pull) and start < len(led):
                 for m in range(led.shape[1]):
                     to = np.int64(led[start, m])
                     if to == 0:
                         break
-                    n = _meet(place, row[b], n, to)
-                    ways[b, place[_hash(place, row[b], to)]] += pull[read] * walk[start, m]
+                    at = _place(place, row[b], n, to)
+                    n = max(n, at + 1)
+                    ways[b, at] += pull[read] * walk[start, m]
             read += 1
         for e in range(n):
             whole[b, e] = np.log1p(np.float32(SCALE) * (ways[b, e] + whole[b, e]))
@@ -213,23 +215,15 @@ def _merge(
 
 
 @jit
-def _hash(place: npt.NDArray[np.int64], row: npt.NDArray[np.int64], item: np.int64) -> int:
-    """Where in the table the item is, or would be."""
+def _place(place: npt.NDArray[np.int64], row: npt.NDArray[np.int64], n: int, item: np.int64) -> int:
+    """Where in row the item is; the first time it is put after the n that are there."""
     at = (item * 0x9E3779B1) & (len(place) - 1)
     while place[at] >= 0 and row[place[at]] != item:
         at = (at + 1) & (len(place) - 1)
-    return int(at)
-
-
-@jit
-def _meet(place: npt.NDArray[np.int64], row: npt.NDArray[np.int64], n: int, item: np.int64) -> int:
-    """Make room for the item, if it is the first time; how many there are by now."""
-    at = _hash(place, row, item)
     if place[at] < 0:
         place[at] = n
         row[n] = item
-        n += 1
-    return n
+    return int(place[at])
 
 
 def _summed(row: Tensor, masses: Tensor) -> tuple[Tensor, Tensor]:
