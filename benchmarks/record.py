@@ -22,15 +22,20 @@ def show(figures: Mapping[str, float]) -> None:
         )
 
 
+def commit() -> str:
+    """Of what runs; empty outside of a repository."""
+    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip()
+
+
 def append(file: Path | None, benchmark: str, arguments: Sequence[str], figures: Mapping[str, Any]) -> None:
     """Append what was measured, and with what; None: don't."""
     if file is None:
         return
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     about = {
         "benchmark": benchmark,
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         "command": shlex.join(["python", "-m", f"benchmarks.{benchmark}", *arguments]),
     }

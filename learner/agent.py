@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from learner import dqn
+from learner.entries import StateTensors, place_buckets
 from learner.lazy_table import BETAS, Rows, Rule, catch_up, caught_up, follow_share, networks_now, stepped
 from learner.networks import (
     MAX_SLOTS,
@@ -24,10 +25,9 @@ from learner.networks import (
     NetworkSettings,
     QNetwork,
     Queries,
-    StateTensors,
+    Reading,
     first_rows,
     matches,
-    place_buckets,
     price_levels,
     score_all,
     unknown_items,
@@ -392,9 +392,10 @@ class Agent:
                 ids, stands_for = self._sample(here, at, recall.leads_to(here))
                 here, at = torch.searchsorted(ids, here), torch.searchsorted(ids, at)
             keys = self._keys_now(self.online, ids)
-            queries = self.online.queries(state, keys, here, ids)
+            reading = self.online.read(state, ids, ways=False)  # they are looked up below
+            queries = self.online.queries(state, keys, here, ids, reading)
             organic = score_all(queries.organic, keys.organic, keys.category)
-            places = place_buckets(state)[0]
+            places = place_buckets(here.shape[1], here.device)
         self._recall.learn(
             organic,
             stands_for,
@@ -448,7 +449,8 @@ class Agent:
         ids = torch.unique(torch.cat((state.item.flatten(), item, item.new_zeros(1))))
         here, at = torch.searchsorted(ids, state.item), torch.searchsorted(ids, item).unsqueeze(1)
         keys = self._keys_now(self.target, ids)
-        queries = self.target.queries(state, keys, here, ids).rows(self._to(which, torch.int64))
+        reading = self._read(state, ids)
+        queries = self.target.queries(state, keys, here, ids, reading).rows(self._to(which, torch.int64))
         place = self.target.position_of(self._to(slot, torch.int64))
         log_odds = self.target.parts_at(queries, keys, at)[0][:, 0] + place
         share = (queries.back * (queries.choice.item == at)).sum(dim=1)
@@ -500,7 +502,8 @@ class Agent:
         self._trust_recall()
         rows = self._rows(batch, len(batch.action) / max(kept or 0, len(batch.action)))
         keys = self._keys(rows.aisle)
-        queries = self.online.queries(rows.state, keys, rows.here, rows.ids)
+        reading = self._read(rows.state, rows.ids)
+        queries = self.online.queries(rows.state, keys, rows.here, rows.ids, reading)
         target = dqn.n_step_target(
             rows.reward.unsqueeze(1), rows.discount.unsqueeze(1), self._next_value(rows, keys)
         )
@@ -521,11 +524,23 @@ class Agent:
         values = torch.stack([loss, q.mean(), q.std(correction=0), *losses.values()]).tolist()
         return Update(values[0], error, values[1], values[2], dict(zip(losses, values[3:], strict=True)))
 
+    def _read(self, state: StateTensors, ids: Tensor | None) -> Reading:
+        """What the states say to online and target network. ids: see `QNetwork.queries`."""
+        return self.online.read(state, ids, ways=self._ways > 0)
+
+    @property
+    def _ways(self) -> float:
+        """ρ, as a share of β; 0 where it would be too small to look them up for."""
+        share = IN_PLACE / (IN_PLACE + self._choices)
+        return share if share >= LEAST_SHARE else 0.0
+
     @torch.no_grad()
     def _trust_recall(self) -> None:
         """ρ: where others went stands in for choices that have not been made. Learnt along with them it takes from
         encoder and tower what they would have to tell, and values are read from these."""
-        self.online.trust.copy_(self.online.prior * (IN_PLACE / (IN_PLACE + self._choices)))
+        self.online.trust.copy_(self.online.prior * self._ways)
+        if not self._ways:
+            self.target.trust.zero_()  # else it would only ever come nearer
 
     def _keys(self, aisle: _Aisle | None) -> Keys:
         """The online network's keys of the rows, with a gradient."""
@@ -680,9 +695,10 @@ class Agent:
             return value
         state, there = rows.next_state.rows(goes_on), rows.there[goes_on]
         judge = self._judge(rows.aisle)
-        judged = self.target.queries(state, judge, there, rows.ids)
+        reading = self._read(state, rows.ids)
+        judged = self.target.queries(state, judge, there, rows.ids, reading)
         if self.settings.double:
-            chooser = self.online.queries(state, keys, there, rows.ids, judged.choice.recalled)
+            chooser = self.online.queries(state, keys, there, rows.ids, reading)
             best = self._best(rows, self.online, chooser, keys)
         else:
             best = self._best(rows, self.target, judged, judge)
@@ -1083,6 +1099,7 @@ MAX_STEPS: Final = 100  # of n-step returns
 IN_PLACE: Final = (
     100  # choices of which where others went is worth as much as they are: see `Agent._trust_recall`
 )
+LEAST_SHARE: Final = 0.01  # of β, that ρ counts from
 MEETINGS: Final = 3  # with an item that a vector describes, before its id has a row of its own
 UNIT_MEMORY: Final = 1000  # updates over which what a choice earns is a mean
 _CACHED: Final = 1 << 18  # numbers in one matrix over all items

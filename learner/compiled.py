@@ -22,19 +22,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from learner.entries import AGE_BOUNDS_S, AGES, COUNTS, MOST_VALUE, NAMES, SESSION_AGES, place_buckets
 from learner.networks import (
-    AGE_BOUNDS_S,
-    AGES,
-    COUNTS,
-    MOST_VALUE,
-    NAMES,
-    SESSION_AGES,
     SUM_SCALE,
     NetworkSettings,
     QNetwork,
     Shelf,
-    StateTensors,
-    place_buckets,
     unknown_items,
 )
 from learner.recall import compile_recall
@@ -98,6 +91,7 @@ class CompiledQ:
         self._category = shelf.category
         self._recall = network.recall
         self._trust = float(network.stack.weights[1] * network.trust)
+        self._follows_ways = self._trust != 0.0 and network.recall.has_any
         self._pull = network.recall.pull.exp().numpy()
         self._items = len(shelf.category)
         self._buckets = network.settings.category_buckets
@@ -120,7 +114,7 @@ class CompiledQ:
         log_odds += views.alike.index_select(1, self._category)
         item = self._known(states)
         log_odds.scatter_add_(1, torch.from_numpy(item), views.copy)
-        if self._recall.has_any:
+        if self._follows_ways:
             log_odds.scatter_add_(1, *self._ways(item))
         return log_odds, gain, views.value, views.own[:, :-1]
 
@@ -134,7 +128,7 @@ class CompiledQ:
         item = torch.from_numpy(states.item.astype(np.int64))
         same = (item.unsqueeze(1) == ids.unsqueeze(1)) & (ids > 0).unsqueeze(1)  # [B, M, H]
         log_odds += (same * views.copy.unsqueeze(1)).sum(dim=2)
-        if self._recall.has_any:
+        if self._follows_ways:
             to, pull = self._ways(self._known(states))
             mine, which = torch.unique(ids, return_inverse=True)
             at = torch.searchsorted(mine, to).clamp(max=len(mine) - 1)
@@ -202,8 +196,7 @@ def compile_q() -> None:
 
 def _parameters(network: QNetwork, shelf: Shelf) -> _Parameters:
     settings, encoder = network.settings, network.encoder
-    entry = torch.zeros(1, settings.history_length)
-    place = place_buckets(StateTensors(entry, entry, entry, entry))[0]
+    place = place_buckets(settings.history_length)
     more = network.response
     c, scale, going_back = network.stack.weights
     prior = scale * network.prior

@@ -49,21 +49,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from learner.entries import (
+    AGES,
+    COUNTS,
+    KINDS,
+    NAMES,
+    PLACE_BOUNDS,
+    PLACES,
+    SESSION_AGES,
+    Entries,
+    StateTensors,
+    entries_of,
+    place_buckets,
+)
 from learner.recall import Recall, Recalled
 from learner.response import Response
-from learner.stacking import Stack, going_back
-from streaming.rewards import CODES, EVENT_NAMES
+from learner.stacking import Stack
+from streaming.rewards import CODES
 
-# Upper ends of the recency buckets, seconds; the last bucket is open. 30 minutes ends a visit.
-AGE_BOUNDS_S: Final = (15.0, 60.0, 300.0, 1800.0, 7200.0, 86400.0, 604800.0)
-AGES: Final = len(AGE_BOUNDS_S) + 1
-SESSION_AGES: Final = 4  # buckets that lie within a visit
-PLACE_BOUNDS: Final = (1, 2, 3, 5, 9, 17)  # buckets of an entry's place in the history, newest = 0
-PLACES: Final = len(PLACE_BOUNDS) + 1
-NAMES: Final = len(EVENT_NAMES)
-# what is further from zero counts as this: a single odd record must not make all that is learnt overflow
-MOST_VALUE: Final = 1e12  # of an entry of a history
-MOST_IN_VECTOR: Final = 10.0  # of a number in an item's vector
+MOST_IN_VECTOR: Final = 10.0  # of a number in an item's vector: what is further from zero counts as this
 MAX_SLOTS: Final = 32  # positions beyond share the last position's bias
 
 
@@ -96,19 +100,6 @@ class NetworkSettings:
     def from_dict(cls, settings: Mapping[str, Any]) -> Self:
         """Of a manifest; keys that are not ours are somebody else's."""
         return cls(**{name: settings[name] for name in cls.__dataclass_fields__ if name in settings})
-
-
-class StateTensors(NamedTuple):
-    """B histories, newest entry first, padded at the end with name 0 (as in streaming.transitions.States)."""
-
-    item: Tensor  # [B, H] int64 vocabulary ids, 0 unknown
-    name: Tensor  # [B, H] int64 event-name codes, 0 padding
-    age_s: Tensor  # [B, H] float32
-    value: Tensor  # [B, H] float32
-
-    def rows(self, which: Tensor) -> StateTensors:
-        """The states at these rows (indices or mask)."""
-        return StateTensors(*(column[which] for column in self))
 
 
 class ItemTensors(NamedTuple):
@@ -176,12 +167,19 @@ class Query(NamedTuple):
         return Query(vector, copy, item, alike, category, recalled, self.trust)
 
 
+class Reading(NamedTuple):
+    """What B states say, whichever network reads them."""
+
+    entries: Entries
+    recalled: Recalled | None
+
+
 class Queries(NamedTuple):
     """All heads' views of B states."""
 
     organic: Query
     choice: Query  # of z
-    back: Tensor  # [B, H] of `going_back`
+    back: Tensor  # [B, H] of learner.entries
     gain: Tensor  # [B, 2v'] reward, then continuation
     unchosen: Tensor  # [B, quantiles] V0(s)
     hint: Tensor  # [B, 1] n(s)
@@ -282,7 +280,6 @@ def first_rows(start: int, stop: int, d: int) -> Tensor:
 
 _BLOCK: Final = 1024
 ID_SIZE: Final = 0.5  # of a row, where items' features are of size one
-KINDS: Final = NAMES * AGES  # of a history's entries
 PRICE_FEATURES: Final = 4
 NO_PRICE: Final = -10.0
 PRICE_SCALE: Final = (3.5, 1.5)  # where a catalog does not say
@@ -332,63 +329,34 @@ class HistoryEncoder(nn.Module):
         nn.init.normal_(self.out.weight, std=0.05)
 
     def forward(
-        self, state: StateTensors, kinds: Tensor, tower: Tensor, local: Tensor
+        self, state: StateTensors, entries: Entries, tower: Tensor, local: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """φ, [B, d]; what share of each channel every entry of the history has, [B, H, C]; and what all of it comes to:
         plain sums of its items' vectors, and counts, [B, visit_features(d)], no gradient. Shares tell what is liked,
         sums how much there has been of it, and so how far the visit has come.
 
-        kinds: [B, H] of `entry_kinds`; tower: [N, d]; local: [B, H], its rows that the history's items are.
+        entries: of these states; tower: [N, d]; local: [B, H], its rows that the history's items are.
         """
         table = torch.exp(self.name_weight.unsqueeze(1) + self.age_weight).flatten(0, 1)  # [KINDS, C]
-        place = torch.exp(functional.embedding(place_buckets(state), self.place_weight))  # [1, H, C]
+        place = torch.exp(self.place_weight[place_buckets(state.item.shape[1], table.device)])  # [H, C]
         real = (state.name > 0).unsqueeze(2)
-        weight = functional.embedding(kinds, table) * place * real  # [B, H, C]
+        weight = functional.embedding(entries.kinds, table) * place * real  # [B, H, C]
         share = weight / (weight.sum(dim=1, keepdim=True) + 0.5)
-        entries, counts = functional.embedding(local, tower), _counts(state, kinds)
+        items, counts = functional.embedding(local, tower), entries.counts
         each = real.float() / SUM_SCALE  # [B, H, 1]
-        sums = torch.bmm(torch.cat((share, each), dim=2).transpose(1, 2), entries)  # [B, C + 1, d]
+        sums = torch.bmm(torch.cat((share, each), dim=2).transpose(1, 2), items)  # [B, C + 1, d]
         pooled = sums[:, :-1].flatten(1)  # [B, C * d]
         hidden = functional.relu(self.hidden(torch.cat((pooled, counts), dim=1)))
         total = torch.cat((sums[:, -1].detach(), each.sum(dim=1), counts), dim=1)
         return self.mix(pooled) + self.out(hidden), share, total
 
 
-COUNTS: Final = 2 * NAMES + 5
 SUM_SCALE: Final = 16.0  # entries that sums are told in
 
 
 def visit_features(d: int) -> int:
     """How many numbers say what all of a history comes to."""
     return d + 1 + COUNTS
-
-
-def entry_kinds(state: StateTensors) -> Tensor:
-    """[B, H] in 0..KINDS - 1: event type x recency bucket of each entry; of padding, event type 0."""
-    ages = torch.zeros_like(state.name)
-    for bound in AGE_BOUNDS_S:  # a few comparisons are quicker than a search
-        ages += state.age_s >= bound
-    return ages.add_(state.name, alpha=AGES)
-
-
-def place_buckets(state: StateTensors) -> Tensor:
-    """[1, H] in 0..PLACES-1: entry h's place, newest first."""
-    place = torch.arange(state.item.shape[1], device=state.item.device)
-    return torch.bucketize(place, torch.tensor(PLACE_BOUNDS, device=place.device), right=True).unsqueeze(0)
-
-
-@torch.no_grad()
-def _counts(state: StateTensors, kinds: Tensor) -> Tensor:
-    """[B, COUNTS]: how often each event type occurred, in this visit and earlier, and when."""
-    real = (state.name > 0).float()
-    now = (kinds % AGES < SESSION_AGES).float() * real
-    counts = torch.zeros(len(real), 2 * NAMES, device=real.device)
-    counts.scatter_add_(1, state.name, now).scatter_add_(1, state.name + NAMES, real - now)
-    since = (state.age_s * now).amax(dim=1)
-    value = (state.value.clamp(0, MOST_VALUE) * real).sum(dim=1)
-    times = torch.stack((state.age_s[:, 0] * real[:, 0], since, value), dim=1)
-    ends = torch.stack((1 - real[:, 0], real[:, -1]), dim=1)  # empty, full
-    return torch.cat((torch.log1p(counts), torch.log1p(times) / 10, ends), dim=1)
 
 
 class QNetwork(nn.Module):
@@ -520,20 +488,30 @@ class QNetwork(nn.Module):
                 getattr(self, f"{name}_mean").copy_(getattr(known, f"{name}_mean"))
                 getattr(self, f"{name}_scale").copy_(getattr(known, f"{name}_scale").clamp(min=SMALLEST))
 
+    def read(self, state: StateTensors, ids: Tensor | None = None, *, ways: bool = True) -> Reading:
+        """What the states say to this network and to any other that shares its recall. ids: see `queries`; ways: look
+        up where others went; without, choice does not follow them."""
+        entries = entries_of(state)
+        if not (ways and self.recall.has_any):
+            return Reading(entries, None)
+        places = place_buckets(state.item.shape[1], state.item.device)
+        return Reading(entries, self.recall.recalled(state.item, entries.kinds, places, ids))
+
     def queries(
         self,
         state: StateTensors,
         shelf: Shelf | Keys,
         local: Tensor | None = None,
         ids: Tensor | None = None,
-        recalled: Recalled | None = None,
+        reading: Reading | None = None,
     ) -> Queries:
         """Every head's view of the states. shelf: of the history's items at least; ids: [N] ascending, what its rows
         are, and local: [B, H] rows of it that the history's items are, by which they are known to `score_all` and
-        `score_at`; None: row i is vocabulary id i. recalled: of these states, where it has been looked up already."""
+        `score_at`; None: row i is vocabulary id i. reading: of these states, where there is one already."""
         item = state.item if local is None else local
-        kinds, category = entry_kinds(state), shelf.category[item]
-        phi, share, total = self.encoder(state, kinds, shelf.tower, item)
+        entries, recalled = reading or self.read(state, ids)
+        kinds, category = entries.kinds, shelf.category[item]
+        phi, share, total = self.encoder(state, entries, shelf.tower, item)
         # the unknown item (0) and padding must not pull on anything
         has_item, has_category = state.item > 0, category > 0
         copy = self.copy[kinds] * has_item  # [B, H]
@@ -545,13 +523,11 @@ class QNetwork(nn.Module):
         # returns are noise beside choices: they must not bend what choice is read from
         still = (phi.detach() - self.state_mean) / self.state_scale
         choice = torch.cat((organic, self.lean(phi)), dim=1)
-        if recalled is None and self.recall.has_any:
-            recalled = self.recall.recalled(state.item, kinds, place_buckets(state)[0], ids)
         copies, alikes = self.prior * copy + more_copy, self.prior * alike + more_alike
         return Queries(
             Query(organic, copy, item, alike, category, None, self.trust),
             Query(choice, copies, item, alikes, category, recalled, self.trust),
-            going_back(state.item) if self.settings.stack else torch.zeros_like(copy),
+            entries.back,
             self.query(still),
             self.unchosen(torch.cat((still, total), dim=1)),
             self.hint(still),

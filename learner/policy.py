@@ -24,13 +24,13 @@ from torch import Tensor
 
 from learner.agent import BOTH, DOUBT, bucket
 from learner.compiled import ROOM, CompiledQ
+from learner.entries import StateTensors
 from learner.exploration import DRAWS, GREEDY, Exploration, Scores, Slate, explore
 from learner.networks import (
     ItemTensors,
     NetworkSettings,
     QNetwork,
     Shelf,
-    StateTensors,
     price_levels,
 )
 from learner.replay import Histories

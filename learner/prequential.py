@@ -24,7 +24,7 @@ from torch import Tensor
 
 from learner.agent import Agent
 from learner.co_views import CoViews
-from learner.networks import StateTensors
+from learner.entries import StateTensors
 from learner.recall import newest_entries
 from streaming.interning import Vocabulary
 from streaming.rewards import RewardTable

@@ -57,14 +57,6 @@ class Stack(nn.Module):
         self.register_buffer("level", torch.zeros(items))
 
 
-def going_back(item: Tensor) -> Tensor:
-    """[B, H]: for entries of one item these come to √share, the share of the history's entries that is of that item.
-    item: [B, H] vocabulary ids; 0, unknown or padding, counts for nothing."""
-    real = item > 0
-    same = ((item.unsqueeze(1) == item.unsqueeze(2)) & real.unsqueeze(1)).sum(dim=2)  # [B, H]
-    return real / (same * real.sum(dim=1, keepdim=True)).clamp(min=1).sqrt()
-
-
 class _Fitted(NamedTuple):
     """The mode, for one σ²."""
 

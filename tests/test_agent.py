@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from learner.agent import MEETINGS, Agent, AgentSettings
+from learner.entries import entries_of
 from learner.networks import (
     MAX_SLOTS,
     SMALLEST,
     SUM_SCALE,
     _price_features,
-    entry_kinds,
     first_rows,
     score_all,
 )
@@ -694,7 +694,7 @@ def test_what_is_to_come_depends_on_how_much_there_has_been_not_on_what_share_it
     with torch.no_grad():
         keys = agent.online.keys(agent.items)
         sums = [
-            agent.online.encoder(tensors, entry_kinds(tensors), keys.tower, tensors.item)[2]
+            agent.online.encoder(tensors, entries_of(tensors), keys.tower, tensors.item)[2]
             for tensors in map(agent._state, (short, long))
         ]
     d = SETTINGS.dim
@@ -715,7 +715,7 @@ def test_a_weight_on_their_length_keeps_states_vectors_short():
         with torch.no_grad():
             keys = agent.online.keys(agent.items)
             return float(
-                agent.online.encoder(state, entry_kinds(state), keys.tower, state.item)[0].norm(dim=1).mean()
+                agent.online.encoder(state, entries_of(state), keys.tower, state.item)[0].norm(dim=1).mean()
             )
 
     assert length(0.1) < 0.5 * length(0.0)

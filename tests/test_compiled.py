@@ -10,15 +10,13 @@ from hypothesis import strategies as st
 
 from learner.co_views import WALKED
 from learner.compiled import CompiledQ
+from learner.entries import AGE_BOUNDS_S, NAMES, StateTensors
 from learner.networks import (
-    AGE_BOUNDS_S,
-    NAMES,
     NO_PRICE,
     ItemTensors,
     NetworkSettings,
     QNetwork,
     Shelf,
-    StateTensors,
 )
 from learner.policy import Policy, PolicyDamaged
 from learner.recall import Weights
@@ -94,10 +92,11 @@ def test_the_compiled_q_is_the_networks(
         compiled = CompiledQ(made, made.shelf(items))
         q = compiled.q(states).numpy()
         among = torch.tensor([5, 0, 7, 5, 2])  # a candidate may be named twice, or unknown
-        log_odds = compiled.parts(states)[0][:, among]
-        of_some = compiled.parts_among(states, Shelf(*(c[among] for c in made.shelf(items))), among)[0]
+        of_all = (part[:, among] for part in compiled.parts(states)[:2])
+        of_some = compiled.parts_among(states, Shelf(*(c[among] for c in made.shelf(items))), among)
         known = among > 0
-        torch.testing.assert_close(of_some[:, known], log_odds[:, known], rtol=3e-5, atol=3e-4)
+        for some, each in zip(of_some[:2], of_all, strict=True):
+            torch.testing.assert_close(some[:, known], each[:, known], rtol=3e-5, atol=3e-4)
     np.testing.assert_allclose(q, expected, rtol=3e-5, atol=3e-5 * max(1.0, float(np.abs(expected).max())))
 
 

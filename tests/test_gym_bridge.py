@@ -399,9 +399,16 @@ def test_ours_is_judged_by_what_it_learnt_on_line():
 @pytest.mark.usefixtures("recsim")
 def test_the_command_says_the_same_however_many_runs_go_at_once(capsys, tmp_path):
     about = ["--preset", "evolution, short", "--agent", "random", "myopic"]
-    assert main([*about, "--seeds", "3", "4", "--jobs", "2", "--json", str(tmp_path / "found")]) == 0
+    keep, found = ["--keep", str(tmp_path / "kept")], tmp_path / "found"
+    assert main([*about, "--seeds", "3", *keep]) == 0  # which was stopped then, say
+    first = (tmp_path / "kept").read_text()
+    capsys.readouterr()
+    assert main([*about, "--seeds", "3", "4", "--jobs", "2", "--json", str(found), *keep]) == 0
     printed = capsys.readouterr().out
-    rows = json.loads((tmp_path / "found").read_text())["rows"]
+    assert (tmp_path / "kept").read_text().startswith(first)
+    assert (tmp_path / "kept").read_text().count("\n") == 4
+    rows = json.loads(found.read_text())["rows"]
+    assert rows[2] == json.loads(first.splitlines()[0])["row"]
     assert [(row["agent"], row["seed"]) for row in rows] == [
         *[("random", None), ("myopic", None)],
         *[("random", 3), ("myopic", 3), ("random", 4), ("myopic", 4)],

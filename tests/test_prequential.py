@@ -14,7 +14,7 @@ import torch
 
 from learner.agent import Agent, AgentSettings
 from learner.co_views import CoViews
-from learner.networks import StateTensors
+from learner.entries import StateTensors
 from learner.prequential import METHODS, Prequential
 from learner.replay import Replay
 from streaming.interning import Vocabulary

@@ -11,7 +11,8 @@ import torch
 from learner import recall
 from learner.agent import Agent, AgentSettings
 from learner.co_views import WALKED, CoViews
-from learner.networks import KINDS, PLACE_BOUNDS, PLACES, score_all, score_at
+from learner.entries import KINDS, PLACE_BOUNDS, PLACES
+from learner.networks import score_all, score_at
 from learner.recall import READ, SCALE, Recall, RecallFit, newest_entries
 from learner.replay import Histories
 from streaming.transitions import Amendments, Joined, Rejects, States, Transitions
@@ -277,18 +278,34 @@ def test_it_stands_in_for_choices_until_there_are_some():
     agent.grow(ITEMS)
     trained(range(2), agent)
     assert float(agent.online.trust) > 0.25
-    for choices, share in ((100, 0.5), (900, 0.1)):
+    for before, choices, share in ((1, 100, 0.5), (1, 900, 0.1), (9001, 9901, 0.0)):
         told = went([history(1, 2)] * 900, [3] * 900)
-        told.transitions.organic[:choices] = False
-        told.transitions.reward[choices - 1 :] = 0.0
-        agent._choices = 1
+        told.transitions.organic[: choices - before + 1] = False
+        told.transitions.reward[choices - before :] = 0.0
+        agent._choices = before
         agent.foretell(told)
-        before = agent.online.prior.item()
+        prior = agent.online.prior.item()
         trained(range(2, 3), agent)
-        assert float(agent.online.trust) == pytest.approx(before * share)
+        assert float(agent.online.trust) == pytest.approx(prior * share)
         again = Agent(SETTINGS, seed=5)
         again.restore(agent.state())
         assert again._choices == choices
+
+
+def test_it_is_not_looked_up_once_there_are_many_choices(monkeypatch):
+    agent = Agent(SETTINGS, seed=0)
+    agent.grow(ITEMS)
+    agent.foretell(went([history(1, 2)] * 3, [3, 4, 5]))
+    agent._choices = 9900
+    trained(range(2), agent)
+    assert float(agent.target.trust) > 0.0
+    agent._choices += 1
+    monkeypatch.setattr(Recall, "recalled", None)
+    trained(range(2, 4), agent)
+    assert float(agent.online.trust) == float(agent.target.trust) == 0.0
+    told = went([history(1, 2)] * 3, [3, 4, 5])
+    told.transitions.organic[:] = False
+    agent.foretell(told)
 
 
 def test_an_agent_restored_remembers_as_if_it_had_never_stopped():

@@ -10,8 +10,9 @@ import torch
 
 from learner import stacking
 from learner.agent import Agent, AgentSettings
+from learner.entries import going_back
 from learner.networks import score_at
-from learner.stacking import NEWEST, PRIOR_MEAN, PRIOR_PRECISION, WIDTHS, Stack, StackFit, going_back
+from learner.stacking import NEWEST, PRIOR_MEAN, PRIOR_PRECISION, WIDTHS, Stack, StackFit
 from streaming.transitions import Amendments, Joined, Rejects, States, Transitions
 from tests.test_agent import ITEMS, batch, new_agent, trained
 from tests.test_agent import SETTINGS as PLAIN
@@ -185,7 +186,7 @@ def test_what_is_noted_is_what_the_served_network_says_before_it_learns_of_it(ex
 def test_a_network_that_has_not_learnt_foretells_nothing_and_one_that_is_told_not_to_neither():
     fresh, told = new_agent(SETTINGS), joined(batch(1))
     fresh.foretell(told)
-    without = trained(range(3), new_agent())
+    without = trained(range(3), new_agent(replace(PLAIN, stack=False)))
     without.foretell(told)
     assert fresh._stack.slots == without._stack.slots == 0
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
@@ -28,7 +28,7 @@ import numpy as np
 
 from benchmarks import record
 from benchmarks.gym_bridge.product import Setup
-from benchmarks.gym_bridge.runs import WORLDS, run, seeded, world_of
+from benchmarks.gym_bridge.runs import WORLDS, Kept, run, seeded, world_of
 from benchmarks.learning import changed, check_changes
 from learner.agent import AgentSettings
 from learner.exploration import GREEDY, KINDS, Exploration
@@ -86,6 +86,11 @@ def options_from(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--scale", type=float, default=GREEDY.scale, help=f"of thompson [{GREEDY.scale}]")
     add("--temperature", type=float, default=GREEDY.temperature, help=f"of boltzmann [{GREEDY.temperature}]")
     add("--jobs", type=int, default=1, help="runs at once, each on a core [1]")
+    add(
+        "--keep",
+        type=Path,
+        help="rows are kept here as they are found; those of a run that was stopped stand",
+    )
     add("--set", nargs="*", default=[], help="NAME=VALUE of the agent or of the learner; for sweeps")
     add(
         "--processes",
@@ -115,16 +120,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         exploration=Exploration(options.exploration, options.temperature, options.scale),
         chunk=options.chunk,
     )
+    preset = asdict(world_of(options.preset).PRESETS[options.preset])
+    found = {"setup": asdict(setup), "preset": preset}
+    kept = Kept(options.keep, [record.commit(), options.preset, found, options.processes])
+    wanted = [(agent, seed) for seed in options.seeds for agent in options.agent]
     with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
-        runs = [
-            pool.submit(run, options.preset, agent, seed, seeded(setup, seed), options.processes)
-            for seed in options.seeds
-            for agent in options.agent
-        ]
-        rows = [each.result() for each in runs]
+        runs = {
+            pool.submit(run, options.preset, *which, seeded(setup, which[1]), options.processes): which
+            for which in wanted
+            if which not in kept.rows
+        }
+        for each in as_completed(runs):
+            kept.add(runs[each], each.result())
+    rows = [kept.rows[which] for which in wanted]
     print("\n".join(table(rows, len(options.seeds))))
     means = [mean_of(mine) for mine in by_agent(rows).values()]
-    found = {"setup": asdict(setup), "preset": asdict(world_of(options.preset).PRESETS[options.preset])}
     record.append(options.json, "gym_bridge", sys.argv[1:], {**found, "rows": [*means, *rows]})
     return 0
 

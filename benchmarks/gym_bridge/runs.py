@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +39,27 @@ def opened(processes: bool) -> Iterator[Loop]:
 def seeded(setup: Setup, seed: int) -> Setup:
     """With the learner's dice thrown likewise."""
     return replace(setup, learner=replace(setup.learner, seed=seed))
+
+
+class Kept:
+    """Rows of one command, by agent and seed; with a file, those that the same command found there before, too."""
+
+    def __init__(self, file: Path | None, about: Sequence[Any]) -> None:
+        """about: what makes a command the same."""
+        self.rows: dict[tuple[str, int], dict[str, Any]] = {}
+        self._file, self._about = file, json.loads(json.dumps(about))
+        lines = file.read_text().splitlines() if file is not None and file.exists() else []
+        for line in lines:
+            kept = json.loads(line)
+            if kept["about"] == self._about:
+                self.rows[kept["row"]["agent"], kept["row"]["seed"]] = kept["row"]
+
+    def add(self, which: tuple[str, int], row: dict[str, Any]) -> None:
+        """The row of this agent and seed."""
+        self.rows[which] = row
+        if self._file is not None:
+            with self._file.open("a") as lines:
+                lines.write(json.dumps({"about": self._about, "row": row}) + "\n")
 
 
 def run(preset: str, agent: str, seed: int, setup: Setup, processes: bool) -> dict[str, Any]:

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from learner.networks import ItemTensors, NetworkSettings, QNetwork, StateTensors, unknown_items
+from learner.entries import StateTensors
+from learner.networks import ItemTensors, NetworkSettings, QNetwork, unknown_items
 
 STATE: Final = StateTensors._fields
 WARM_UP: Final = 5  # updates before what is timed
