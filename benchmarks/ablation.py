@@ -48,6 +48,7 @@ ROWS: Final = {
         "prioritised replay, α .6, β 1, choices not drawn oftener", ("alpha=0.6", "chosen_share=0")
     ),
     "uniform": Row("replay drawn uniformly: choices not oftener", ("chosen_share=0",)),
+    "settle": Row("heads of value as fast for ever", ("value_settle=0",)),
     "hard": Row("target network copied every 200 updates, not a running mean", ("target_tau=0",)),
     "polyak": Row("target network followed four times faster, τ .02", ("target_tau=0.02",)),
     "quantiles": Row("quantile regression, 32 quantiles", ("quantiles=32",)),

@@ -60,7 +60,11 @@ class AgentSettings:
     )
     learning_rate: float = _setting(0.002, "of Adam; > 0")
     value_rate: float = _setting(
-        4.0, "times --learning-rate, for the heads of reward and of what is to come; 0.001..1000"
+        4.0, "times --learning-rate, at first, for the heads of reward and of what is to come; 0.001..1000"
+    )
+    value_settle: int = _setting(
+        300,
+        "updates over which that rate falls by a factor of 1.41, as one over the root of all; >= 0, 0: it stays",
     )
     target_tau: float = _setting(
         0.005, "share of the way that the target network goes to the online one at each update; 0..1, 0: none"
@@ -118,6 +122,7 @@ class AgentSettings:
             "batch_size": (1, 65536),
             "learning_rate": (1e-9, 1.0),
             "value_rate": (1e-3, 1e3),
+            "value_settle": (0, 10**9),
             "target_tau": (0, 1),
             "target_sync_updates": (1, 10**9),
             "slate_size": (0, MAX_SLOTS),
@@ -752,6 +757,7 @@ class Agent:
         loss = torch.stack(list(losses.values())).sum()
         self._optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
+        self._optimiser.param_groups[1]["lr"] = self.settings.learning_rate * self._value_rate
         self._optimiser.step()
         self.updates += 1
         if aisle is not None:
@@ -760,6 +766,14 @@ class Agent:
             self._decay()
         self._follow(all_items=aisle is None)
         return loss.detach()
+
+    @property
+    def _value_rate(self) -> float:
+        """How far the heads of value move, in rates of the rest: what they read is mostly noise, and goes down only as
+        steps do (Robbins & Monro 1951). They never stop, since shops change."""
+        settle = self.settings.value_settle
+        share = (1 + self.updates / settle) ** -0.5 if settle else 1.0
+        return self.settings.value_rate * max(share, LEAST_RATE)
 
     def _follow(self, *, all_items: bool) -> None:
         """Let the target network follow: a little each time, or all at once now and then."""
@@ -1048,7 +1062,7 @@ class Agent:
         rest = [parameter for parameter in self.online.parameters() if id(parameter) not in theirs]
         groups: list[dict[str, Any]] = [
             {"params": rest},
-            {"params": heads, "lr": self.settings.value_rate * rate},
+            {"params": heads},  # at a rate of their own: see `_step`
         ]
         return torch.optim.AdamW(
             groups,
@@ -1100,6 +1114,7 @@ IN_PLACE: Final = (
     100  # choices of which where others went is worth as much as they are: see `Agent._trust_recall`
 )
 LEAST_SHARE: Final = 0.01  # of β, that ρ counts from
+LEAST_RATE: Final = 1 / 16  # of what heads of value moved by at first
 MEETINGS: Final = 3  # with an item that a vector describes, before its id has a row of its own
 UNIT_MEMORY: Final = 1000  # updates over which what a choice earns is a mean
 _CACHED: Final = 1 << 18  # numbers in one matrix over all items

@@ -677,6 +677,24 @@ def test_heads_of_value_learn_so_many_times_as_fast():
         assert far[name] == pytest.approx(7e-4 if name in heads else 1e-4, rel=0.02), name
 
 
+def test_heads_of_value_settle_and_the_rest_does_not():
+    def moved(updates, **changes):
+        agent = trained(range(3), new_agent(replace(SETTINGS, learning_rate=1e-6, **changes)))
+        agent.updates = updates
+        before = copy.deepcopy(agent.online)
+        told = batch(9)
+        agent.update(told)
+        pairs = zip(agent.online.named_parameters(), before.parameters(), strict=True)
+        far = {name: (new - old).abs().max().item() for (name, new), old in pairs}
+        return far["unchosen.2.bias"], far["encoder.out.bias"]
+
+    (head, rest), *later = (moved(n) for n in (0, 900, 10**7))
+    for (slower, same), share in zip(later, (0.5, 1 / 16), strict=True):
+        assert slower == pytest.approx(share * head, rel=0.05)
+        assert same == pytest.approx(rest, rel=0.05)
+    assert moved(10**7, value_settle=0)[0] == pytest.approx(head, rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("gamma", "n_step", "steps"),
     [(0.97, 0, 3), (0.0, 0, 1), (0.99, 0, 30), (0.997, 0, 100), (0.9999, 0, 100), (0.97, 7, 7)],
