@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -24,8 +25,19 @@ def show(figures: Mapping[str, float]) -> None:
 
 def commit() -> str:
     """Of what runs; empty outside of a repository."""
-    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip()
+    return _git("rev-parse", "HEAD").strip()
+
+
+def code() -> str:
+    """What tells this code from any other: its commit, and what was changed since. Files that git does not know are not
+    looked at."""
+    changes = _git("diff", "HEAD")
+    return commit() + (f" with {hashlib.sha256(changes.encode()).hexdigest()[:16]}" if changes else "")
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 
 def append(file: Path | None, benchmark: str, arguments: Sequence[str], figures: Mapping[str, Any]) -> None:

@@ -64,7 +64,8 @@ class AgentSettings:
     )
     value_settle: int = _setting(
         300,
-        "updates over which that rate falls by a factor of 1.41, as one over the root of all; >= 0, 0: it stays",
+        "updates after which --value-rate is down to .71 of itself: it falls as 1 / sqrt(1 + updates / this), to a "
+        "sixteenth; 0: it stays; 0..1e9",
     )
     target_tau: float = _setting(
         0.005, "share of the way that the target network goes to the online one at each update; 0..1, 0: none"
@@ -454,7 +455,7 @@ class Agent:
         ids = torch.unique(torch.cat((state.item.flatten(), item, item.new_zeros(1))))
         here, at = torch.searchsorted(ids, state.item), torch.searchsorted(ids, item).unsqueeze(1)
         keys = self._keys_now(self.target, ids)
-        reading = self._read(state, ids)
+        reading = self.target.read(state, ids, ways=bool(self.target.trust))  # as it is served
         queries = self.target.queries(state, keys, here, ids, reading).rows(self._to(which, torch.int64))
         place = self.target.position_of(self._to(slot, torch.int64))
         log_odds = self.target.parts_at(queries, keys, at)[0][:, 0] + place
@@ -848,7 +849,8 @@ class Agent:
                 if id(parameter) in valued:
                     out[f"{prefix}.{name}"] *= self.unit  # servers speak in reward units
         out |= {f"{BOTH}response.{name}": value for name, value in self._response.served(self.rows).items()}
-        out |= {f"{BOTH}recall.{name}": value for name, value in self._recall.served().items()}
+        followed = bool(self.online.trust) or bool(self.target.trust)
+        out |= {f"{BOTH}recall.{name}": value for name, value in self._recall.served(followed).items()}
         stack = self.online.stack
         out[f"{BOTH}stack.weights"] = stack.weights.cpu().clone()
         out[f"{BOTH}stack.level"] = stack.level[: self.rows].cpu().clone()

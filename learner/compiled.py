@@ -22,7 +22,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from learner.entries import AGE_BOUNDS_S, AGES, COUNTS, MOST_VALUE, NAMES, SESSION_AGES, place_buckets
+from learner.entries import (
+    AGE_BOUNDS_S,
+    AGES,
+    COUNTS,
+    MOST_VALUE,
+    NAMES,
+    SESSION_AGES,
+    compile_entries,
+    place_buckets,
+)
 from learner.networks import (
     SUM_SCALE,
     NetworkSettings,
@@ -183,6 +192,7 @@ def compile_q() -> None:
     """Have the loops compiled, for a network that is thrown away: else the first weights would wait for it, and whoever
     is answering meanwhile."""
     compile_recall()
+    compile_entries()
     settings = NetworkSettings()
     network, shape = QNetwork(settings, 1), (1, settings.history_length)
     with torch.inference_mode():

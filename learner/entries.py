@@ -1,14 +1,14 @@
 """What the entries of histories say, before any network reads them: of what kind each is, and how often which came.
 
     state = StateTensors(item, name, age_s, value)      # B histories, newest entry first
-    entries = entries_of(state)                         # kinds, counts, going back: once, whoever reads it then
+    entries = entries_of(state)                         # kinds and counts: once, whoever reads them then
 
 On the CPU one compiled loop counts all of it; elsewhere tensors do, and both say the same.
 """
 
 from __future__ import annotations
 
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -50,22 +50,30 @@ class Entries(NamedTuple):
 
     kinds: Tensor  # [B, H] int64 in 0..KINDS - 1: event type x recency bucket; of padding, event type 0
     counts: Tensor  # [B, COUNTS]: how often each event type occurred, in this visit and earlier, and when
-    back: (
-        Tensor  # [B, H]: for entries of one item these come to √share, the share of all that are of that item
-    )
+    # [B, H]: for entries of one item these come to √share, the share of all that are of that item; zeros if nobody asks
+    back: Tensor
 
 
-def entries_of(state: StateTensors) -> Entries:
-    """Of these states; no gradient."""
+def entries_of(state: StateTensors, *, back: bool = True) -> Entries:
+    """Of these states, names 0..NAMES - 1 and no age below 0; no gradient. back: whether somebody asks for it."""
+    shape = state.item.shape
     if state.item.device.type != "cpu":
         kinds = _kinds(state)
-        return Entries(kinds, _counts(state, kinds), going_back(state.item))
-    shape = state.item.shape
-    kinds, back = torch.empty(shape, dtype=torch.int64), torch.empty(shape)
-    counts = torch.empty(shape[0], COUNTS)
-    columns: list[npt.NDArray[Any]] = [column.numpy() for column in (*state, kinds, counts, back)]
-    _look(_BOUNDS, *columns)
-    return Entries(kinds, counts, back)
+        none = torch.zeros(shape, device=kinds.device)
+        return Entries(kinds, _counts(state, kinds), going_back(state.item) if back else none)
+    kinds, counts = torch.empty(shape, dtype=torch.int64), torch.zeros(shape[0], COUNTS)
+    shares = torch.zeros(shape)
+    item, name, age_s, value = (column.numpy() for column in state)
+    _look(_BOUNDS, NAMES, name, age_s, value, kinds.numpy(), counts.numpy())
+    if back:
+        _look_back(item, shares.numpy())
+    return Entries(kinds, counts, shares)
+
+
+def compile_entries() -> None:
+    """Have the loops compiled."""
+    nothing = torch.zeros(1, 1, dtype=torch.int64)
+    entries_of(StateTensors(nothing, nothing, nothing.float(), nothing.float()))
 
 
 def place_buckets(length: int, device: torch.device | str = "cpu") -> Tensor:
@@ -107,33 +115,29 @@ _BOUNDS: Final = np.array(AGE_BOUNDS_S, np.float32)
 @jit
 def _look(
     bounds: npt.NDArray[np.float32],
-    item: npt.NDArray[np.int64],
+    names: int,
     name: npt.NDArray[np.int64],
     age_s: npt.NDArray[np.float32],
     value: npt.NDArray[np.float32],
     kinds: npt.NDArray[np.int64],
     counts: npt.NDArray[np.float32],
-    back: npt.NDArray[np.float32],
 ) -> None:
-    """Fill in kinds, counts and back of all states."""
-    length, times = item.shape[1], 2 * NAMES
-    for b in range(len(item)):
+    """Fill in kinds, and counts, which are zeros, of all states."""
+    length, times = name.shape[1], 2 * names
+    for b in range(len(name)):
         mine = counts[b]
-        mine[:] = 0
-        real = 0
         for h in range(length):
             age = 0
             for bound in bounds:
                 age += age_s[b, h] >= bound
             kinds[b, h] = name[b, h] * AGES + age
-            real += item[b, h] > 0
             if name[b, h] == 0:
                 continue
             if age < SESSION_AGES:
                 mine[name[b, h]] += 1
                 mine[times + 1] = max(mine[times + 1], age_s[b, h])
             else:
-                mine[NAMES + name[b, h]] += 1
+                mine[names + name[b, h]] += 1
             mine[times + 2] += min(max(value[b, h], np.float32(0)), np.float32(MOST_VALUE))
         if name[b, 0] > 0:
             mine[times] = age_s[b, 0]
@@ -143,8 +147,18 @@ def _look(
             mine[i] = np.log1p(mine[i]) / np.float32(10)
         mine[times + 3] = name[b, 0] == 0
         mine[times + 4] = name[b, length - 1] > 0
-        for h in range(length):
-            same = 0
-            for other in item[b]:
-                same += other == item[b, h]
-            back[b, h] = 1 / np.sqrt(np.float32(same * real)) if item[b, h] > 0 else 0
+
+
+@jit
+def _look_back(item: npt.NDArray[np.int64], back: npt.NDArray[np.float32]) -> None:
+    """Fill in back, which is zeros, of all states."""
+    for b in range(len(item)):
+        real = 0
+        for one in item[b]:
+            real += one > 0
+        for h in range(item.shape[1]):
+            if item[b, h] > 0:
+                same = 0
+                for other in item[b]:
+                    same += other == item[b, h]
+                back[b, h] = 1 / np.sqrt(np.float32(same * real))

@@ -490,8 +490,8 @@ class QNetwork(nn.Module):
 
     def read(self, state: StateTensors, ids: Tensor | None = None, *, ways: bool = True) -> Reading:
         """What the states say to this network and to any other that shares its recall. ids: see `queries`; ways: look
-        up where others went; without, choice does not follow them."""
-        entries = entries_of(state)
+        up where others went; without, choice does not follow them, and `next_all` does not know them either."""
+        entries = entries_of(state, back=self.settings.stack)
         if not (ways and self.recall.has_any):
             return Reading(entries, None)
         places = place_buckets(state.item.shape[1], state.item.device)

@@ -333,9 +333,14 @@ class RecallFit:
             self.recall.walk = functional.pad(self.recall.walk, (0, 0, 0, more))
             self._co_views.grow(before + more)
 
-    def served(self) -> dict[str, Tensor]:
-        """The memory's values as they stand now. Copies, on the CPU."""
-        return {name: value.cpu().clone() for name, value in self.recall.state_dict().items()}
+    def served(self, followed: bool = True) -> dict[str, Tensor]:
+        """The memory's values as they stand now. Copies, on the CPU. followed: whether choice follows them; else
+        servers need not know where anybody went."""
+        rows = slice(None if followed else 1)
+        return {
+            name: (value[rows] if name in _BY_ITEM else value).cpu().clone()
+            for name, value in self.recall.state_dict().items()
+        }
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """Everything, exactly. Copies."""
@@ -369,3 +374,6 @@ class RecallFit:
     def _new_optimiser(self) -> torch.optim.Adam:
         values = (value.detach().requires_grad_() for value in self.recall.weights)
         return torch.optim.Adam(values, lr=RATE)  # shares the numbers
+
+
+_BY_ITEM: Final = ("led", "walk")

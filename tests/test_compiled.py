@@ -70,6 +70,22 @@ ENTRY = st.tuples(
 )
 
 
+def test_ways_that_count_for_nothing_are_not_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, items = network(SHAPES[0], 1)
+    made.trust.data.zero_()
+    states = Histories(
+        np.full((1, 5), 3, np.int32), np.ones((1, 5), np.uint8), *np.zeros((2, 1, 5), np.float32)
+    )
+    tensors = StateTensors(*(torch.from_numpy(c.astype(t)) for c, t in zip(states, "llff", strict=True)))
+    with torch.inference_mode():
+        keys = made.keys(items)
+        expected = made.q_all(made.queries(tensors, keys), keys)
+        monkeypatch.setattr(made.recall, "merged", None)
+        compiled = CompiledQ(made, made.shelf(items))
+        torch.testing.assert_close(compiled.q(states), expected, rtol=3e-5, atol=3e-4)
+        assert compiled.parts_among(states, made.shelf(items), torch.arange(ITEMS + 1))[0].isfinite().all()
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     st.sampled_from(SHAPES), st.integers(0, 5), st.lists(st.lists(ENTRY, max_size=5), min_size=1, max_size=4)

@@ -402,6 +402,7 @@ def test_the_command_says_the_same_however_many_runs_go_at_once(capsys, tmp_path
     keep, found = ["--keep", str(tmp_path / "kept")], tmp_path / "found"
     assert main([*about, "--seeds", "3", *keep]) == 0  # which was stopped then, say
     first = (tmp_path / "kept").read_text()
+    (tmp_path / "kept").write_text(first + first.splitlines()[0][:99])  # in the middle of a row
     capsys.readouterr()
     assert main([*about, "--seeds", "3", "4", "--jobs", "2", "--json", str(found), *keep]) == 0
     printed = capsys.readouterr().out

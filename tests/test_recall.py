@@ -293,7 +293,7 @@ def test_it_stands_in_for_choices_until_there_are_some():
 
 
 def test_it_is_not_looked_up_once_there_are_many_choices(monkeypatch):
-    agent = Agent(SETTINGS, seed=0)
+    agent = Agent(replace(SETTINGS, stack=True), seed=0)
     agent.grow(ITEMS)
     agent.foretell(went([history(1, 2)] * 3, [3, 4, 5]))
     agent._choices = 9900
@@ -306,6 +306,18 @@ def test_it_is_not_looked_up_once_there_are_many_choices(monkeypatch):
     told = went([history(1, 2)] * 3, [3, 4, 5])
     told.transitions.organic[:] = False
     agent.foretell(told)
+    assert agent._stack.slots == 3
+
+
+def test_servers_need_not_know_where_others_went_once_choices_say_more():
+    agent = trained(range(4), new_agent(SETTINGS))
+    agent.foretell(went([history(1, 2)] * 3, [3, 4, 5]))
+    assert len(agent.tensors()["both.recall.led"]) == len(agent.online.recall.led) > 1
+    agent._choices = 10**6
+    trained(range(4, 5), agent)
+    for name in ("led", "walk"):
+        assert len(agent.tensors()[f"both.recall.{name}"]) == 1
+        assert len(agent.state()[f"recall.{name}"]) > 1
 
 
 def test_an_agent_restored_remembers_as_if_it_had_never_stopped():

@@ -183,10 +183,22 @@ def test_what_is_noted_is_what_the_served_network_says_before_it_learns_of_it(ex
         assert noted["back"][3 * b + k] == pytest.approx(share**0.5, abs=1e-6)
 
 
+def test_what_is_noted_is_of_the_network_that_is_served_even_as_choices_come_to_say_more_than_recall():
+    agent, told = trained(range(6), new_agent(SETTINGS)), joined(batch(77))
+    agent.foretell(joined(batch(78), organic=range(16)))
+    agent.foretell(told)
+    agent._choices = 10**6
+    agent.foretell(told)
+    noted = agent._stack.state(ITEMS + 1)["z"]
+    half = len(noted) // 2
+    assert float(agent.target.trust) > 0.05
+    np.testing.assert_allclose(noted[half:], noted[:half], atol=1e-5)
+
+
 def test_a_network_that_has_not_learnt_foretells_nothing_and_one_that_is_told_not_to_neither():
     fresh, told = new_agent(SETTINGS), joined(batch(1))
     fresh.foretell(told)
-    without = trained(range(3), new_agent(replace(PLAIN, stack=False)))
+    without = trained(range(3), new_agent())
     without.foretell(told)
     assert fresh._stack.slots == without._stack.slots == 0
 

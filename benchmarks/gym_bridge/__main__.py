@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     preset = asdict(world_of(options.preset).PRESETS[options.preset])
     found = {"setup": asdict(setup), "preset": preset}
-    kept = Kept(options.keep, [record.commit(), options.preset, found, options.processes])
+    kept = Kept(options.keep, [record.code(), options.preset, found, options.processes])
     wanted = [(agent, seed) for seed in options.seeds for agent in options.agent]
     with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
         runs = {
@@ -131,7 +131,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if which not in kept.rows
         }
         for each in as_completed(runs):
-            kept.add(runs[each], each.result())
+            if each.exception() is None:  # others that were found stand
+                kept.add(runs[each], each.result())
+        for each in runs:
+            each.result()
     rows = [kept.rows[which] for which in wanted]
     print("\n".join(table(rows, len(options.seeds))))
     means = [mean_of(mine) for mine in by_agent(rows).values()]

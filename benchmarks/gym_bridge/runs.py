@@ -46,13 +46,20 @@ class Kept:
 
     def __init__(self, file: Path | None, about: Sequence[Any]) -> None:
         """about: what makes a command the same."""
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
         self.rows: dict[tuple[str, int], dict[str, Any]] = {}
         self._file, self._about = file, json.loads(json.dumps(about))
-        lines = file.read_text().splitlines() if file is not None and file.exists() else []
-        for line in lines:
+        text = file.read_text() if file is not None and file.exists() else ""
+        if file is not None and text and not text.endswith("\n"):  # it was cut short as it was written
+            text = text[: text.rfind("\n") + 1]
+            file.write_text(text)
+        for line in text.splitlines():
             kept = json.loads(line)
             if kept["about"] == self._about:
                 self.rows[kept["row"]["agent"], kept["row"]["seed"]] = kept["row"]
+        if self.rows:
+            print(f"  {len(self.rows)} rows were found before: {file}", file=sys.stderr, flush=True)
 
     def add(self, which: tuple[str, int], row: dict[str, Any]) -> None:
         """The row of this agent and seed."""
