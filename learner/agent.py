@@ -513,9 +513,10 @@ class Agent:
         target = dqn.n_step_target(
             rows.reward.unsqueeze(1), rows.discount.unsqueeze(1), self._next_value(rows, keys)
         )
-        parts = self.online.parts_at(queries, keys, rows.slate)
+        found = matches(queries.choice, keys.category, rows.slate)
+        parts = self.online.parts_at(queries, keys, rows.slate, found)
         losses = self._losses(rows, keys, queries, target, *parts)
-        shown = self._shown(rows, keys, queries, parts[0])
+        shown = self._shown(rows, keys, queries, parts[0], found)
         q = self._q(
             queries,
             parts[0][:, 0] + self.online.position_of(rows.slot[:, 0]),
@@ -589,7 +590,7 @@ class Agent:
                 led = led - (led[:, 0] * rows.weight).sum() / rows.weight.sum()
             ahead = queries.unchosen + led
             if settings.centred:
-                ahead = ahead + queries.hint * self._likelier(rows, keys, queries)
+                ahead = ahead + queries.hint * self._likelier(rows, keys, queries, choice)
             delta = settings.huber_delta if settings.quantiles == 1 else settings.quantile_delta
             unaided = self._look_unaided(1, (later - ahead).mean(dim=1), rows.weight * rows.organic) * organic
             error = dqn.quantile_huber(ahead + unaided, later, delta)
@@ -607,10 +608,11 @@ class Agent:
         return losses
 
     @torch.no_grad()
-    def _likelier(self, rows: _Rows, keys: Keys, queries: Queries) -> Tensor:
+    def _likelier(self, rows: _Rows, keys: Keys, queries: Queries, z: Tensor) -> Tensor:
         """How much likelier something was chosen of what was shown than of the batch's other slates, [B, 1]; 0 where
         the user went there unaided."""
-        chance = (self.online.chance_at(queries, keys, rows.slate, rows.slot) * rows.present).sum(dim=1)
+        chance = self.online.chance_at(queries, keys, rows.slate, rows.slot, z) * rows.present
+        chance = chance.sum(dim=1)
         weight = rows.weight * ~rows.organic
         usual = (chance * weight).sum() / weight.sum().clamp(min=1e-9)
         return ((chance - usual) * ~rows.organic).unsqueeze(1)
@@ -658,10 +660,12 @@ class Agent:
         return self._unaided[which : which + 1]
 
     @torch.no_grad()
-    def _shown(self, rows: _Rows, keys: Keys, queries: Queries, choice: Tensor) -> Shown:
+    def _shown(
+        self, rows: _Rows, keys: Keys, queries: Queries, choice: Tensor, found: tuple[Tensor, Tensor]
+    ) -> Shown:
         """The slots of slates, for learner.response."""
         ids, d = rows.slate, self.settings.dim
-        same, alike = matches(queries.choice, keys.category, ids)
+        same, alike = found
         return Shown(
             queries.organic.vector[:, :d].detach(),
             keys.tower.detach()[ids],

@@ -41,6 +41,7 @@ from learner.networks import (
 )
 from learner.recall import compile_recall
 from learner.replay import Histories
+from learner.shares import compile_shares
 from streaming.jit import jit
 
 Floats = npt.NDArray[np.float32]
@@ -193,6 +194,7 @@ def compile_q() -> None:
     is answering meanwhile."""
     compile_recall()
     compile_entries()
+    compile_shares()
     settings = NetworkSettings()
     network, shape = QNetwork(settings, 1), (1, settings.history_length)
     with torch.inference_mode():

@@ -64,6 +64,7 @@ from learner.entries import (
 )
 from learner.recall import Recall, Recalled
 from learner.response import Response
+from learner.shares import shares
 from learner.stacking import Stack
 from streaming.rewards import CODES
 
@@ -208,10 +209,13 @@ def score_all(query: Query, keys: Tensor, category: Tensor) -> Tensor:
     return scores.scatter_add_(1, query.recalled.row, pull)
 
 
-def score_at(query: Query, keys: Tensor, category: Tensor, ids: Tensor) -> Tensor:
-    """Scores of chosen items. keys: [N, D] and category: [N] of the whole shelf; ids: [B, K] rows; returns [B, K]."""
+def score_at(
+    query: Query, keys: Tensor, category: Tensor, ids: Tensor, found: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """Scores of chosen items, [B, K]. keys: [N, D] and category: [N] of the whole shelf; ids: [B, K] rows; found:
+    their `matches`, where they are known already."""
     scores = torch.bmm(functional.embedding(ids, keys), query.vector.unsqueeze(2)).squeeze(2)
-    same, alike = matches(query, category, ids)
+    same, alike = found or matches(query, category, ids)
     scores = scores + (same * query.copy.unsqueeze(1) + alike * query.alike.unsqueeze(1)).sum(dim=2)
     return scores if query.recalled is None else scores + query.trust * query.recalled.ways_at(ids)
 
@@ -339,11 +343,9 @@ class HistoryEncoder(nn.Module):
         """
         table = torch.exp(self.name_weight.unsqueeze(1) + self.age_weight).flatten(0, 1)  # [KINDS, C]
         place = torch.exp(self.place_weight[place_buckets(state.item.shape[1], table.device)])  # [H, C]
-        real = (state.name > 0).unsqueeze(2)
-        weight = functional.embedding(entries.kinds, table) * place * real  # [B, H, C]
-        share = weight / (weight.sum(dim=1, keepdim=True) + 0.5)
+        share = shares(entries.kinds, table, place)
         items, counts = functional.embedding(local, tower), entries.counts
-        each = real.float() / SUM_SCALE  # [B, H, 1]
+        each = (state.name > 0).unsqueeze(2).float() / SUM_SCALE  # [B, H, 1]
         sums = torch.bmm(torch.cat((share, each), dim=2).transpose(1, 2), items)  # [B, C + 1, d]
         pooled = sums[:, :-1].flatten(1)  # [B, C * d]
         hidden = functional.relu(self.hidden(torch.cat((pooled, counts), dim=1)))
@@ -580,9 +582,12 @@ class QNetwork(nn.Module):
             torch.cat((scale * pull[:, :-2], level, pull[:, -1:]), dim=1),
         )
 
-    def parts_at(self, queries: Queries, keys: Keys, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """z, m and g at ids [B, K], each [B, K]."""
-        return score_at(queries.choice, keys.choice, keys.category, ids), *self._gains_at(queries, keys, ids)
+    def parts_at(
+        self, queries: Queries, keys: Keys, ids: Tensor, found: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """z, m and g at ids [B, K], each [B, K]. found: see `score_at`."""
+        z = score_at(queries.choice, keys.choice, keys.category, ids, found)
+        return z, *self._gains_at(queries, keys, ids)
 
     def _gains_at(self, queries: Queries, keys: Keys, ids: Tensor) -> tuple[Tensor, Tensor]:
         product = functional.embedding(ids, keys.gain) * queries.gain.unsqueeze(1)
@@ -602,10 +607,20 @@ class QNetwork(nn.Module):
         gain = reward + self.settings.gamma * continuation
         return self.chance_at(queries, keys, ids, slot) * gain
 
-    def chance_at(self, queries: Queries, keys: Keys, ids: Tensor, slot: Tensor | None = None) -> Tensor:
-        """p at ids [B, K], [B, K]. slot: see `advantage_at`."""
-        query, pull = self.choice(queries, keys)
-        log_odds = score_at(query, pull, keys.category, ids)
+    def chance_at(
+        self,
+        queries: Queries,
+        keys: Keys,
+        ids: Tensor,
+        slot: Tensor | None = None,
+        z: Tensor | None = None,
+    ) -> Tensor:
+        """p at ids [B, K], [B, K]. slot: see `advantage_at`; z: there, where it is known already."""
+        if z is not None and not self.settings.stack:
+            log_odds = z
+        else:
+            query, pull = self.choice(queries, keys)
+            log_odds = score_at(query, pull, keys.category, ids)
         if slot is not None:
             place = self.position_of(slot)
             log_odds = log_odds + (self.stack.weights[1] * place if self.settings.stack else place)
