@@ -29,9 +29,9 @@ def commit() -> str:
 
 
 def code() -> str:
-    """What tells this code from any other: its commit, and what was changed since. Files that git does not know are not
-    looked at."""
-    changes = _git("diff", "HEAD")
+    """What tells this code from any other: its commit, and what was changed since, but for results. Files that git does
+    not know are not looked at."""
+    changes = _git("diff", "HEAD", "--", ":/", ":(exclude,top)benchmarks/results")
     return commit() + (f" with {hashlib.sha256(changes.encode()).hexdigest()[:16]}" if changes else "")
 
 
