@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from learner.entries import (
-    AGE_BOUNDS_S,
     AGES,
+    BOUNDS,
     COUNTS,
     MOST_VALUE,
     NAMES,
@@ -41,14 +41,12 @@ from learner.networks import (
 )
 from learner.recall import compile_recall
 from learner.replay import Histories
-from learner.shares import compile_shares
+from learner.shares import LEAST, compile_shares
 from streaming.jit import jit
 
 Floats = npt.NDArray[np.float32]
 
 ROOM: Final = 1 << 14  # items that histories name and weights do not know yet
-
-_BOUNDS: Final = np.array(AGE_BOUNDS_S, np.float32)
 
 
 class _Layer(NamedTuple):
@@ -346,7 +344,7 @@ def _features(
         sums[i] = 0
     total = np.empty(channels, np.float32)
     for c in range(channels):
-        total[c] = 0.5
+        total[c] = LEAST
     kinds = np.zeros(len(item), np.int64)
     items = 0
     counts = channels * d
@@ -355,7 +353,7 @@ def _features(
         if name[h] == 0:
             continue
         age = 0
-        for bound in _BOUNDS:
+        for bound in BOUNDS:
             if age_s[h] >= bound:
                 age += 1
         kind = kinds[h] = name[h] * AGES + age

@@ -64,7 +64,7 @@ def entries_of(state: StateTensors, *, back: bool = True) -> Entries:
     kinds, counts = torch.empty(shape, dtype=torch.int64), torch.zeros(shape[0], COUNTS)
     shares = torch.zeros(shape)
     item, name, age_s, value = (column.numpy() for column in state)
-    _look(_BOUNDS, NAMES, name, age_s, value, kinds.numpy(), counts.numpy())
+    _look(BOUNDS, NAMES, name, age_s, value, kinds.numpy(), counts.numpy())
     if back:
         _look_back(item, shares.numpy())
     return Entries(kinds, counts, shares)
@@ -109,7 +109,7 @@ def going_back(item: Tensor) -> Tensor:
     return real / (same * real.sum(dim=1, keepdim=True)).clamp(min=1).sqrt()
 
 
-_BOUNDS: Final = np.array(AGE_BOUNDS_S, np.float32)
+BOUNDS: Final = np.array(AGE_BOUNDS_S, np.float32)  # for compiled loops
 
 
 @jit
