@@ -111,7 +111,7 @@ class AgentSettings:
         True, "remember where users went from each item, beside what the network learns of it"
     )
     stack: bool = _setting(
-        False, "set choice right by what came of it as it was foretold, before anything was learnt of it"
+        True, "set choice right by what came of it as it was foretold, before anything was learnt of it"
     )
     history_length: int = _setting(32, "history entries in a state; 1..1000")
     vector_dim: int = _setting(32, "dense catalog features used; 1..256")
@@ -261,8 +261,8 @@ class Agent:
         self._unit_looks = 0
         self._choices = 0  # from slates, so far
         self._response = Fit(self.online.response)
-        self._stack = StackFit(self.online.stack)
         self._recall = RecallFit(self.online.recall)
+        self._stack = StackFit(self.online.stack, self._recall.nearest if settings.recall else None)
         self._optimiser = self._new_optimiser()
         self._roomy_items = unknown_items(1, settings.vector_dim, self.device)
         self._roomy_offer = torch.zeros(1, dtype=torch.bool, device=self.device)
@@ -440,7 +440,10 @@ class Agent:
             of, which = np.unique(t.state[rows], return_inverse=True)
             states = Histories(*(getattr(joined.states, name)[of] for name in Histories._fields))
             self._stack.note(
-                action, *self._foretold(states, which, action, t.slot[rows]), t.reward[rows] != 0
+                action,
+                *self._foretold(states, which, action, t.slot[rows]),
+                t.reward[rows] != 0,
+                joined.states.item[t.state[rows]],
             )
 
     def _foretold(
@@ -856,7 +859,7 @@ class Agent:
         followed = bool(self.online.trust) or bool(self.target.trust)
         out |= {f"{BOTH}recall.{name}": value for name, value in self._recall.served(followed).items()}
         stack = self.online.stack
-        out[f"{BOTH}stack.weights"] = stack.weights.cpu().clone()
+        out |= {f"{BOTH}stack.{name}": value.cpu().clone() for name, value in stack.state_dict().items()}
         out[f"{BOTH}stack.level"] = stack.level[: self.rows].cpu().clone()
         variance = (stack.weights[1] ** 2 * self._response.variance(self.rows)).cpu()
         if self.settings.stack:

@@ -89,6 +89,13 @@ class CoViews:
         _walk(self._id, self._count, self._total, items.astype(np.int32), to, weight)
         return to, weight
 
+    def nearest(self, items: npt.NDArray[np.integer], places: int) -> Ints:
+        """Each of these items [R], of which there is room, and the neighbours that were gone to most often around the
+        same time, for how often either is gone to at all (cosine), [R, places] vocabulary ids; 0: no more."""
+        near = np.zeros((len(items), places), np.int32)
+        _find_nearest(self._id, self._count, self._total, items.astype(np.int32), near)
+        return near
+
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """Everything. Copies."""
         return {name: getattr(self, f"_{name}").copy() for name in _STATE}
@@ -209,6 +216,20 @@ def _walk(
         for m in range(n):
             _place(to[r], weight[r], met[m], sums[met[m]])
             sums[met[m]] = 0
+
+
+@jit
+def _find_nearest(ids: Ints, count: Floats, total: npt.NDArray[np.float64], items: Ints, near: Ints) -> None:
+    cosine = np.empty(near.shape[1] - 1, np.float32)
+    for r in range(len(items)):
+        cosine[:] = 0
+        near[r, 0] = items[r]
+        for m in range(ids.shape[1]):
+            other = ids[items[r], m]
+            if other == 0:
+                break
+            # the item's own total is the same for all
+            _place(near[r, 1:], cosine, other, np.float32(count[items[r], m] / np.sqrt(total[other] + PRIOR)))
 
 
 @jit

@@ -9,12 +9,14 @@ and one against what each item has of its own (learner.response):
     log-odds of choice = u(s) · key(a) + o(s) · own(a) + c(s)
                          + Σ_h copy[h] [history item h is a] + Σ_h alike[h] [it is of a's category]
                          + ρ · log(1 + SCALE · ways(s, a))        (learner.recall)
+                         + Σ answers to what is near the history's items        (learner.answers)
                          (set right as learner.stacking has it: all but o times κ, and κ in own)
     m + γ g            = w(s) · key(a) + e(s)
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Final, NamedTuple, cast
 
 import numpy as np
@@ -22,6 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from learner.answers import compile_answers
 from learner.entries import (
     AGES,
     BOUNDS,
@@ -29,6 +32,7 @@ from learner.entries import (
     MOST_VALUE,
     NAMES,
     SESSION_AGES,
+    backs_of,
     compile_entries,
     place_buckets,
 )
@@ -100,6 +104,7 @@ class CompiledQ:
         self._recall = network.recall
         self._trust = float(network.stack.weights[1] * network.trust)
         self._follows_ways = self._trust != 0.0 and network.recall.has_any
+        self._stack = network.stack if network.settings.stack else None
         self._pull = network.recall.pull.exp().numpy()
         self._items = len(shelf.category)
         self._buckets = network.settings.category_buckets
@@ -120,10 +125,9 @@ class CompiledQ:
         views = self._views(states)
         log_odds, gain = views.scores(self._keys, self._own)
         log_odds += views.alike.index_select(1, self._category)
-        item = self._known(states)
-        log_odds.scatter_add_(1, torch.from_numpy(item), views.copy)
-        if self._follows_ways:
-            log_odds.scatter_add_(1, *self._ways(item))
+        log_odds.scatter_add_(1, torch.from_numpy(self._known(states)), views.copy)
+        for to, pull in self._pulls(states):
+            log_odds.scatter_add_(1, to, pull)
         return log_odds, gain, views.value, views.own[:, :-1]
 
     def parts_among(
@@ -136,9 +140,8 @@ class CompiledQ:
         item = torch.from_numpy(states.item.astype(np.int64))
         same = (item.unsqueeze(1) == ids.unsqueeze(1)) & (ids > 0).unsqueeze(1)  # [B, M, H]
         log_odds += (same * views.copy.unsqueeze(1)).sum(dim=2)
-        if self._follows_ways:
-            to, pull = self._ways(self._known(states))
-            mine, which = torch.unique(ids, return_inverse=True)
+        mine, which = torch.unique(ids, return_inverse=True)
+        for to, pull in self._pulls(states):
             at = torch.searchsorted(mine, to).clamp(max=len(mine) - 1)
             pull *= (mine[at] == to) & (to > 0)
             log_odds += pull.new_zeros(len(pull), len(mine)).scatter_add_(1, at, pull)[:, which]
@@ -148,10 +151,16 @@ class CompiledQ:
         """[B, H] the histories' items, 0 where they are none of the N."""
         return np.where(states.item < self._items, states.item, 0).astype(np.int64)
 
-    def _ways(self, item: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Where the histories' items lead, each once, and what that adds to log-odds there, [B, E] each."""
-        row, ways, _ = self._recall.merged(item, np.zeros(item.shape, np.float32), self._pull)
-        return row, ways.mul_(self._trust)
+    def _pulls(self, states: Histories) -> Iterator[tuple[Tensor, Tensor]]:
+        """What histories add to the log-odds of few items: these, and how much, [B, E] each."""
+        item = self._known(states)
+        if self._follows_ways:  # where the histories' items lead
+            row, ways, _ = self._recall.merged(item, np.zeros(item.shape, np.float32), self._pull)
+            yield row, ways.mul_(self._trust)
+        if self._stack is not None:
+            back = torch.from_numpy(backs_of(states.item.astype(np.int64)))
+            if (answers := self._stack.answers(torch.from_numpy(item), back)) is not None:
+                yield answers
 
     def _own_of(self, shelf: Shelf) -> Tensor:
         """What each item has of its own, [d + 1, M]."""
@@ -191,6 +200,7 @@ def compile_q() -> None:
     """Have the loops compiled, for a network that is thrown away: else the first weights would wait for it, and whoever
     is answering meanwhile."""
     compile_recall()
+    compile_answers()
     compile_entries()
     compile_shares()
     settings = NetworkSettings()

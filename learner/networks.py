@@ -30,7 +30,7 @@ by the ways that others went from there (learner.recall):
 and logit p = z; or, with `stack`, what they come to once they are set right by what came of slots foretold by them
 (learner.stacking):
 
-    logit p(s, a) = c + κ z(s, a) + ω √share(s, a) + level_a
+    logit p(s, a) = c + κ z(s, a) + ω √share(s, a) + level_a + Σ_j answer_{j a} √share(s, j)
 
 The encoder and the tower learn from choices alone, on slates and unaided; the heads of reward and continuation read
 them as they are (no gradient), since returns are far noisier than choices.
@@ -49,6 +49,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from learner.answers import Pulls
 from learner.entries import (
     AGES,
     COUNTS,
@@ -88,7 +89,7 @@ class NetworkSettings:
     gamma: float = 0.97
     centred: bool = True  # heads of value read φ and ψ centred and of unit size
     recall: bool = True  # learner.recall remembers where users went
-    stack: bool = False  # choice is set right by learner.stacking
+    stack: bool = True  # choice is set right by learner.stacking
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -151,6 +152,7 @@ class Query(NamedTuple):
 
     score(s, a) = vector(s) · key(a) + Σ_h copy[h] [history item h is a] + Σ_h alike[h] [it is of a's category]
                   + trust · log(1 + SCALE · ways(s, a))        (learner.recall)
+                  + what else histories add                    (learner.answers)
     """
 
     vector: Tensor  # [B, D]
@@ -160,12 +162,14 @@ class Query(NamedTuple):
     category: Tensor  # [B, H]
     recalled: Recalled | None
     trust: Tensor  # a number
+    answers: Pulls | None = None
 
     def rows(self, which: Tensor | slice) -> Query:
         """The view of these states."""
         vector, copy, item, alike, category = (column[which] for column in self[:5])
         recalled = None if self.recalled is None else self.recalled.rows(which)
-        return Query(vector, copy, item, alike, category, recalled, self.trust)
+        answers = None if self.answers is None else self.answers.rows(which)
+        return Query(vector, copy, item, alike, category, recalled, self.trust, answers)
 
 
 class Reading(NamedTuple):
@@ -173,6 +177,7 @@ class Reading(NamedTuple):
 
     entries: Entries
     recalled: Recalled | None
+    answers: Pulls | None
 
 
 class Queries(NamedTuple):
@@ -180,6 +185,7 @@ class Queries(NamedTuple):
 
     organic: Query
     choice: Query  # of z
+    answers: Pulls | None  # of learner.stacking
     back: Tensor  # [B, H] of learner.entries
     gain: Tensor  # [B, 2v'] reward, then continuation
     unchosen: Tensor  # [B, quantiles] V0(s)
@@ -192,7 +198,8 @@ class Queries(NamedTuple):
         return Queries(
             self.organic.rows(which),
             self.choice.rows(which),
-            *(column[which] for column in cast(tuple[Tensor, ...], self[2:])),
+            None if self.answers is None else self.answers.rows(which),
+            *(column[which] for column in cast(tuple[Tensor, ...], self[3:])),
         )
 
 
@@ -201,12 +208,20 @@ def score_all(query: Query, keys: Tensor, category: Tensor) -> Tensor:
     scores = query.vector @ keys.T
     scores += of_category(query, category)
     scores.scatter_add_(1, query.item, query.copy)
-    if query.recalled is None:
-        return scores
-    pull = query.trust * query.recalled.ways
-    if scores.requires_grad:
-        return scores.scatter_add(1, query.recalled.row, pull)
-    return scores.scatter_add_(1, query.recalled.row, pull)
+    for row, pull in _pulls(query):
+        if scores.requires_grad:
+            scores = scores.scatter_add(1, row, pull)
+        else:
+            scores.scatter_add_(1, row, pull)
+    return scores
+
+
+def _pulls(query: Query) -> Iterator[tuple[Tensor, Tensor]]:
+    """What adds to few items of each state: their rows and by how much, [B, E] each."""
+    if query.recalled is not None:
+        yield query.recalled.row, query.trust * query.recalled.ways
+    if query.answers is not None:
+        yield query.answers
 
 
 def score_at(
@@ -217,7 +232,9 @@ def score_at(
     scores = torch.bmm(functional.embedding(ids, keys), query.vector.unsqueeze(2)).squeeze(2)
     same, alike = found or matches(query, category, ids)
     scores = scores + (same * query.copy.unsqueeze(1) + alike * query.alike.unsqueeze(1)).sum(dim=2)
-    return scores if query.recalled is None else scores + query.trust * query.recalled.ways_at(ids)
+    if query.recalled is not None:
+        scores = scores + query.trust * query.recalled.ways_at(ids)
+    return scores if query.answers is None else scores + query.answers.at(ids)
 
 
 def matches(query: Query, category: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -494,10 +511,11 @@ class QNetwork(nn.Module):
         """What the states say to this network and to any other that shares its recall. ids: see `queries`; ways: look
         up where others went; without, choice does not follow them, and `next_all` does not know them either."""
         entries = entries_of(state, back=self.settings.stack)
+        answers = self.stack.answers(state.item, entries.back, ids) if self.settings.stack else None
         if not (ways and self.recall.has_any):
-            return Reading(entries, None)
+            return Reading(entries, None, answers)
         places = place_buckets(state.item.shape[1], state.item.device)
-        return Reading(entries, self.recall.recalled(state.item, entries.kinds, places, ids))
+        return Reading(entries, self.recall.recalled(state.item, entries.kinds, places, ids), answers)
 
     def queries(
         self,
@@ -511,7 +529,7 @@ class QNetwork(nn.Module):
         are, and local: [B, H] rows of it that the history's items are, by which they are known to `score_all` and
         `score_at`; None: row i is vocabulary id i. reading: of these states, where there is one already."""
         item = state.item if local is None else local
-        entries, recalled = reading or self.read(state, ids)
+        entries, recalled, answers = reading or self.read(state, ids)
         kinds, category = entries.kinds, shelf.category[item]
         phi, share, total = self.encoder(state, entries, shelf.tower, item)
         # the unknown item (0) and padding must not pull on anything
@@ -529,6 +547,7 @@ class QNetwork(nn.Module):
         return Queries(
             Query(organic, copy, item, alike, category, None, self.trust),
             Query(choice, copies, item, alikes, category, recalled, self.trust),
+            answers,
             entries.back,
             self.query(still),
             self.unchosen(torch.cat((still, total), dim=1)),
@@ -578,6 +597,7 @@ class QNetwork(nn.Module):
                 copy=scale * z.copy + own * queries.back,
                 alike=scale * z.alike,
                 trust=scale * z.trust,
+                answers=queries.answers,
             ),
             torch.cat((scale * pull[:, :-2], level, pull[:, -1:]), dim=1),
         )

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from learner.agent import BOTH, DOUBT, bucket
+from learner.answers import Table
 from learner.compiled import ROOM, CompiledQ
 from learner.entries import StateTensors
 from learner.exploration import DRAWS, GREEDY, Exploration, Scores, Slate, explore
@@ -423,8 +424,12 @@ def _network(settings: NetworkSettings, tensors: dict[str, Tensor], rows: int) -
     """A network of these very tensors. Nothing is initialised that would be overwritten at once."""
     mould = _mould(settings, rows)
     network = copy.deepcopy(mould, {id(parameter): parameter for parameter in mould.parameters()})
-    for name in ("led", "walk"):  # of as many rows as there are
-        setattr(network.recall, name, tensors[f"recall.{name}"])
+    for part, names in (
+        ("recall", ("led", "walk")),
+        ("stack", Table._fields),
+    ):  # of as many rows as there are
+        for name in names:
+            setattr(getattr(network, part), name, tensors[f"{part}.{name}"])
     network.load_state_dict(tensors, assign=True)
     return network
 

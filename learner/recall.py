@@ -35,6 +35,7 @@ READ: Final = 8  # newest items of a history that walks start from
 SCALE: Final = 100.0  # one over the mass of an item at which it begins to tell
 RATE: Final = 0.1  # of Adam, at first; falls with the root of blocks learnt from ...
 SLOWER: Final = 30  # ... from here on
+NEAR: Final = 6  # items that are near one, itself among them
 BLOCK: Final = 128  # steps learnt from at once
 EVERY: Final = 1024  # steps, of which so many are learnt from ...
 YOUNG: Final = 256  # ... once there have been so many blocks; before, of each lot of steps that comes
@@ -53,12 +54,18 @@ class Recalled(NamedTuple):
 
     def ways_at(self, ids: Tensor) -> Tensor:
         """Of these rows, [B, K]; 0 for the unknown item. ids: [B, K]."""
-        if ids.device.type != "cpu":
-            same = (self.row.unsqueeze(1) == ids.unsqueeze(2)) & (ids > 0).unsqueeze(2)
-            return (same * self.ways.unsqueeze(1)).sum(dim=2)
-        out = np.zeros(ids.shape, np.float32)
-        _find_at(self.row.numpy(), self.ways.numpy(), ids.numpy(), out)
-        return torch.from_numpy(out)
+        return pulled_at(self.row, self.ways, ids)
+
+
+def pulled_at(row: Tensor, pull: Tensor, ids: Tensor) -> Tensor:
+    """Of ids [B, K], the sums of pull [B, E] over the entries whose row, [B, E], each is, [B, K]; of id 0 none. No
+    gradients."""
+    if ids.device.type != "cpu":
+        same = (row.unsqueeze(1) == ids.unsqueeze(2)) & (ids > 0).unsqueeze(2)
+        return (same * pull.unsqueeze(1)).sum(dim=2)
+    out = np.zeros(ids.shape, np.float32)
+    _find_at(row.numpy(), pull.numpy(), ids.numpy(), out)
+    return torch.from_numpy(out)
 
 
 @jit
@@ -323,6 +330,14 @@ class RecallFit:
         rows = torch.from_numpy(changed).to(device)
         self.recall.led[rows] = torch.from_numpy(to).to(device)
         self.recall.walk[rows] = torch.from_numpy(walk).to(device)
+
+    def nearest(self, items: npt.NDArray[np.integer]) -> npt.NDArray[np.int32]:
+        """See `CoViews.nearest`; of items that nothing is remembered of, none but themselves."""
+        near = np.zeros((len(items), NEAR), np.int32)
+        near[:, 0] = items
+        known = items < len(self.recall.led)
+        near[known] = self._co_views.nearest(items[known], NEAR)
+        return near
 
     def _reserve(self, items: int) -> None:
         """Grow the tables to so many rows at least, by doubling."""

@@ -4,16 +4,17 @@ What a network has learnt from again and again it foretells better than what com
 So each slot's log-odds z are noted before anything is learnt from it (progressive validation: Blum et al. 1999), and a
 small model on top of them is fitted to what came of the slots (stacked generalisation: Wolpert 1992):
 
-    logit p(s, a) = c + κ z(s, a) + ω √share(s, a) + level_a        level_a ~ N(0, σ²)
+    logit p(s, a) = c + κ z(s, a) + ω √share(s, a) + level_a + Σ_j answer_{j a} √share(s, j)        level_a ~ N(0, σ²)
 
-share is that of the history's entries that are of a itself. What is foretold too boldly is shrunk (κ < 1), and two
-things that a network takes long to learn, or finds no use for where it fits luck just as well, get the weight that they
-earn: what one goes back to, and how well an item does with all. Before there is something to learn it from, p is as z
-has it.
+share is that of the history's entries that are of an item; the sum is learner.answers', over those that have a near
+them. What is foretold too boldly is shrunk (κ < 1), and three things that a network takes long to learn, or finds no
+use for where it fits luck just as well, get the weight that they earn: what one goes back to, how well an item does
+with all, and with those who look at what is like it. Before there is something to learn it from, p is as z has it.
 
-The mode of the posterior is found exactly, by Newton's steps, over the newest slots, now and then; σ² goes where the
-evidence is highest (Laplace's approximation: MacKay 1992), a step on a grid at a time. Between, levels follow each
-slot by a step of their own: whatever seems best because it was lucky is shown at once, and should be found out soon.
+The mode of the posterior is found by Newton's steps, over the newest slots, now and then; σ² goes where the evidence is
+highest (Laplace's approximation: MacKay 1992), a step on a grid at a time, and the answers' τ² by expectation
+maximisation, a step a fit. Between, levels and answers follow each slot by a step of their own: whatever seems best
+because it was lucky is shown at once, and should be found out soon.
 """
 
 from __future__ import annotations
@@ -27,6 +28,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from learner.answers import (
+    READ,
+    Nearest,
+    Pulls,
+    Table,
+    carried,
+    looks_of,
+    no_pairs,
+    pairs_of,
+    pulls_of,
+    settle,
+)
+
 NEWEST: Final = 1 << 17  # slots that are kept to fit to
 OFTEN: Final = (512, 32)  # fitted anew after so many slots, or a share (1 in) of all kept, whichever is more
 # of c (at the mean of z), κ and ω. What z is worth on slates at random says too little of what it is worth among the
@@ -37,7 +51,13 @@ PRIOR_PRECISION: Final = np.array([1.0, 100.0, 0.25])
 # does where it is shown for its level, and the best of a hundred wide levels is a lucky one
 WIDTHS: Final = tuple(10.0 ** (exponent / 2) for exponent in range(-8, -2))
 FIRST_WIDTH: Final = 3  # its place there before anything is known
-FEW: Final = 8  # slots, below which an item has no level: it would be near 0, and there may be very many
+FEW: Final = (
+    8  # slots, below which an item has no level, and a pair no answer: near 0, and there may be very many
+)
+SPREADS: Final = (1e-4, 0.2)  # within which τ² is, log-odds squared
+FIRST_SPREAD: Final = 0.1  # before anything is known
+ROUNDS: Final = 2  # of a fit: all else given the answers, the answers given all else
+_SWEEPS: Final = 3  # over the answers in each
 _MOST_STEPS: Final = 12  # of Newton
 _FURTHEST: Final = 2.0  # that any moves in one step, log-odds
 _NEAR: Final = 1e-4  # log-odds by which the last of them moves at most
@@ -50,11 +70,24 @@ class Stack(nn.Module):
 
     weights: Tensor
     level: Tensor
+    source: Tensor
+    near: Tensor
+    answer: Tensor
 
     def __init__(self, items: int) -> None:
         super().__init__()
         self.register_buffer("weights", torch.tensor([0.0, 1.0, 0.0]))  # c, κ, ω
         self.register_buffer("level", torch.zeros(items))
+        for name, column in (
+            no_pairs()._asdict().items()
+        ):  # as many rows as there are items that answers are known to
+            self.register_buffer(name, torch.from_numpy(column))
+
+    def answers(self, item: Tensor, back: Tensor, ids: Tensor | None = None) -> Pulls | None:
+        """What histories add by the items near theirs. See `pulls_of`."""
+        if len(self.source) == 1:
+            return None
+        return pulls_of(self.source, self.near, self.answer, item, back, ids)
 
 
 class _Fitted(NamedTuple):
@@ -69,14 +102,21 @@ class _Fitted(NamedTuple):
 class StackFit:
     """Learns a `Stack`, and keeps what that takes: what was foretold of the newest slots, and what came."""
 
-    def __init__(self, stack: Stack) -> None:
+    def __init__(self, stack: Stack, nearest: Nearest | None = None) -> None:
+        """nearest: what is near items; None: nobody knows, and there are no answers."""
         self.stack = stack
+        self._nearest = nearest
+        self.spread = FIRST_SPREAD  # τ²
+        self._table = no_pairs()
+        self._told = np.zeros(self._table.near.shape, np.float32)  # information of each answer
         self.slots = self.fitted = 0  # ever noted; and at the last fit
         self.width = FIRST_WIDTH
         self._wider = False  # than now, is what the last fit tried for σ²; else narrower
         self._item = np.zeros(NEWEST, np.int32)
         self._z, self._back = np.zeros((2, NEWEST), np.float32)
         self._chosen = np.zeros(NEWEST, np.bool_)
+        self._look = np.zeros((NEWEST, READ), np.int32)  # what the histories hold; see `looks_of`
+        self._root = np.zeros((NEWEST, READ), np.float16)
         self._information = np.zeros(len(stack.level), np.float32)
 
     def note(
@@ -85,20 +125,22 @@ class StackFit:
         log_odds: npt.NDArray[np.float32],
         back: npt.NDArray[np.float32],
         chosen: npt.NDArray[np.bool_],
+        history: npt.NDArray[np.integer],
     ) -> None:
-        """T slots, of which nothing has been learnt so far: vocabulary ids that there is room for, z, √share, and
-        whether they were chosen. Where enough are new, all is fitted anew."""
+        """T slots, of which nothing has been learnt so far: vocabulary ids that there is room for, z, √share, whether
+        they were chosen, and the histories' items, [T, H]. Where enough are new, all is fitted anew."""
         at = (self.slots + np.arange(len(item))[-NEWEST:]) % NEWEST
-        for kept, new in zip(
-            (self._item, self._z, self._back, self._chosen), (item, log_odds, back, chosen), strict=True
-        ):
-            kept[at] = new[-NEWEST:]
+        look, root = looks_of(history)
+        told = item, log_odds, back, chosen, look, root
+        columns: tuple[npt.NDArray[Any], ...] = told
+        for name, new in zip(_RING, columns, strict=True):
+            getattr(self, f"_{name}")[at] = new[-NEWEST:]
         self.slots += len(item)
         least, share = OFTEN
         if self.slots - self.fitted >= max(least, min(self.slots, NEWEST) // share):
             self.fit()
         else:
-            self._follow(item, log_odds, back, chosen)
+            self._follow(*told)
 
     def _follow(
         self,
@@ -106,17 +148,35 @@ class StackFit:
         log_odds: npt.NDArray[np.float32],
         back: npt.NDArray[np.float32],
         chosen: npt.NDArray[np.bool_],
+        look: npt.NDArray[np.int32],
+        root: npt.NDArray[np.float16],
     ) -> None:
-        """A step of the levels alone, from these slots alone."""
+        """A step of the levels and answers alone, from these slots alone."""
         ids, of = np.unique(item, return_inverse=True)
+        pairs = _Pairs.of(self._table, item, look, root)
         rows = torch.from_numpy(ids.astype(np.int64)).to(self.stack.level.device)
         level = self.stack.level[rows].cpu().numpy().astype(np.float64)
         c, scale, own = self.stack.weights.tolist()
-        p = 1.0 / (1.0 + np.exp(-(c + scale * log_odds + own * back + level[of])))
+        beside = pairs.sums(self._table.answer.flatten(), len(item))
+        p = 1.0 / (1.0 + np.exp(-(c + scale * log_odds + own * back + level[of] + beside)))
         self._information[ids] += _sums(of, p * (1.0 - p), len(ids))
         precision = self._information[ids] + 1.0 / WIDTHS[self.width]
         step = np.clip(_sums(of, chosen - p, len(ids)) / precision, -_FURTHEST, _FURTHEST)
         self.stack.level[rows] += torch.from_numpy(step).to(rows.device, torch.float32)
+        self._follow_answers(pairs, chosen - p, p * (1.0 - p))
+
+    def _follow_answers(self, pairs: _Pairs, error: Floats, told: Floats) -> None:
+        """A step of these answers. error, told: [T]."""
+        size = self._table.answer.size
+        self._told += _sums(pairs.pair, told[pairs.slot] * pairs.root**2, size).reshape(self._told.shape)
+        slope = _sums(pairs.pair, error[pairs.slot] * pairs.root, size).reshape(self._told.shape)
+        self._table.answer[:] += np.clip(slope / (self._told + 1.0 / self.spread), -_FURTHEST, _FURTHEST)
+        self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Have the layer say what the table does: on the CPU it is the same memory."""
+        for name, column in self._table._asdict().items():
+            setattr(self.stack, name, torch.from_numpy(column).to(self.stack.level.device))
 
     def fit(self) -> None:
         """Find the mode for what is kept."""
@@ -130,14 +190,24 @@ class StackFit:
         c, scale, own = self.stack.weights.tolist()
         start = np.array([c - middle * (1 - scale), scale, own])
         level = self.stack.level.cpu().numpy()[ids].astype(np.float64)
+        chosen = self._chosen[kept]
+        pairs, known = self._enter_pairs(kept)
+        answer = self._table.answer.flat[known].astype(np.float64)
         self._wider = not self._wider
         near = {self.width, min(max(0, self.width + (1 if self._wider else -1)), len(WIDTHS) - 1)}
-        found = {
-            width: _mode(features, middle, of, self._chosen[kept], WIDTHS[width], start, level)
-            for width in near
-        }
-        self.width = max(found, key=lambda width: (found[width].evidence, -width))
-        best = found[self.width]
+        for _ in range(ROUNDS if len(known) else 1):
+            beside = pairs.sums(answer, len(z))
+            found = {
+                width: _mode(features, middle + beside, of, chosen, WIDTHS[width], start, level)
+                for width in near
+            }
+            self.width = max(found, key=lambda width: (found[width].evidence, -width))
+            best, near = found[self.width], {self.width}
+            start, level = best.weights, best.level
+            log_odds = middle + features @ start + np.append(level, 0.0)[of] + beside
+            entries = pairs.pair, pairs.root, log_odds, chosen, pairs.slot
+            answer, told = settle(*entries, answer, self.spread, _SWEEPS)
+        self._keep_answers(known, answer, told)
         c, scale, own = best.weights
         device = self.stack.level.device
         self.stack.weights.copy_(torch.tensor([c + middle * (1 - scale), scale, own]))
@@ -147,6 +217,37 @@ class StackFit:
         self.stack.level[0] = 0.0
         self._information[:] = 0.0
         self._information[ids] = best.information
+
+    def _enter_pairs(self, kept: slice) -> tuple[_Pairs, npt.NDArray[np.int64]]:
+        """Have the table hold the pairs of what is near by now, with what is known of them. Returns those that were
+        seen often enough, numbered 0..Q - 1, and where in the table each is, [Q]."""
+        looks = self._look[kept]
+        if self._nearest is None or not len(looks):
+            return _Pairs.of(no_pairs(), self._item[:0], looks[:0], self._root[:0]), np.zeros(0, np.int64)
+        looked = np.zeros(len(self._information), np.bool_)
+        looked[looks] = looked[0] = True
+        source = np.flatnonzero(looked).astype(np.int32)
+        near = self._nearest(source)
+        near[0] = 0
+        self._table = Table(source, near, carried(self._table, source, near))
+        pairs = _Pairs.of(self._table, self._item[kept], looks, self._root[kept])
+        seen = np.bincount(pairs.pair, minlength=near.size)
+        often = seen >= FEW
+        known = np.flatnonzero(often)
+        number = np.cumsum(often) - 1
+        mine = often[pairs.pair]
+        return _Pairs(number[pairs.pair[mine]], pairs.root[mine], pairs.slot[mine]), known
+
+    def _keep_answers(self, known: npt.NDArray[np.int64], answer: Floats, told: Floats) -> None:
+        """What was found for the pairs at these places in the table; the rest answer to nothing."""
+        self._table.answer[:] = 0.0
+        self._table.answer.flat[known] = answer
+        self._told = np.zeros(self._table.answer.shape, np.float32)
+        self._told.flat[known] = told
+        if len(known):
+            spread = float((answer**2 + 1.0 / (told + 1.0 / self.spread)).mean())
+            self.spread = min(max(spread, SPREADS[0]), SPREADS[1])
+        self._hand_over()
 
     def variance(self, rows: int) -> Tensor:
         """[rows] how uncertain the first levels are."""
@@ -166,6 +267,9 @@ class StackFit:
             "weights": self.stack.weights.cpu().numpy().copy(),
             "level": self.stack.level[:rows].cpu().numpy().copy(),
             "information": self._information[:rows].copy(),
+            "spread": np.array([self.spread]),
+            "told": self._told.copy(),
+            **{name: column.copy() for name, column in self._table._asdict().items()},
             **{name: getattr(self, f"_{name}")[kept].copy() for name in _RING},
         }
 
@@ -177,23 +281,54 @@ class StackFit:
         self.stack.level.zero_()[: len(state["level"])] = torch.from_numpy(state["level"].copy())
         self._information[:] = 0.0
         self._information[: len(state["information"])] = state["information"]
+        self.spread = float(state["spread"][0])
+        self._told = state["told"].copy()
+        self._table = Table(*(state[name].copy() for name in Table._fields))
+        self._hand_over()
         for name in _RING:
             getattr(self, f"_{name}")[: len(state[name])] = state[name]
 
 
-_RING: Final = ("item", "z", "back", "chosen")
+_RING: Final = ("item", "z", "back", "chosen", "look", "root")
+
+
+class _Pairs(NamedTuple):
+    """Looks that have an answer to their slot's item, [E], ascending by pair."""
+
+    pair: npt.NDArray[np.int64]
+    root: Floats  # √share
+    slot: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(
+        cls,
+        table: Table,
+        item: npt.NDArray[np.integer],
+        look: npt.NDArray[np.int32],
+        root: npt.NDArray[np.float16],
+    ) -> _Pairs:
+        """Of these T slots; pairs are indices of the table's answers, all in a row."""
+        pair = pairs_of(table, item.astype(np.int32), look)
+        slot, place = np.nonzero(pair)
+        order = np.argsort(pair[slot, place], kind="stable")
+        slot, place = slot[order], place[order]
+        return cls(pair[slot, place].astype(np.int64), root[slot, place].astype(np.float64), slot)
+
+    def sums(self, answer: npt.NDArray[np.floating], slots: int) -> Floats:
+        """What the answers come to for each slot, [T]. answer: of all pairs."""
+        return _sums(self.slot, answer[self.pair] * self.root, slots)
 
 
 def _mode(
     features: Floats,
-    offset: float,
+    offset: Floats | float,
     of: npt.NDArray[np.intp],
     chosen: npt.NDArray[np.bool_],
     width: float,
     weights: Floats,
     level: Floats,
 ) -> _Fitted:
-    """Newton's steps from these weights [3] and levels [M]. features: [T, 3]; offset: log-odds beside them; of: [T]
+    """Newton's steps from these weights [3] and levels [M]. features: [T, 3]; offset: [T] log-odds beside them; of: [T]
     whose level counts, M: nobody's."""
     items, k = len(level) + 1, features.shape[1]
     free = np.append(np.full(len(level), 1.0 / width), np.inf)  # precision of the priors

@@ -19,7 +19,7 @@ from learner.networks import (
     Shelf,
 )
 from learner.policy import Policy, PolicyDamaged
-from learner.recall import Weights
+from learner.recall import NEAR, Weights
 from learner.replay import Histories
 from learner.weights import WeightStore
 from tests.serving_process import agent, publish
@@ -27,7 +27,7 @@ from tests.serving_process import agent, publish
 ITEMS = 12
 SHAPES = [
     NetworkSettings(history_length=5, vector_dim=3),
-    NetworkSettings(history_length=5, vector_dim=3, centred=True, stack=True),
+    NetworkSettings(history_length=5, vector_dim=3, stack=False),
     NetworkSettings(dim=6, channels=3, hidden=5, value_dim=2, history_length=4, vector_dim=3, gamma=0.5),
     NetworkSettings(dim=6, channels=3, hidden=5, quantiles=4, history_length=4, vector_dim=3),
 ]
@@ -41,8 +41,17 @@ def network(shape: NetworkSettings, seed: int) -> tuple[QNetwork, ItemTensors]:
         made = QNetwork(shape, ITEMS + 1)
         for parameter in made.parameters():
             parameter += 0.3 * torch.randn(parameter.shape) * (shape.dim**-0.5 if parameter.ndim > 1 else 1.0)
-        for values in (*made.response.buffers(), *(made.stack.buffers() if shape.stack else ())):
+        for values in (
+            *made.response.buffers(),
+            *((made.stack.weights, made.stack.level) if shape.stack else ()),
+        ):
             values += 0.3 * torch.rand(values.shape)
+        if shape.stack:
+            made.stack.source = torch.arange(0, ITEMS, 2, dtype=torch.int32)
+            rows = len(made.stack.source)
+            made.stack.near = torch.randint(0, ITEMS + 1, (rows, NEAR), dtype=torch.int32)
+            made.stack.near[0] = 0
+            made.stack.answer = torch.randn(rows, NEAR) * (made.stack.near > 0)
         made.recall.led, made.recall.walk = (
             torch.zeros(ITEMS - 1, WALKED, dtype=t) for t in (torch.int32, torch.float32)
         )

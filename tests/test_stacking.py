@@ -12,12 +12,13 @@ from learner import stacking
 from learner.agent import Agent, AgentSettings
 from learner.entries import going_back
 from learner.networks import score_at
+from learner.recall import NEAR
 from learner.stacking import NEWEST, PRIOR_MEAN, PRIOR_PRECISION, WIDTHS, Stack, StackFit
 from streaming.transitions import Amendments, Joined, Rejects, States, Transitions
 from tests.test_agent import ITEMS, batch, new_agent, trained
 from tests.test_agent import SETTINGS as PLAIN
 
-SETTINGS = replace(PLAIN, stack=True)
+SETTINGS = replace(PLAIN, stack=True)  # the default
 
 
 def slots(seed, count, items, weights=(-1.0, 0.4, 1.5), width=0.0):
@@ -29,7 +30,8 @@ def slots(seed, count, items, weights=(-1.0, 0.4, 1.5), width=0.0):
     z = rng.normal(-1.0, 1.0, count).astype(np.float32)
     back = (rng.random(count) * (rng.random(count) < 0.3)).astype(np.float32)
     log_odds = weights[0] + weights[1] * z + weights[2] * back + level[item]
-    return (item, z, back, rng.random(count) < 1 / (1 + np.exp(-log_odds))), level
+    nowhere = np.zeros((count, 1), np.int32)
+    return (item, z, back, rng.random(count) < 1 / (1 + np.exp(-log_odds)), nowhere), level
 
 
 def fitted(told, items, parts=1):
@@ -64,7 +66,7 @@ def test_it_finds_what_is_there(width):
 
 
 def test_the_mode_is_where_the_posterior_has_no_slope_and_is_highest():
-    (item, z, back, chosen), _ = slots(2, 3000, 20, width=0.5)
+    (item, z, back, chosen, _), _ = slots(2, 3000, 20, width=0.5)
     _, of = np.unique(item, return_inverse=True)
     middle = float(z.mean())
     features = np.stack((np.ones(len(z)), z - middle, back), axis=1).astype(np.float64)
@@ -95,7 +97,8 @@ def test_between_fits_levels_follow_each_slot():
     fit = fitted(told, 10)
     before = fit.stack.level.clone()
     lucky = np.full(20, 4, np.int32)
-    fit.note(lucky, np.full(20, -1.0, np.float32), np.zeros(20, np.float32), np.ones(20, np.bool_))
+    unseen = np.zeros((20, 1), np.int32)
+    fit.note(lucky, np.full(20, -1.0, np.float32), np.zeros(20, np.float32), np.ones(20, np.bool_), unseen)
     assert fit.fitted == 2000
     assert fit.stack.level[4] > before[4]
     rest = [i for i in range(10) if i != 4]
@@ -198,31 +201,39 @@ def test_what_is_noted_is_of_the_network_that_is_served_even_as_choices_come_to_
 def test_a_network_that_has_not_learnt_foretells_nothing_and_one_that_is_told_not_to_neither():
     fresh, told = new_agent(SETTINGS), joined(batch(1))
     fresh.foretell(told)
-    without = trained(range(3), new_agent())
+    without = trained(range(3), new_agent(replace(SETTINGS, stack=False)))
     without.foretell(told)
     assert fresh._stack.slots == without._stack.slots == 0
 
 
 def test_q_counts_the_chance_that_was_set_right():
     agent = trained(range(4), new_agent(SETTINGS))
-    fit, told = agent._stack, slots(8, 5000, ITEMS + 1, width=0.3)[0]
-    fit.note(*told)
+    fit, (*told, _) = agent._stack, slots(8, 5000, ITEMS + 1, width=0.3)[0]
+    fit._nearest = lambda source: (source[:, None] + np.arange(NEAR, dtype=np.int32)) % (ITEMS + 1)
+    fit.note(*told, np.random.default_rng(10).integers(0, ITEMS + 1, (5000, 8)))
     with torch.no_grad():
         keys = agent.online.keys(agent.items)
-        queries = agent.online.queries(agent._state(batch(9).state), keys)
+        state = agent._state(batch(9).state)
+        queries = agent.online.queries(state, keys)
+        answers = torch.zeros(16, ITEMS + 1)
+        for row, near in zip(fit.stack.source[1:], fit.stack.near[1:], strict=True):
+            share = ((state.item == row).sum(dim=1) / (state.item > 0).sum(dim=1).clamp(min=1)).sqrt()
+            answers[:, near.long()] += share.unsqueeze(1) * fit.stack.answer[fit.stack.source == row]
+        assert float(answers[:, 1:].std()) > 0.01
         ids = torch.arange(1, ITEMS + 1).expand(16, -1)
         z, reward, continuation = agent.online.parts_at(queries, keys, ids)
         c, scale, own = agent.online.stack.weights
         share = (queries.back.unsqueeze(1) * (queries.choice.item.unsqueeze(1) == ids.unsqueeze(2))).sum(
             dim=2
         )
-        p = torch.sigmoid(c + scale * z + own * share + agent.online.stack.level[ids])
+        beside = own * share + agent.online.stack.level[ids] + answers[:, 1:]
+        p = torch.sigmoid(c + scale * z + beside)
         q = agent.online.value(queries) + p * (reward + agent.settings.gamma * continuation)
         torch.testing.assert_close(agent.online.q_at(queries, keys, ids), q)
         torch.testing.assert_close(agent.online.q_all(queries, keys)[:, 1:], q)
         agent.online.position[3] = 0.7
         place = torch.full_like(ids, 3)
-        p = torch.sigmoid(c + scale * (z + 0.7) + own * share + agent.online.stack.level[ids])
+        p = torch.sigmoid(c + scale * (z + 0.7) + beside)
         torch.testing.assert_close(agent.online.chance_at(queries, keys, ids, place), p)
     assert abs(float(scale) - 0.4) < 0.2
 

@@ -1,0 +1,257 @@
+"""What items answer to: looks at themselves, and at what users go to around the same time.
+
+Who looks at one thing may choose another that stands in for it, or goes with it, and how well each does so has to be
+found out pair by pair. So learner.stacking adds to the log-odds of choosing a
+
+    Σ_j answer_{j a} √share(s, j)        answer_{j a} ~ N(0, τ²)
+
+over those items j of the history that have a near them: the NEAR - 1 items that were gone to most often around the
+same time, for how often either is gone to at all (the cosine of their rows: Sarwar et al. 2001), and j itself.
+
+The mode is found by coordinate descent, each number by Newton's step of its own (Friedman, Hastie & Tibshirani 2010):
+a slot reads few of them, and two of them are seldom read together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from learner.co_views import again
+from learner.recall import NEAR, pulled_at
+from streaming.jit import jit
+
+READ: Final = 16  # distinct items of a history that count, the newest
+
+Ints = npt.NDArray[np.int32]
+Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
+Nearest = Callable[[Ints], Ints]  # ids [R] → [R, NEAR] that are near each, 0 where there are no more
+
+
+class Table(NamedTuple):
+    """Pairs, by the item looked at; row 0 is of no item."""
+
+    source: Ints  # [R] vocabulary ids, ascending from 0
+    near: Ints  # [R, NEAR] vocabulary ids, 0: none
+    answer: Floats  # [R, NEAR]
+
+
+class Pulls(NamedTuple):
+    """What histories add to which rows of the keys, for B states; no gradients."""
+
+    row: Tensor  # [B, E] int64, some maybe more than once; 0, the unknown item, where there is nothing
+    pull: Tensor  # [B, E]
+
+    def rows(self, which: Tensor | slice) -> Pulls:
+        """Of these states."""
+        return Pulls(self.row[which], self.pull[which])
+
+    def at(self, ids: Tensor) -> Tensor:
+        """Of these rows, [B, K]; 0 for the unknown item. ids: [B, K]."""
+        return pulled_at(self.row, self.pull, ids)
+
+
+def no_pairs() -> Table:
+    """What is known before there is anything to learn from."""
+    return Table(np.zeros(1, np.int32), np.zeros((1, NEAR), np.int32), np.zeros((1, NEAR), np.float32))
+
+
+def pulls_of(
+    source: Tensor, near: Tensor, answer: Tensor, item: Tensor, back: Tensor, ids: Tensor | None = None
+) -> Pulls:
+    """What histories add where. source, near, answer: see `Table`; item, back: [B, H] of learner.entries; ids: [N]
+    ascending vocabulary ids, what the rows of the keys are; None: row i is vocabulary id i. What is not among the rows
+    is pulled by nothing."""
+    if item.device.type == "cpu":
+        row = torch.zeros(len(item), item.shape[1] * NEAR, dtype=torch.int64)
+        pull = torch.zeros(row.shape)
+        _spread(*(x.numpy() for x in (source, near, answer, item, back, row, pull)))
+    else:
+        row, pull = pulls_by_tensors(source, near, answer, item, back)
+    if ids is not None:
+        at = torch.searchsorted(ids, row).clamp(max=len(ids) - 1)
+        there = ids[at] == row
+        row, pull = at * there, pull * there
+    return Pulls(row, pull)
+
+
+def pulls_by_tensors(source: Tensor, near: Tensor, answer: Tensor, item: Tensor, back: Tensor) -> Pulls:
+    """The same, of vocabulary ids."""
+    at = torch.searchsorted(source, item.to(source.dtype)).clamp(max=len(source) - 1)
+    at = torch.where(source[at] == item, at, 0)
+    row = near[at].flatten(1).long()
+    return Pulls(row, (answer[at] * back.unsqueeze(2)).flatten(1) * (row > 0))
+
+
+def looks_of(history: npt.NDArray[np.integer]) -> tuple[Ints, npt.NDArray[np.float16]]:
+    """The READ newest distinct items of histories [T, H], 0 where there are no more, and √share of each, [T, READ]."""
+    out = np.zeros((len(history), READ), np.int32), np.zeros((len(history), READ), np.float32)
+    _look(history.astype(np.int32), *out)
+    return out[0], out[1].astype(np.float16)
+
+
+def pairs_of(table: Table, item: Ints, looks: Ints) -> Ints:
+    """Which of the table's numbers each look [T, READ] has for the slot's item [T], as indices of them all in a row,
+    [T, READ]; 0: none."""
+    out = np.zeros(looks.shape, np.int32)
+    row = np.zeros(0, np.int32)
+    if looks.size > int(table.source[-1]):  # to know them by number costs less than to search for each
+        row = np.zeros(int(table.source[-1]) + 1, np.int32)
+        row[table.source] = np.arange(len(table.source))
+    _find_pairs(row, table.source, table.near, item, looks, out)
+    return out
+
+
+def carried(old: Table, source: Ints, near: Ints) -> Floats:
+    """The answers of an old table to these pairs, [R, NEAR]; 0 where it has none. source, near: see `Table`."""
+    out = np.zeros(near.shape, np.float32)
+    _carry(*old, source, near, out)
+    return out
+
+
+class Settled(NamedTuple):
+    """Where coordinate descent came to."""
+
+    answer: Doubles  # [Q]
+    information: Doubles  # [Q] Fisher's
+
+
+def compile_answers() -> None:
+    """Have the loops compiled."""
+    source, near = np.arange(2, dtype=np.int32), np.ones((2, NEAR), np.int32)
+    table = Table(source, near, carried(no_pairs(), source, near))
+    looks, _ = looks_of(np.ones((1, 1), np.int32))
+    pairs_of(table, source[1:], looks)
+    one = np.zeros(1, np.int64)
+    settle(one, np.ones(1), np.zeros(1), np.ones(1, np.bool_), one, np.zeros(1), 1.0, 1)
+    columns = (torch.from_numpy(column) for column in table)
+    pulls_of(*columns, torch.ones(1, 1, dtype=torch.int64), torch.ones(1, 1))
+
+
+def settle(
+    pair: npt.NDArray[np.int64], look: Doubles, log_odds: Doubles, chosen: npt.NDArray[np.bool_],
+    slot: npt.NDArray[np.int64], answer: Doubles, width: float, sweeps: int,
+) -> Settled:  # fmt: skip
+    """The mode of Q numbers given the rest. Entries [E], ascending by pair: pair 0..Q - 1 of each, √share, and slot;
+    log_odds: [T] with `answer` [Q] in it, moved along; chosen: [T]; width: τ²."""
+    ends = np.searchsorted(pair, np.arange(len(answer) + 1))
+    found, information = answer.copy(), np.zeros(len(answer))
+    _descend(ends, look, slot, chosen, log_odds, found, information, width, sweeps)
+    return Settled(found, information)
+
+
+_FURTHEST: Final = 1.0  # that any number moves in one step, log-odds
+
+
+@jit
+def _row_of(source: Ints, item: np.int64) -> int:
+    """Where the item stands, 0 where it does not."""
+    low, high = 0, len(source)
+    while low < high:
+        middle = (low + high) // 2
+        if source[middle] < item:
+            low = middle + 1
+        else:
+            high = middle
+    return low if low < len(source) and source[low] == item else 0
+
+
+@jit
+def _spread(
+    source: Ints,
+    near: Ints,
+    answer: Floats,
+    item: npt.NDArray[np.int64],
+    back: Floats,
+    row: npt.NDArray[np.int64],
+    pull: Floats,
+) -> None:
+    width = near.shape[1]
+    for b in range(len(item)):
+        for h in range(item.shape[1]):
+            at = _row_of(source, item[b, h]) if item[b, h] > 0 else 0
+            if at == 0:
+                continue
+            for m in range(width):
+                if near[at, m] > 0:
+                    row[b, h * width + m] = near[at, m]
+                    pull[b, h * width + m] = answer[at, m] * back[b, h]
+
+
+@jit
+def _look(history: Ints, item: Ints, root: Floats) -> None:
+    for t in range(len(history)):
+        real = n = 0
+        for one in history[t]:
+            real += one > 0
+        for h in range(history.shape[1]):
+            if history[t, h] == 0 or again(history[t], h):
+                continue
+            same = 0
+            for other in history[t]:
+                same += other == history[t, h]
+            item[t, n], root[t, n] = history[t, h], np.sqrt(np.float32(same) / np.float32(real))
+            n += 1
+            if n == item.shape[1]:
+                break
+
+
+@jit
+def _find_pairs(row: Ints, source: Ints, near: Ints, item: Ints, looks: Ints, out: Ints) -> None:
+    """row: of each vocabulary id in the table; empty: to be searched for."""
+    width = near.shape[1]
+    for t in range(len(item)):
+        for e in range(looks.shape[1]):
+            if looks[t, e] == 0:
+                break
+            known = looks[t, e] < len(row)
+            at = row[looks[t, e]] if known else _row_of(source, looks[t, e])
+            for m in range(width):
+                if near[at, m] == item[t]:  # row 0 has none
+                    out[t, e] = at * width + m
+
+
+@jit
+def _carry(
+    old_source: Ints, old_near: Ints, old_answer: Floats, source: Ints, near: Ints, out: Floats
+) -> None:
+    for r in range(1, len(source)):
+        at = _row_of(old_source, source[r])
+        if at == 0:
+            continue
+        for m in range(near.shape[1]):
+            for k in range(old_near.shape[1]):
+                if near[r, m] > 0 and old_near[at, k] == near[r, m]:
+                    out[r, m] = old_answer[at, k]
+
+
+@jit
+def _descend(
+    ends: npt.NDArray[np.int64],
+    look: Doubles,
+    slot: npt.NDArray[np.int64],
+    chosen: npt.NDArray[np.bool_],
+    log_odds: Doubles,
+    answer: Doubles,
+    information: Doubles,
+    width: float,
+    sweeps: int,
+) -> None:
+    for _ in range(sweeps):
+        for q in range(len(answer)):
+            slope, told = -answer[q] / width, 0.0
+            for e in range(ends[q], ends[q + 1]):
+                p = 1.0 / (1.0 + np.exp(-log_odds[slot[e]]))
+                slope += (chosen[slot[e]] - p) * look[e]
+                told += p * (1.0 - p) * look[e] * look[e]
+            information[q] = told
+            step = min(max(slope / (told + 1.0 / width), -_FURTHEST), _FURTHEST)
+            answer[q] += step
+            for e in range(ends[q], ends[q + 1]):
+                log_odds[slot[e]] += step * look[e]
