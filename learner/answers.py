@@ -130,8 +130,8 @@ def compile_answers() -> None:
     pairs_of(table, source[1:], looks)
     one = np.zeros(1, np.int64)
     settle(one, np.ones(1), np.zeros(1), np.ones(1, np.bool_), one, np.zeros(1), 1.0, 1)
-    columns = (torch.from_numpy(column) for column in table)
-    pulls_of(*columns, torch.ones(1, 1, dtype=torch.int64), torch.ones(1, 1))
+    pairs = (torch.from_numpy(table.source), torch.from_numpy(table.near), torch.from_numpy(table.answer))
+    pulls_of(*pairs, torch.ones(1, 1, dtype=torch.int64), torch.ones(1, 1))
 
 
 def settle(

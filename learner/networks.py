@@ -636,15 +636,20 @@ class QNetwork(nn.Module):
         z: Tensor | None = None,
     ) -> Tensor:
         """p at ids [B, K], [B, K]. slot: see `advantage_at`; z: there, where it is known already."""
-        if z is not None and not self.settings.stack:
-            log_odds = z
-        else:
-            query, pull = self.choice(queries, keys)
-            log_odds = score_at(query, pull, keys.category, ids)
+        if z is None:
+            z = score_at(queries.choice, keys.choice, keys.category, ids)
         if slot is not None:
-            place = self.position_of(slot)
-            log_odds = log_odds + (self.stack.weights[1] * place if self.settings.stack else place)
-        return torch.sigmoid(log_odds)
+            z = z + self.position_of(slot)
+        return torch.sigmoid(self._set_right(z, queries, keys, ids))
+
+    def _set_right(self, z: Tensor, queries: Queries, keys: Keys, ids: Tensor) -> Tensor:
+        """Log-odds of choice at ids [B, K], as learner.stacking has them, [B, K]. z: there."""
+        if not self.settings.stack:
+            return z
+        c, scale, own = self.stack.weights
+        same = queries.choice.item.unsqueeze(1) == ids.unsqueeze(2)
+        z = c + scale * z + own * (same * queries.back.unsqueeze(1)).sum(dim=2) + keys.level[ids]
+        return z if queries.answers is None else z + queries.answers.at(ids)
 
     def position_of(self, slot: Tensor) -> Tensor:
         """Choice log-odds of places in a slate, 0, 1, ..., against the first; of the shape of `slot`."""
