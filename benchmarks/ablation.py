@@ -62,7 +62,7 @@ ROWS: Final = {
     "raw": Row("values read from raw vectors, and none of n(s)", ("centred=false",)),
     "recall": Row("where users went is not remembered", ("recall=false",)),
     "length": Row("no weight on the length of states' vectors", ("length_weight=0",)),
-    "stack": Row("choice set right by what came of what was foretold", ("stack=true",)),
+    "stack": Row("choice as foretold, not set right by what came of it", ("stack=false",)),
     "boltzmann": Row("Boltzmann exploration, with ε .05", ("exploration=boltzmann",)),
     "thompson": Row("Thompson sampling, with ε .05", ("exploration=thompson",)),
     "greedy": Row("no exploration: ε = 0", ("epsilon=0",)),

@@ -45,7 +45,7 @@ class Metrics:
         )
         self.foretold_scale = gauge(
             "learner_foretold_scale",
-            "With --stack, what log-odds foretold are multiplied with, by what came; far below 1: luck was learnt.",
+            "What log-odds foretold are multiplied with, by what came; near 0: they tell nothing of what is chosen.",
         )
         self.updates_per_transition = gauge(
             "learner_updates_per_transition", "Gradient steps for each transition, since the first start."
