@@ -398,7 +398,7 @@ class Agent:
                 ids, stands_for = self._sample(here, at, recall.leads_to(here))
                 here, at = torch.searchsorted(ids, here), torch.searchsorted(ids, at)
             keys = self._keys_now(self.online, ids)
-            reading = self.online.read(state, ids, ways=False)  # they are looked up below
+            reading = self.online.read(state, ids, ways=False, right=False)  # they are looked up below
             queries = self.online.queries(state, keys, here, ids, reading)
             organic = score_all(queries.organic, keys.organic, keys.category)
             places = place_buckets(here.shape[1], here.device)
@@ -458,7 +458,7 @@ class Agent:
         ids = torch.unique(torch.cat((state.item.flatten(), item, item.new_zeros(1))))
         here, at = torch.searchsorted(ids, state.item), torch.searchsorted(ids, item).unsqueeze(1)
         keys = self._keys_now(self.target, ids)
-        reading = self.target.read(state, ids, ways=bool(self.target.trust))  # as it is served
+        reading = self.target.read(state, ids, ways=bool(self.target.trust), right=False)  # z as it is served
         queries = self.target.queries(state, keys, here, ids, reading).rows(self._to(which, torch.int64))
         place = self.target.position_of(self._to(slot, torch.int64))
         log_odds = self.target.parts_at(queries, keys, at)[0][:, 0] + place

@@ -5,8 +5,9 @@ found out pair by pair. So learner.stacking adds to the log-odds of choosing a
 
     Σ_j answer_{j a} √share(s, j)        answer_{j a} ~ N(0, τ²)
 
-over those items j of the history that have a near them: the NEAR - 1 items that were gone to most often around the
-same time, for how often either is gone to at all (the cosine of their rows: Sarwar et al. 2001), and j itself.
+over the READ newest distinct items j of the history that have a near them: the NEAR - 1 items that were gone to most
+often around the same time, over the root of how often either is gone to at all (as the cosine of Sarwar et al. 2001 is
+for co-visits), and j itself.
 
 The mode is found by coordinate descent, each number by Newton's step of its own (Friedman, Hastie & Tibshirani 2010):
 a slot reads few of them, and two of them are seldom read together.
@@ -23,10 +24,12 @@ import torch
 from torch import Tensor
 
 from learner.co_views import again
-from learner.recall import NEAR, pulled_at
+from learner.recall import NEAR, newest_entries, pulled_at
 from streaming.jit import jit
 
-READ: Final = 16  # distinct items of a history that count, the newest
+READ: Final = (
+    16  # distinct items of a history that count, the newest: where it is fitted and where it is read
+)
 
 Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
@@ -62,18 +65,27 @@ def no_pairs() -> Table:
     return Table(np.zeros(1, np.int32), np.zeros((1, NEAR), np.int32), np.zeros((1, NEAR), np.float32))
 
 
-def pulls_of(
-    source: Tensor, near: Tensor, answer: Tensor, item: Tensor, back: Tensor, ids: Tensor | None = None
-) -> Pulls:
-    """What histories add where. source, near, answer: see `Table`; item, back: [B, H] of learner.entries; ids: [N]
-    ascending vocabulary ids, what the rows of the keys are; None: row i is vocabulary id i. What is not among the rows
-    is pulled by nothing."""
+def check_pairs(table: Table, items: int) -> None:
+    """Raises: ValueError when this is none, over vocabulary ids below `items`."""
+    source, near, answer = table
+    shape = (len(source), NEAR)
+    ascending = source[:1].tolist() == [0] and bool((np.diff(source) > 0).all())
+    if not (ascending and near.shape == answer.shape == shape and ((near >= 0) & (near < items)).all()):
+        raise ValueError(
+            f"what items answer to: {len(source)} sources, {near.shape} near, {answer.shape} answers"
+        )
+
+
+def pulls_of(source: Tensor, near: Tensor, answer: Tensor, item: Tensor, ids: Tensor | None = None) -> Pulls:
+    """What histories add where. source, near, answer: see `Table`; item: [B, H] vocabulary ids, newest first, 0 unknown
+    or padding; ids: [N] ascending, what the rows of the keys are; None: row i is vocabulary id i. What is not among the
+    rows is pulled by nothing."""
     if item.device.type == "cpu":
-        row = torch.zeros(len(item), item.shape[1] * NEAR, dtype=torch.int64)
+        row = torch.zeros(len(item), min(item.shape[1], READ) * NEAR, dtype=torch.int64)
         pull = torch.zeros(row.shape)
-        _spread(*(x.numpy() for x in (source, near, answer, item, back, row, pull)))
+        _spread(READ, *(x.numpy() for x in (source, near, answer, item, row, pull)))
     else:
-        row, pull = pulls_by_tensors(source, near, answer, item, back)
+        row, pull = pulls_by_tensors(source, near, answer, item)
     if ids is not None:
         at = torch.searchsorted(ids, row).clamp(max=len(ids) - 1)
         there = ids[at] == row
@@ -81,12 +93,18 @@ def pulls_of(
     return Pulls(row, pull)
 
 
-def pulls_by_tensors(source: Tensor, near: Tensor, answer: Tensor, item: Tensor, back: Tensor) -> Pulls:
+def pulls_by_tensors(source: Tensor, near: Tensor, answer: Tensor, item: Tensor) -> Pulls:
     """The same, of vocabulary ids."""
-    at = torch.searchsorted(source, item.to(source.dtype)).clamp(max=len(source) - 1)
-    at = torch.where(source[at] == item, at, 0)
+    newest, often = newest_entries(item)
+    order = newest * torch.arange(item.shape[1], 0, -1, device=item.device)
+    which = order.topk(min(item.shape[1], READ), dim=1).indices
+    looked = (item * newest).gather(1, which)
+    real = (item > 0).sum(dim=1, keepdim=True).clamp(min=1)
+    root = (often.gather(1, which).exp() / real).sqrt() * (looked > 0)
+    at = torch.searchsorted(source, looked.to(source.dtype)).clamp(max=len(source) - 1)
+    at = torch.where(source[at] == looked, at, 0)
     row = near[at].flatten(1).long()
-    return Pulls(row, (answer[at] * back.unsqueeze(2)).flatten(1) * (row > 0))
+    return Pulls(row, (answer[at] * root.unsqueeze(2)).flatten(1) * (row > 0))
 
 
 def looks_of(history: npt.NDArray[np.integer]) -> tuple[Ints, npt.NDArray[np.float16]]:
@@ -125,13 +143,14 @@ class Settled(NamedTuple):
 def compile_answers() -> None:
     """Have the loops compiled."""
     source, near = np.arange(2, dtype=np.int32), np.ones((2, NEAR), np.int32)
-    table = Table(source, near, carried(no_pairs(), source, near))
+    table = Table(source, near, np.zeros(near.shape, np.float32))
     looks, _ = looks_of(np.ones((1, 1), np.int32))
+    carried(table, source, near)
     pairs_of(table, source[1:], looks)
     one = np.zeros(1, np.int64)
     settle(one, np.ones(1), np.zeros(1), np.ones(1, np.bool_), one, np.zeros(1), 1.0, 1)
     pairs = (torch.from_numpy(table.source), torch.from_numpy(table.near), torch.from_numpy(table.answer))
-    pulls_of(*pairs, torch.ones(1, 1, dtype=torch.int64), torch.ones(1, 1))
+    pulls_of(*pairs, torch.ones(1, 1, dtype=torch.int64))
 
 
 def settle(
@@ -164,42 +183,60 @@ def _row_of(source: Ints, item: np.int64) -> int:
 
 @jit
 def _spread(
+    read: int,
     source: Ints,
     near: Ints,
     answer: Floats,
     item: npt.NDArray[np.int64],
-    back: Floats,
     row: npt.NDArray[np.int64],
     pull: Floats,
 ) -> None:
     width = near.shape[1]
     for b in range(len(item)):
+        real, n = _entries_in(item[b]), 0
         for h in range(item.shape[1]):
-            at = _row_of(source, item[b, h]) if item[b, h] > 0 else 0
-            if at == 0:
+            if item[b, h] == 0 or again(item[b], h):
                 continue
-            for m in range(width):
-                if near[at, m] > 0:
-                    row[b, h * width + m] = near[at, m]
-                    pull[b, h * width + m] = answer[at, m] * back[b, h]
+            at = _row_of(source, item[b, h])
+            if at > 0:
+                root = _root_of(item[b], h, real)
+                for m in range(width):
+                    if near[at, m] > 0:
+                        row[b, n * width + m] = near[at, m]
+                        pull[b, n * width + m] = answer[at, m] * root
+            n += 1
+            if n == read:
+                break
 
 
 @jit
 def _look(history: Ints, item: Ints, root: Floats) -> None:
     for t in range(len(history)):
-        real = n = 0
-        for one in history[t]:
-            real += one > 0
+        real, n = _entries_in(history[t]), 0
         for h in range(history.shape[1]):
             if history[t, h] == 0 or again(history[t], h):
                 continue
-            same = 0
-            for other in history[t]:
-                same += other == history[t, h]
-            item[t, n], root[t, n] = history[t, h], np.sqrt(np.float32(same) / np.float32(real))
+            item[t, n], root[t, n] = history[t, h], _root_of(history[t], h, real)
             n += 1
             if n == item.shape[1]:
                 break
+
+
+@jit
+def _entries_in(history: npt.NDArray[np.integer]) -> int:
+    real = 0
+    for one in history:
+        real += one > 0
+    return real
+
+
+@jit
+def _root_of(history: npt.NDArray[np.integer], h: int, real: int) -> np.float32:
+    """√share of the item of entry h."""
+    same = 0
+    for other in history:
+        same += other == history[h]
+    return np.float32(np.sqrt(np.float32(same) / np.float32(real)))
 
 
 @jit

@@ -91,7 +91,7 @@ class CoViews:
 
     def nearest(self, items: npt.NDArray[np.integer], places: int) -> Ints:
         """Each of these items [R], of which there is room, and the neighbours that were gone to most often around the
-        same time, for how often either is gone to at all (cosine), [R, places] vocabulary ids; 0: no more."""
+        same time, over the root of how often either is gone to at all, [R, places] vocabulary ids; 0: no more."""
         near = np.zeros((len(items), places), np.int32)
         _find_nearest(self._id, self._count, self._total, items.astype(np.int32), near)
         return near

@@ -32,7 +32,6 @@ from learner.entries import (
     MOST_VALUE,
     NAMES,
     SESSION_AGES,
-    backs_of,
     compile_entries,
     place_buckets,
 )
@@ -158,8 +157,8 @@ class CompiledQ:
             row, ways, _ = self._recall.merged(item, np.zeros(item.shape, np.float32), self._pull)
             yield row, ways.mul_(self._trust)
         if self._stack is not None:
-            back = torch.from_numpy(backs_of(states.item.astype(np.int64)))
-            if (answers := self._stack.answers(torch.from_numpy(item), back)) is not None:
+            answers = self._stack.answers(torch.from_numpy(states.item.astype(np.int64)))
+            if answers is not None:
                 yield answers
 
     def _own_of(self, shelf: Shelf) -> Tensor:

@@ -62,9 +62,12 @@ def entries_of(state: StateTensors, *, back: bool = True) -> Entries:
         none = torch.zeros(shape, device=kinds.device)
         return Entries(kinds, _counts(state, kinds), going_back(state.item) if back else none)
     kinds, counts = torch.empty(shape, dtype=torch.int64), torch.zeros(shape[0], COUNTS)
+    shares = torch.zeros(shape)
     item, name, age_s, value = (column.numpy() for column in state)
     _look(BOUNDS, NAMES, name, age_s, value, kinds.numpy(), counts.numpy())
-    return Entries(kinds, counts, torch.from_numpy(backs_of(item)) if back else torch.zeros(shape))
+    if back:
+        _look_back(item, shares.numpy())
+    return Entries(kinds, counts, shares)
 
 
 def compile_entries() -> None:
@@ -99,15 +102,8 @@ def _counts(state: StateTensors, kinds: Tensor) -> Tensor:
     return torch.cat((torch.log1p(counts), torch.log1p(times) / 10, ends), dim=1)
 
 
-def backs_of(item: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-    """`Entries.back` of histories of these items, [B, H]; 0, unknown or padding, counts for nothing."""
-    back = np.zeros(item.shape, np.float32)
-    _look_back(item, back)
-    return back
-
-
 def going_back(item: Tensor) -> Tensor:
-    """The same by tensors."""
+    """`Entries.back` of histories of these items, [B, H]; 0, unknown or padding, counts for nothing."""
     real = item > 0
     same = ((item.unsqueeze(1) == item.unsqueeze(2)) & real.unsqueeze(1)).sum(dim=2)  # [B, H]
     return real / (same * real.sum(dim=1, keepdim=True)).clamp(min=1).sqrt()

@@ -37,8 +37,8 @@ from streaming.log import RecordBatch
 from streaming.schemas import Codec, SchemaError, frame_of
 from streaming.transitions import Joined, Rejects
 
-STATE_FORMAT: Final = 11
-READABLE_FORMATS: Final = (11,)
+STATE_FORMAT: Final = 12
+READABLE_FORMATS: Final = (12,)
 
 
 class CannotContinue(Exception):

@@ -507,11 +507,14 @@ class QNetwork(nn.Module):
                 getattr(self, f"{name}_mean").copy_(getattr(known, f"{name}_mean"))
                 getattr(self, f"{name}_scale").copy_(getattr(known, f"{name}_scale").clamp(min=SMALLEST))
 
-    def read(self, state: StateTensors, ids: Tensor | None = None, *, ways: bool = True) -> Reading:
+    def read(
+        self, state: StateTensors, ids: Tensor | None = None, *, ways: bool = True, right: bool = True
+    ) -> Reading:
         """What the states say to this network and to any other that shares its recall. ids: see `queries`; ways: look
-        up where others went; without, choice does not follow them, and `next_all` does not know them either."""
+        up where others went; without, choice does not follow them, and `next_all` does not know them either; right:
+        look up what sets choice right by items near the history's; without, only z counts."""
         entries = entries_of(state, back=self.settings.stack)
-        answers = self.stack.answers(state.item, entries.back, ids) if self.settings.stack else None
+        answers = self.stack.answers(state.item, ids) if self.settings.stack and right else None
         if not (ways and self.recall.has_any):
             return Reading(entries, None, answers)
         places = place_buckets(state.item.shape[1], state.item.device)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from learner.agent import BOTH, DOUBT, bucket
-from learner.answers import Table
+from learner.answers import Table, check_pairs
 from learner.compiled import ROOM, CompiledQ
 from learner.entries import StateTensors
 from learner.exploration import DRAWS, GREEDY, Exploration, Scores, Slate, explore
@@ -174,6 +174,7 @@ class Policy:
                 raise ValueError(
                     f"{rows - 1} items, but {len(weights.vocabulary)} item ids, columns of {lengths}"
                 )
+            check_pairs(Table(*(tensors[f"{BOTH}stack.{name}"].numpy() for name in Table._fields)), rows)
             return cls(
                 weights.manifest,
                 _network(settings, _under(tensors, f"{network}.") | _under(tensors, BOTH), rows),
@@ -184,7 +185,11 @@ class Policy:
                 tensors["catalog.price_scale"],
                 before,
             )
-        except (KeyError, ValueError, RuntimeError, TypeError, IndexError) as error:
+        except KeyError as error:
+            raise PolicyDamaged(
+                f"version {weights.manifest.version}: lacks tensor {error}: it is damaged, or of an earlier learner"
+            ) from error
+        except (ValueError, RuntimeError, TypeError, IndexError) as error:
             raise PolicyDamaged(f"version {weights.manifest.version}: {error}") from error
 
     def item_id(self, i: int) -> str:

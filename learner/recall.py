@@ -281,6 +281,7 @@ def compile_recall() -> None:
     item = torch.tensor([[3, 1]])
     nothing = torch.zeros_like(item)
     memory.recall.recalled(item, nothing, nothing[0], None).ways_at(item)
+    memory.nearest(np.array([1]))
 
 
 class RecallFit:

@@ -83,11 +83,9 @@ class Stack(nn.Module):
         ):  # as many rows as there are items that answers are known to
             self.register_buffer(name, torch.from_numpy(column))
 
-    def answers(self, item: Tensor, back: Tensor, ids: Tensor | None = None) -> Pulls | None:
+    def answers(self, item: Tensor, ids: Tensor | None = None) -> Pulls | None:
         """What histories add by the items near theirs. See `pulls_of`."""
-        if len(self.source) == 1:
-            return None
-        return pulls_of(self.source, self.near, self.answer, item, back, ids)
+        return pulls_of(self.source, self.near, self.answer, item, ids) if len(self.source) > 1 else None
 
 
 class _Fitted(NamedTuple):
@@ -157,7 +155,7 @@ class StackFit:
         rows = torch.from_numpy(ids.astype(np.int64)).to(self.stack.level.device)
         level = self.stack.level[rows].cpu().numpy().astype(np.float64)
         c, scale, own = self.stack.weights.tolist()
-        beside = pairs.sums(self._table.answer.flatten(), len(item))
+        beside = pairs.sums(self._table.answer, len(item))
         p = 1.0 / (1.0 + np.exp(-(c + scale * log_odds + own * back + level[of] + beside)))
         self._information[ids] += _sums(of, p * (1.0 - p), len(ids))
         precision = self._information[ids] + 1.0 / WIDTHS[self.width]
@@ -167,16 +165,20 @@ class StackFit:
 
     def _follow_answers(self, pairs: _Pairs, error: Floats, told: Floats) -> None:
         """A step of these answers. error, told: [T]."""
-        size = self._table.answer.size
-        self._told += _sums(pairs.pair, told[pairs.slot] * pairs.root**2, size).reshape(self._told.shape)
-        slope = _sums(pairs.pair, error[pairs.slot] * pairs.root, size).reshape(self._told.shape)
-        self._table.answer[:] += np.clip(slope / (self._told + 1.0 / self.spread), -_FURTHEST, _FURTHEST)
-        self._hand_over()
+        known, of = np.unique(pairs.pair, return_inverse=True)
+        if not len(known):
+            return
+        self._told.flat[known] += _sums(of, told[pairs.slot] * pairs.root**2, len(known))
+        slope = _sums(of, error[pairs.slot] * pairs.root, len(known))
+        step = slope / (self._told.flat[known] + 1.0 / self.spread)
+        self._table.answer.flat[known] += np.clip(step, -_FURTHEST, _FURTHEST)
+        self._hand_over("answer")
 
-    def _hand_over(self) -> None:
-        """Have the layer say what the table does: on the CPU it is the same memory."""
-        for name, column in self._table._asdict().items():
-            setattr(self.stack, name, torch.from_numpy(column).to(self.stack.level.device))
+    def _hand_over(self, *names: str) -> None:
+        """Have the layer say what these columns of the table do: on the CPU they are the same memory."""
+        for name in names:
+            column = torch.from_numpy(getattr(self._table, name))
+            setattr(self.stack, name, column.to(self.stack.level.device))
 
     def fit(self) -> None:
         """Find the mode for what is kept."""
@@ -219,23 +221,25 @@ class StackFit:
         self._information[ids] = best.information
 
     def _enter_pairs(self, kept: slice) -> tuple[_Pairs, npt.NDArray[np.int64]]:
-        """Have the table hold the pairs of what is near by now, with what is known of them. Returns those that were
-        seen often enough, numbered 0..Q - 1, and where in the table each is, [Q]."""
+        """Have the table hold the pairs of what is near by now, with what is known of them, for items of which any was
+        seen often enough. Returns those, numbered 0..Q - 1, and where in the table each is, [Q]."""
         looks = self._look[kept]
-        if self._nearest is None or not len(looks):
+        if self._nearest is None:
             return _Pairs.of(no_pairs(), self._item[:0], looks[:0], self._root[:0]), np.zeros(0, np.int64)
-        looked = np.zeros(len(self._information), np.bool_)
-        looked[looks] = looked[0] = True
+        looked = np.bincount(looks.ravel(), minlength=1) >= FEW
+        looked[0] = True
         source = np.flatnonzero(looked).astype(np.int32)
         near = self._nearest(source)
         near[0] = 0
+        every = Table(source, near, np.zeros(near.shape, np.float32))
+        pairs = _Pairs.of(every, self._item[kept], looks, self._root[kept])
+        often = np.bincount(pairs.pair, minlength=near.size) >= FEW
+        rows = np.flatnonzero(often.reshape(near.shape).any(axis=1))
+        rows = np.append(0, rows[rows > 0])
+        number, mine = np.cumsum(often) - 1, often[pairs.pair]
+        source, near = source[rows], near[rows]
         self._table = Table(source, near, carried(self._table, source, near))
-        pairs = _Pairs.of(self._table, self._item[kept], looks, self._root[kept])
-        seen = np.bincount(pairs.pair, minlength=near.size)
-        often = seen >= FEW
-        known = np.flatnonzero(often)
-        number = np.cumsum(often) - 1
-        mine = often[pairs.pair]
+        known = np.flatnonzero(often.reshape(-1, near.shape[1])[rows])
         return _Pairs(number[pairs.pair[mine]], pairs.root[mine], pairs.slot[mine]), known
 
     def _keep_answers(self, known: npt.NDArray[np.int64], answer: Floats, told: Floats) -> None:
@@ -247,7 +251,7 @@ class StackFit:
         if len(known):
             spread = float((answer**2 + 1.0 / (told + 1.0 / self.spread)).mean())
             self.spread = min(max(spread, SPREADS[0]), SPREADS[1])
-        self._hand_over()
+        self._hand_over(*Table._fields)
 
     def variance(self, rows: int) -> Tensor:
         """[rows] how uncertain the first levels are."""
@@ -282,9 +286,10 @@ class StackFit:
         self._information[:] = 0.0
         self._information[: len(state["information"])] = state["information"]
         self.spread = float(state["spread"][0])
-        self._told = state["told"].copy()
-        self._table = Table(*(state[name].copy() for name in Table._fields))
-        self._hand_over()
+        if self._nearest is not None:
+            self._told = state["told"].copy()
+            self._table = Table(*(state[name].copy() for name in Table._fields))
+            self._hand_over(*Table._fields)
         for name in _RING:
             getattr(self, f"_{name}")[: len(state[name])] = state[name]
 
@@ -316,7 +321,7 @@ class _Pairs(NamedTuple):
 
     def sums(self, answer: npt.NDArray[np.floating], slots: int) -> Floats:
         """What the answers come to for each slot, [T]. answer: of all pairs."""
-        return _sums(self.slot, answer[self.pair] * self.root, slots)
+        return _sums(self.slot, answer.flat[self.pair] * self.root, slots)
 
 
 def _mode(

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from learner import answers
+from learner import answers, co_views, stacking
 from learner.answers import (
     READ,
     Table,
     carried,
+    check_pairs,
     looks_of,
     no_pairs,
     pairs_of,
@@ -19,8 +20,7 @@ from learner.answers import (
     settle,
 )
 from learner.co_views import PRIOR, CoViews
-from learner.entries import going_back
-from learner.recall import NEAR, Recall, RecallFit
+from learner.recall import NEAR, Recall, RecallFit, compile_recall
 from learner.stacking import SPREADS, Stack, StackFit
 
 ITEMS = 40
@@ -51,10 +51,11 @@ def shares(history):
 
 
 def added(pairs, history):
-    """[ITEMS] what a history adds to each item's log-odds."""
+    """[ITEMS] what a history adds to each item's log-odds: its READ newest distinct items do."""
     out = np.zeros(ITEMS)
+    counted = list(dict.fromkeys(history[history > 0].tolist()))[:READ]
     for row, source in enumerate(pairs.source.tolist()):
-        root = shares(history).get(source, 0.0)
+        root = shares(history)[source] if source in counted else 0.0
         for to, answer in zip(pairs.near[row].tolist(), pairs.answer[row].tolist(), strict=True):
             out[to] += answer * root
     out[0] = 0.0
@@ -73,10 +74,11 @@ def test_looks_are_the_newest_distinct_items_and_their_shares():
         assert not size[len(distinct) :].any()
 
 
+@pytest.mark.parametrize("length", [3, 20, 60])
 @pytest.mark.parametrize("pulled", [pulls_of, pulls_by_tensors])
-def test_a_history_adds_its_items_answers_to_what_is_near_them(pulled):
-    pairs, item = table(2), torch.from_numpy(histories(3, 30)).long()
-    row, pull = pulled(*map(torch.from_numpy, pairs), item, going_back(item))
+def test_a_history_adds_its_items_answers_to_what_is_near_them(pulled, length):
+    pairs, item = table(2), torch.from_numpy(histories(3, 30, length)).long()
+    row, pull = pulled(*map(torch.from_numpy, pairs), item)
     sums = torch.zeros(30, ITEMS).scatter_add_(1, row, pull)
     assert not pull[row == 0].any()
     for got, history in zip(sums, item.numpy(), strict=True):
@@ -86,7 +88,7 @@ def test_a_history_adds_its_items_answers_to_what_is_near_them(pulled):
 def test_among_rows_that_are_not_all_items_only_these_are_pulled():
     pairs, item = table(4), torch.from_numpy(histories(5, 30)).long()
     ids = torch.tensor([0, 2, 3, 7, 11, 12, 30, 39])
-    pulls = pulls_of(*map(torch.from_numpy, pairs), item, going_back(item), ids)
+    pulls = pulls_of(*map(torch.from_numpy, pairs), item, ids)
     every = np.array([added(pairs, history) for history in item.numpy()])
     at = torch.arange(len(ids)).expand(30, -1)
     np.testing.assert_allclose(pulls.at(at)[:, 1:], every[:, ids[1:]], atol=1e-5)
@@ -219,12 +221,35 @@ def test_where_nobody_answers_to_anything_it_finds_next_to_nothing():
 
 def test_a_layer_that_is_not_told_what_is_near_has_no_answers():
     fit = learnt(world(15, 20_000, 1.5), nearest=None)
-    assert fit.stack.answers(torch.ones(1, 1, dtype=torch.int64), torch.ones(1, 1)) is None
+    assert fit.stack.answers(torch.ones(1, 1, dtype=torch.int64)) is None
+    assert len(fit.stack.source) == 1
+    fit.restore(learnt(world(15, 20_000, 1.5)).state(ITEMS))  # of one that was
     assert len(fit.stack.source) == 1
 
 
+def test_only_items_that_somebody_answers_to_have_a_row():
+    told = world(19, 3000, 1.0)
+    told[0][:] = np.where(told[0] < 20, told[0], 7)  # of the others none is ever shown
+    fit = learnt(told)
+    assert 10 < len(fit.stack.source) < ITEMS - 5
+    shown = set(told[0].tolist())
+    for near in fit.stack.near[1:].tolist():
+        assert shown & set(near)
+
+
+def test_what_is_fitted_is_what_is_read_however_long_histories_are():
+    fit = learnt(world(20, 20_000, 1.5))
+    item, history = np.arange(30, dtype=np.int32) % (ITEMS - 1) + 1, histories(21, 30, length=60)
+    look, root = looks_of(history)
+    assert (look > 0).all(axis=1).any()
+    noted = stacking._Pairs.of(fit._table, item, look, root).sums(fit._table.answer, 30)
+    read = fit.stack.answers(torch.from_numpy(history).long())
+    np.testing.assert_allclose(read.at(torch.from_numpy(item).long().unsqueeze(1))[:, 0], noted, atol=1e-3)
+    assert noted.any()
+
+
 def test_pairs_that_were_hardly_seen_have_no_answer_yet():
-    told = world(16, 2000, 1.5)
+    told = world(16, 20_000, 1.5)
     told[0][told[0] == 9] = 10
     told[0][:5], told[4][:5], told[3][:5] = 9, 8, True
     fit = learnt(told)
@@ -267,5 +292,33 @@ def test_restored_it_goes_on_as_if_it_had_never_stopped():
     assert torch.equal(first.stack.answer, again.stack.answer)
 
 
-def test_loops_are_compiled_ahead():
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        lambda t: t._replace(near=t.near[:3]),
+        lambda t: t._replace(answer=t.answer[:, :2]),
+        lambda t: t._replace(source=t.source[1:], near=t.near[1:], answer=t.answer[1:]),
+        lambda t: t._replace(source=t.source[::-1].copy()),
+        lambda t: t._replace(near=t.near + ITEMS),
+        lambda t: t._replace(near=t.near - 1),
+    ],
+)
+def test_a_damaged_table_is_refused(damaged):
+    check_pairs(table(22), ITEMS)
+    check_pairs(no_pairs(), 1)
+    with pytest.raises(ValueError, match="what items answer to"):
+        check_pairs(damaged(table(22)), ITEMS)
+
+
+def test_all_loops_are_compiled_ahead():
     answers.compile_answers()
+    compile_recall()
+    loops = (answers._spread, answers._look, answers._find_pairs, answers._carry, answers._descend)
+    before = [len(loop.signatures) for loop in (*loops, co_views._find_nearest)]
+    memory = RecallFit(Recall(1, [0]))
+    told = world(23, 3000, 1.0)
+    memory.observe(told[4], told[0])
+    fit = learnt(told, nearest=memory.nearest)
+    fit.stack.answers(torch.from_numpy(told[4]).long())
+    assert fit.stack.answer.any()
+    assert [len(loop.signatures) for loop in (*loops, co_views._find_nearest)] == before
