@@ -46,7 +46,7 @@ OFTEN: Final = (512, 32)  # fitted anew after so many slots, or a share (1 in) o
 # of c (at the mean of z), κ and ω. What z is worth on slates at random says too little of what it is worth among the
 # best, where an encoder that is still learning gets its clicks: κ needs much to go far from one
 PRIOR_MEAN: Final = np.array([0.0, 1.0, 0.0])
-PRIOR_PRECISION: Final = np.array([1.0, 100.0, 0.25])
+PRIOR_PRECISION: Final = np.array([1.0, 25.0, 0.25])
 # the grid of σ², log-odds squared. Evidence may ask for more: how an item does among slates at random is not how it
 # does where it is shown for its level, and the best of a hundred wide levels is a lucky one
 WIDTHS: Final = tuple(10.0 ** (exponent / 2) for exponent in range(-8, -2))

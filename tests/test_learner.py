@@ -111,7 +111,7 @@ def test_a_batch_counts_for_its_share_of_replay(records):
 def test_a_checkpoint_of_another_version_is_refused():
     _, parts = new_learner().snapshot()
     parts["learner"]["format"] = 3
-    with pytest.raises(CannotContinue, match=r"is of format 3, this version reads \(11,\); use the version"):
+    with pytest.raises(CannotContinue, match=r"is of format 3, this version reads \(12,\); use the version"):
         new_learner().restore(parts)
 
 
