@@ -232,6 +232,8 @@ def test_only_items_that_somebody_answers_to_have_a_row():
     told[0][:] = np.where(told[0] < 20, told[0], 7)  # of the others none is ever shown
     fit = learnt(told)
     assert 10 < len(fit.stack.source) < ITEMS - 5
+    assert fit.stack.source[0] == 0
+    assert not fit.stack.near[0].any()
     shown = set(told[0].tolist())
     for near in fit.stack.near[1:].tolist():
         assert shown & set(near)
@@ -260,7 +262,7 @@ def test_pairs_that_were_hardly_seen_have_no_answer_yet():
 
 def test_between_fits_answers_follow_each_slot():
     fit = learnt(world(17, 20_000, 0.5))
-    before = fit.stack.answer.clone()
+    before, told = fit.stack.answer.clone(), fit._told.copy()
     lucky = 10
     fit.note(
         np.full(lucky, 9, np.int32),
@@ -273,7 +275,11 @@ def test_between_fits_answers_follow_each_slot():
     row = int(np.flatnonzero(fit.stack.source.numpy() == 8)[0])
     moved = torch.nonzero(fit.stack.answer != before).tolist()
     assert moved == [[row, 1]]
-    assert fit.stack.answer[row, 1] > before[row, 1]
+    first = float(fit.stack.answer[row, 1] - before[row, 1])
+    assert first > 0
+    # what the slots told is told: the next ones move it less than their error alone would have them
+    p = 1 / (1 + np.exp(1.5 - float(before[row, 1])))
+    assert float(fit._told[row, 1]) > told[row, 1] + 5 * p * (1 - p)
 
 
 def test_restored_it_goes_on_as_if_it_had_never_stopped():

@@ -10,7 +10,7 @@ import torch
 
 from learner.agent import bucket
 from learner.exploration import Exploration
-from learner.policy import Candidate, Entry, Policy, state_tensors
+from learner.policy import Candidate, Entry, Policy, PolicyDamaged, state_tensors
 from learner.response import WIDTHS
 from learner.weights import Meta, WeightStore
 from streaming.interning import Vocabulary, hash_string
@@ -147,3 +147,24 @@ def test_draws_of_a_user_are_gone_when_those_of_the_next_are_made(served):
         drawn.append(weakref.ref(scores.drawn))
         most = max(most, sum(ref() is not None for ref in drawn))
     assert (len(drawn), most) == (30, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda t: t["both.stack.near"].fill_(ITEMS + 7), "what items answer to"),
+        (
+            lambda t: t.pop("both.stack.near"),
+            "lacks tensor 'both.stack.near': it is damaged, or of an earlier learner",
+        ),
+    ],
+)
+def test_weights_whose_pairs_are_damaged_or_missing_are_refused(tmp_path, change, says):
+    made, words = trained(range(2)), Vocabulary()
+    words.intern_all(NAMES)
+    tensors = made.tensors()
+    change(tensors)
+    store = WeightStore(f"{tmp_path}/weights")
+    version = store.publish(tensors, Meta(settings=made.shape()), words).version
+    with pytest.raises(PolicyDamaged, match=says):
+        Policy.from_weights(store.load(version))

@@ -10,6 +10,7 @@ import torch
 
 from learner import stacking
 from learner.agent import Agent, AgentSettings
+from learner.answers import looks_of
 from learner.entries import going_back
 from learner.networks import score_at
 from learner.recall import NEAR
@@ -180,6 +181,8 @@ def test_what_is_noted_is_what_the_served_network_says_before_it_learns_of_it(ex
     np.testing.assert_array_equal(noted["item"], told.slate[shown, :3].flatten())
     np.testing.assert_allclose(noted["z"], z[shown].flatten().numpy(), atol=1e-5)
     np.testing.assert_array_equal(noted["chosen"], told.slate_reward[shown, :3].flatten() != 0)
+    np.testing.assert_array_equal(noted["look"], np.repeat(looks_of(told.state.item[shown])[0], 3, axis=0))
+    assert noted["look"].any()
     for b, k in np.ndindex(len(shown), 3):
         history = told.state.item[shown[b]]
         share = (history == told.slate[shown[b], k]).sum() / max(1, (history > 0).sum())
