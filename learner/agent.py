@@ -859,8 +859,8 @@ class Agent:
         followed = bool(self.online.trust) or bool(self.target.trust)
         out |= {f"{BOTH}recall.{name}": value for name, value in self._recall.served(followed).items()}
         stack = self.online.stack
-        out |= {f"{BOTH}stack.{name}": value.cpu().clone() for name, value in stack.state_dict().items()}
-        out[f"{BOTH}stack.level"] = stack.level[: self.rows].cpu().clone()
+        for name, value in stack.state_dict().items():
+            out[f"{BOTH}stack.{name}"] = (value[: self.rows] if name == "level" else value).cpu().clone()
         variance = (stack.weights[1] ** 2 * self._response.variance(self.rows)).cpu()
         if self.settings.stack:
             variance[:, 0] += self._stack.variance(self.rows)

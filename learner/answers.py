@@ -24,12 +24,10 @@ import torch
 from torch import Tensor
 
 from learner.co_views import again
-from learner.recall import NEAR, newest_entries, pulled_at
+from learner.recall import NEAR, newest_entries, newest_places, pulled_at
 from streaming.jit import jit
 
-READ: Final = (
-    16  # distinct items of a history that count, the newest: where it is fitted and where it is read
-)
+READ: Final = 16  # newest distinct items of a history that count
 
 Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
@@ -81,9 +79,11 @@ def pulls_of(source: Tensor, near: Tensor, answer: Tensor, item: Tensor, ids: Te
     or padding; ids: [N] ascending, what the rows of the keys are; None: row i is vocabulary id i. What is not among the
     rows is pulled by nothing."""
     if item.device.type == "cpu":
-        row = torch.zeros(len(item), min(item.shape[1], READ) * NEAR, dtype=torch.int64)
+        row = torch.zeros(len(item), READ * NEAR, dtype=torch.int64)
         pull = torch.zeros(row.shape)
-        _spread(READ, *(x.numpy() for x in (source, near, answer, item, row, pull)))
+        look, root = _looks(item.numpy())
+        pairs = source.numpy(), near.numpy(), answer.numpy()
+        _spread(*pairs, look, root, row.numpy(), pull.numpy())
     else:
         row, pull = pulls_by_tensors(source, near, answer, item)
     if ids is not None:
@@ -96,8 +96,7 @@ def pulls_of(source: Tensor, near: Tensor, answer: Tensor, item: Tensor, ids: Te
 def pulls_by_tensors(source: Tensor, near: Tensor, answer: Tensor, item: Tensor) -> Pulls:
     """The same, of vocabulary ids."""
     newest, often = newest_entries(item)
-    order = newest * torch.arange(item.shape[1], 0, -1, device=item.device)
-    which = order.topk(min(item.shape[1], READ), dim=1).indices
+    which = newest_places(newest, READ)
     looked = (item * newest).gather(1, which)
     real = (item > 0).sum(dim=1, keepdim=True).clamp(min=1)
     root = (often.gather(1, which).exp() / real).sqrt() * (looked > 0)
@@ -109,9 +108,15 @@ def pulls_by_tensors(source: Tensor, near: Tensor, answer: Tensor, item: Tensor)
 
 def looks_of(history: npt.NDArray[np.integer]) -> tuple[Ints, npt.NDArray[np.float16]]:
     """The READ newest distinct items of histories [T, H], 0 where there are no more, and √share of each, [T, READ]."""
-    out = np.zeros((len(history), READ), np.int32), np.zeros((len(history), READ), np.float32)
-    _look(history.astype(np.int32), *out)
-    return out[0], out[1].astype(np.float16)
+    look, root = _looks(history)
+    return look, root.astype(np.float16)
+
+
+def _looks(history: npt.NDArray[np.integer]) -> tuple[Ints, Floats]:
+    """The same, in full."""
+    look, root = np.zeros((len(history), READ), np.int32), np.zeros((len(history), READ), np.float32)
+    _look(history.astype(np.int32), look, root)
+    return look, root
 
 
 def pairs_of(table: Table, item: Ints, looks: Ints) -> Ints:
@@ -154,9 +159,15 @@ def compile_answers() -> None:
 
 
 def settle(
-    pair: npt.NDArray[np.int64], look: Doubles, log_odds: Doubles, chosen: npt.NDArray[np.bool_],
-    slot: npt.NDArray[np.int64], answer: Doubles, width: float, sweeps: int,
-) -> Settled:  # fmt: skip
+    pair: npt.NDArray[np.int64],
+    look: Doubles,
+    log_odds: Doubles,
+    chosen: npt.NDArray[np.bool_],
+    slot: npt.NDArray[np.int64],
+    answer: Doubles,
+    width: float,
+    sweeps: int,
+) -> Settled:
     """The mode of Q numbers given the rest. Entries [E], ascending by pair: pair 0..Q - 1 of each, √share, and slot;
     log_odds: [T] with `answer` [Q] in it, moved along; chosen: [T]; width: τ²."""
     ends = np.searchsorted(pair, np.arange(len(answer) + 1))
@@ -183,60 +194,42 @@ def _row_of(source: Ints, item: np.int64) -> int:
 
 @jit
 def _spread(
-    read: int,
     source: Ints,
     near: Ints,
     answer: Floats,
-    item: npt.NDArray[np.int64],
+    look: Ints,
+    root: Floats,
     row: npt.NDArray[np.int64],
     pull: Floats,
 ) -> None:
     width = near.shape[1]
-    for b in range(len(item)):
-        real, n = _entries_in(item[b]), 0
-        for h in range(item.shape[1]):
-            if item[b, h] == 0 or again(item[b], h):
-                continue
-            at = _row_of(source, item[b, h])
-            if at > 0:
-                root = _root_of(item[b], h, real)
-                for m in range(width):
-                    if near[at, m] > 0:
-                        row[b, n * width + m] = near[at, m]
-                        pull[b, n * width + m] = answer[at, m] * root
-            n += 1
-            if n == read:
+    for b in range(len(look)):
+        for e in range(look.shape[1]):
+            if look[b, e] == 0:
                 break
+            at = _row_of(source, look[b, e])
+            for m in range(width):
+                if near[at, m] > 0:  # row 0 has none
+                    row[b, e * width + m] = near[at, m]
+                    pull[b, e * width + m] = answer[at, m] * root[b, e]
 
 
 @jit
-def _look(history: Ints, item: Ints, root: Floats) -> None:
+def _look(history: Ints, look: Ints, root: Floats) -> None:
     for t in range(len(history)):
-        real, n = _entries_in(history[t]), 0
+        real = n = 0
+        for one in history[t]:
+            real += one > 0
         for h in range(history.shape[1]):
             if history[t, h] == 0 or again(history[t], h):
                 continue
-            item[t, n], root[t, n] = history[t, h], _root_of(history[t], h, real)
+            same = 0
+            for other in history[t]:
+                same += other == history[t, h]
+            look[t, n], root[t, n] = history[t, h], np.sqrt(np.float32(same) / np.float32(real))
             n += 1
-            if n == item.shape[1]:
+            if n == look.shape[1]:
                 break
-
-
-@jit
-def _entries_in(history: npt.NDArray[np.integer]) -> int:
-    real = 0
-    for one in history:
-        real += one > 0
-    return real
-
-
-@jit
-def _root_of(history: npt.NDArray[np.integer], h: int, real: int) -> np.float32:
-    """√share of the item of entry h."""
-    same = 0
-    for other in history:
-        same += other == history[h]
-    return np.float32(np.sqrt(np.float32(same) / np.float32(real)))
 
 
 @jit

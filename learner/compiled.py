@@ -24,7 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from learner.answers import compile_answers
+from learner.answers import compile_answers, pulls_of
 from learner.entries import (
     AGES,
     BOUNDS,
@@ -103,7 +103,9 @@ class CompiledQ:
         self._recall = network.recall
         self._trust = float(network.stack.weights[1] * network.trust)
         self._follows_ways = self._trust != 0.0 and network.recall.has_any
-        self._stack = network.stack if network.settings.stack else None
+        stack = network.stack
+        answered = network.settings.stack and len(stack.source) > 1
+        self._pairs = (stack.source, stack.near, stack.answer) if answered else None
         self._pull = network.recall.pull.exp().numpy()
         self._items = len(shelf.category)
         self._buckets = network.settings.category_buckets
@@ -139,11 +141,13 @@ class CompiledQ:
         item = torch.from_numpy(states.item.astype(np.int64))
         same = (item.unsqueeze(1) == ids.unsqueeze(1)) & (ids > 0).unsqueeze(1)  # [B, M, H]
         log_odds += (same * views.copy.unsqueeze(1)).sum(dim=2)
-        mine, which = torch.unique(ids, return_inverse=True)
-        for to, pull in self._pulls(states):
-            at = torch.searchsorted(mine, to).clamp(max=len(mine) - 1)
-            pull *= (mine[at] == to) & (to > 0)
-            log_odds += pull.new_zeros(len(pull), len(mine)).scatter_add_(1, at, pull)[:, which]
+        if pulls := list(self._pulls(states)):
+            mine, which = torch.unique(ids, return_inverse=True)
+            sums = log_odds.new_zeros(len(log_odds), len(mine))
+            for to, pull in pulls:
+                at = torch.searchsorted(mine, to).clamp(max=len(mine) - 1)
+                sums.scatter_add_(1, at, pull * ((mine[at] == to) & (to > 0)))
+            log_odds += sums[:, which]
         return log_odds, gain, views.value, views.own[:, :-1]
 
     def _known(self, states: Histories) -> npt.NDArray[np.int64]:
@@ -152,14 +156,12 @@ class CompiledQ:
 
     def _pulls(self, states: Histories) -> Iterator[tuple[Tensor, Tensor]]:
         """What histories add to the log-odds of few items: these, and how much, [B, E] each."""
-        item = self._known(states)
         if self._follows_ways:  # where the histories' items lead
+            item = self._known(states)
             row, ways, _ = self._recall.merged(item, np.zeros(item.shape, np.float32), self._pull)
             yield row, ways.mul_(self._trust)
-        if self._stack is not None:
-            answers = self._stack.answers(torch.from_numpy(states.item.astype(np.int64)))
-            if answers is not None:
-                yield answers
+        if self._pairs:  # what is near them
+            yield pulls_of(*self._pairs, torch.from_numpy(states.item))
 
     def _own_of(self, shelf: Shelf) -> Tensor:
         """What each item has of its own, [d + 1, M]."""

@@ -245,9 +245,14 @@ def _summed(row: Tensor, masses: Tensor) -> tuple[Tensor, Tensor]:
 
 def _newest_items(item: Tensor, newest: Tensor) -> Tensor:
     """[B, READ or H if less] the newest distinct items; 0 where there are no more."""
-    order = newest * torch.arange(item.shape[1], 0, -1, device=item.device)
-    at = order.topk(min(READ, item.shape[1]), dim=1).indices
+    at = newest_places(newest, READ)
     return item.gather(1, at) * newest.gather(1, at)
+
+
+def newest_places(newest: Tensor, most: int) -> Tensor:
+    """[B, most or H if less] the entries that are the newest of their item first, in order. newest: [B, H]."""
+    order = newest * torch.arange(newest.shape[1], 0, -1, device=newest.device)
+    return order.topk(min(most, newest.shape[1]), dim=1).indices
 
 
 def newest_entries(item: Tensor) -> tuple[Tensor, Tensor]:

@@ -51,9 +51,7 @@ PRIOR_PRECISION: Final = np.array([1.0, 25.0, 0.25])
 # does where it is shown for its level, and the best of a hundred wide levels is a lucky one
 WIDTHS: Final = tuple(10.0 ** (exponent / 2) for exponent in range(-8, -2))
 FIRST_WIDTH: Final = 3  # its place there before anything is known
-FEW: Final = (
-    8  # slots, below which an item has no level, and a pair no answer: near 0, and there may be very many
-)
+FEW: Final = 8  # slots, below which an item has no level, and a pair no answer: there may be very many
 SPREADS: Final = (1e-4, 0.2)  # within which τ² is, log-odds squared
 FIRST_SPREAD: Final = 0.1  # before anything is known
 ROUNDS: Final = 2  # of a fit: all else given the answers, the answers given all else
@@ -78,9 +76,8 @@ class Stack(nn.Module):
         super().__init__()
         self.register_buffer("weights", torch.tensor([0.0, 1.0, 0.0]))  # c, κ, ω
         self.register_buffer("level", torch.zeros(items))
-        for name, column in (
-            no_pairs()._asdict().items()
-        ):  # as many rows as there are items that answers are known to
+        # of as many rows as there are items that anything is known to answer to
+        for name, column in no_pairs()._asdict().items():
             self.register_buffer(name, torch.from_numpy(column))
 
     def answers(self, item: Tensor, ids: Tensor | None = None) -> Pulls | None:
