@@ -41,6 +41,7 @@ DEFAULTS: Final = "defaults"
 ROWS: Final = {
     DEFAULTS: Row("(defaults)", ()),
     "double": Row("the target network chooses, too (DQN)", ("double=false",)),
+    "dueling": Row("the value of a state where nothing is chosen is one number for all", ("dueling=false",)),
     "planning": Row("nothing is to come: γ = 0", ("gamma=0",)),
     "1-step": Row("n = 1", ("n_step=1",)),
     "6-step": Row("n = 6", ("n_step=6",)),

@@ -113,6 +113,11 @@ class AgentSettings:
     stack: bool = _setting(
         True, "set choice right by what came of it as it was foretold, before anything was learnt of it"
     )
+    dueling: bool = _setting(
+        True,
+        "what is to come if nothing is chosen is learnt of each state, beside what choosing adds; without, it is one "
+        "number for all states",
+    )
     history_length: int = _setting(32, "history entries in a state; 1..1000")
     vector_dim: int = _setting(32, "dense catalog features used; 1..256")
 
@@ -169,6 +174,7 @@ class AgentSettings:
             centred=self.centred,
             recall=self.recall,
             stack=self.stack,
+            dueling=self.dueling,
         )
 
 
@@ -947,6 +953,9 @@ class Agent:
             network.tower.id.weight.detach()[len(on_offer) :] = fresh.to(self.device)
         if not self.settings.centred and float(self.online.item_scale) != 1.0:
             raise ValueError("centred is off, and what its heads of value know they have read centred")
+        if self.settings.dueling != bool(self.online.unchosen.get_parameter("0.weight").any()):
+            now, then = ("on", "off") if self.settings.dueling else ("off", "on")
+            raise ValueError(f"dueling is {now}, and was {then} when the value of states was learnt")
         self._optimiser = self._new_optimiser()
         for name, parameter in self.online.named_parameters():
             keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"adam.{key}.{name}" in state]

@@ -9,13 +9,11 @@ over the READ newest distinct items j of the history that have a near them: the 
 often around the same time, over the root of how often either is gone to at all (as the cosine of Sarwar et al. 2001 is
 for co-visits), and j itself.
 
-The mode is found by coordinate descent, each number by Newton's step of its own (Friedman, Hastie & Tibshirani 2010):
-a slot reads few of them, and two of them are seldom read together.
+Here they are read; learner.answer_fit learns them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -31,8 +29,6 @@ READ: Final = 16  # newest distinct items of a history that count
 
 Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
-Doubles = npt.NDArray[np.float64]
-Nearest = Callable[[Ints], Ints]  # ids [R] → [R, NEAR] that are near each, 0 where there are no more
 
 
 class Table(NamedTuple):
@@ -119,68 +115,8 @@ def _looks(history: npt.NDArray[np.integer]) -> tuple[Ints, Floats]:
     return look, root
 
 
-def pairs_of(table: Table, item: Ints, looks: Ints) -> Ints:
-    """Which of the table's numbers each look [T, READ] has for the slot's item [T], as indices of them all in a row,
-    [T, READ]; 0: none."""
-    out = np.zeros(looks.shape, np.int32)
-    row = np.zeros(0, np.int32)
-    if looks.size > int(table.source[-1]):  # to know them by number costs less than to search for each
-        row = np.zeros(int(table.source[-1]) + 1, np.int32)
-        row[table.source] = np.arange(len(table.source))
-    _find_pairs(row, table.source, table.near, item, looks, out)
-    return out
-
-
-def carried(old: Table, source: Ints, near: Ints) -> Floats:
-    """The answers of an old table to these pairs, [R, NEAR]; 0 where it has none. source, near: see `Table`."""
-    out = np.zeros(near.shape, np.float32)
-    _carry(*old, source, near, out)
-    return out
-
-
-class Settled(NamedTuple):
-    """Where coordinate descent came to."""
-
-    answer: Doubles  # [Q]
-    information: Doubles  # [Q] Fisher's
-
-
-def compile_answers() -> None:
-    """Have the loops compiled."""
-    source, near = np.arange(2, dtype=np.int32), np.ones((2, NEAR), np.int32)
-    table = Table(source, near, np.zeros(near.shape, np.float32))
-    looks, _ = looks_of(np.ones((1, 1), np.int32))
-    carried(table, source, near)
-    pairs_of(table, source[1:], looks)
-    one = np.zeros(1, np.int64)
-    settle(one, np.ones(1), np.zeros(1), np.ones(1, np.bool_), one, np.zeros(1), 1.0, 1)
-    pairs = (torch.from_numpy(table.source), torch.from_numpy(table.near), torch.from_numpy(table.answer))
-    pulls_of(*pairs, torch.ones(1, 1, dtype=torch.int64))
-
-
-def settle(
-    pair: npt.NDArray[np.int64],
-    look: Doubles,
-    log_odds: Doubles,
-    chosen: npt.NDArray[np.bool_],
-    slot: npt.NDArray[np.int64],
-    answer: Doubles,
-    width: float,
-    sweeps: int,
-) -> Settled:
-    """The mode of Q numbers given the rest. Entries [E], ascending by pair: pair 0..Q - 1 of each, √share, and slot;
-    log_odds: [T] with `answer` [Q] in it, moved along; chosen: [T]; width: τ²."""
-    ends = np.searchsorted(pair, np.arange(len(answer) + 1))
-    found, information = answer.copy(), np.zeros(len(answer))
-    _descend(ends, look, slot, chosen, log_odds, found, information, width, sweeps)
-    return Settled(found, information)
-
-
-_FURTHEST: Final = 1.0  # that any number moves in one step, log-odds
-
-
 @jit
-def _row_of(source: Ints, item: np.int64) -> int:
+def row_of(source: Ints, item: np.int64) -> int:
     """Where the item stands, 0 where it does not."""
     low, high = 0, len(source)
     while low < high:
@@ -207,7 +143,7 @@ def _spread(
         for e in range(look.shape[1]):
             if look[b, e] == 0:
                 break
-            at = _row_of(source, look[b, e])
+            at = row_of(source, look[b, e])
             for m in range(width):
                 if near[at, m] > 0:  # row 0 has none
                     row[b, e * width + m] = near[at, m]
@@ -230,58 +166,3 @@ def _look(history: Ints, look: Ints, root: Floats) -> None:
             n += 1
             if n == look.shape[1]:
                 break
-
-
-@jit
-def _find_pairs(row: Ints, source: Ints, near: Ints, item: Ints, looks: Ints, out: Ints) -> None:
-    """row: of each vocabulary id in the table; empty: to be searched for."""
-    width = near.shape[1]
-    for t in range(len(item)):
-        for e in range(looks.shape[1]):
-            if looks[t, e] == 0:
-                break
-            known = looks[t, e] < len(row)
-            at = row[looks[t, e]] if known else _row_of(source, looks[t, e])
-            for m in range(width):
-                if near[at, m] == item[t]:  # row 0 has none
-                    out[t, e] = at * width + m
-
-
-@jit
-def _carry(
-    old_source: Ints, old_near: Ints, old_answer: Floats, source: Ints, near: Ints, out: Floats
-) -> None:
-    for r in range(1, len(source)):
-        at = _row_of(old_source, source[r])
-        if at == 0:
-            continue
-        for m in range(near.shape[1]):
-            for k in range(old_near.shape[1]):
-                if near[r, m] > 0 and old_near[at, k] == near[r, m]:
-                    out[r, m] = old_answer[at, k]
-
-
-@jit
-def _descend(
-    ends: npt.NDArray[np.int64],
-    look: Doubles,
-    slot: npt.NDArray[np.int64],
-    chosen: npt.NDArray[np.bool_],
-    log_odds: Doubles,
-    answer: Doubles,
-    information: Doubles,
-    width: float,
-    sweeps: int,
-) -> None:
-    for _ in range(sweeps):
-        for q in range(len(answer)):
-            slope, told = -answer[q] / width, 0.0
-            for e in range(ends[q], ends[q + 1]):
-                p = 1.0 / (1.0 + np.exp(-log_odds[slot[e]]))
-                slope += (chosen[slot[e]] - p) * look[e]
-                told += p * (1.0 - p) * look[e] * look[e]
-            information[q] = told
-            step = min(max(slope / (told + 1.0 / width), -_FURTHEST), _FURTHEST)
-            answer[q] += step
-            for e in range(ends[q], ends[q + 1]):
-                log_odds[slot[e]] += step * look[e]

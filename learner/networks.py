@@ -90,10 +90,11 @@ class NetworkSettings:
     centred: bool = True  # heads of value read φ and ψ centred and of unit size
     recall: bool = True  # learner.recall remembers where users went
     stack: bool = True  # choice is set right by learner.stacking
+    dueling: bool = True  # V0 is of the state; else one number for all
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if name not in ("gamma", "centred", "recall", "stack") and not 1 <= value <= 1_000_000:
+            if name not in ("gamma", "centred", "recall", "stack", "dueling") and not 1 <= value <= 1_000_000:
                 raise ValueError(f"network setting {name}={value}: must be a whole number in 1..1000000")
         if not 0.0 <= self.gamma < 1.0:
             raise ValueError(f"network setting gamma={self.gamma}: must be in [0, 1)")
@@ -437,6 +438,8 @@ class QNetwork(nn.Module):
                 layer.weight[one] = 0.0
                 layer.bias[one] = 1.0
             self.query.bias[end - 1] = bias
+        if not self.settings.dueling:
+            self.unchosen.get_parameter("0.weight").zero_().requires_grad_(False)
 
     def heads_of_value(self) -> Iterator[nn.Parameter]:
         """The parameters that m, g, V0 and n have for themselves."""

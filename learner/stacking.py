@@ -12,9 +12,8 @@ use for where it fits luck just as well, get the weight that they earn: what one
 with all, and with those who look at what is like it. Before there is something to learn it from, p is as z has it.
 
 The mode of the posterior is found by Newton's steps, over the newest slots, now and then; σ² goes where the evidence is
-highest (Laplace's approximation: MacKay 1992), a step on a grid at a time, and the answers' τ² by expectation
-maximisation, a step a fit. Between, levels and answers follow each slot by a step of their own: whatever seems best
-because it was lucky is shown at once, and should be found out soon.
+highest (Laplace's approximation: MacKay 1992), a step on a grid at a time. Between, levels and answers follow each slot
+by a step of their own: whatever seems best because it was lucky is shown at once, and should be found out soon.
 """
 
 from __future__ import annotations
@@ -28,18 +27,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from learner.answers import (
-    READ,
-    Nearest,
-    Pulls,
-    Table,
-    carried,
-    looks_of,
-    no_pairs,
-    pairs_of,
-    pulls_of,
-    settle,
-)
+from learner.answer_fit import AnswerFit, Looks, Nearest, Pairs, sums
+from learner.answers import READ, Pulls, Table, looks_of, no_pairs, pulls_of
 
 NEWEST: Final = 1 << 17  # slots that are kept to fit to
 OFTEN: Final = (512, 32)  # fitted anew after so many slots, or a share (1 in) of all kept, whichever is more
@@ -51,11 +40,8 @@ PRIOR_PRECISION: Final = np.array([1.0, 25.0, 0.25])
 # does where it is shown for its level, and the best of a hundred wide levels is a lucky one
 WIDTHS: Final = tuple(10.0 ** (exponent / 2) for exponent in range(-8, -2))
 FIRST_WIDTH: Final = 3  # its place there before anything is known
-FEW: Final = 8  # slots, below which an item has no level, and a pair no answer: there may be very many
-SPREADS: Final = (1e-4, 0.2)  # within which τ² is, log-odds squared
-FIRST_SPREAD: Final = 0.1  # before anything is known
+FEW: Final = 8  # slots, below which an item has no level: there may be very many
 ROUNDS: Final = 2  # of a fit: all else given the answers, the answers given all else
-_SWEEPS: Final = 3  # over the answers in each
 _MOST_STEPS: Final = 12  # of Newton
 _FURTHEST: Final = 2.0  # that any moves in one step, log-odds
 _NEAR: Final = 1e-4  # log-odds by which the last of them moves at most
@@ -98,12 +84,9 @@ class StackFit:
     """Learns a `Stack`, and keeps what that takes: what was foretold of the newest slots, and what came."""
 
     def __init__(self, stack: Stack, nearest: Nearest | None = None) -> None:
-        """nearest: what is near items; None: nobody knows, and there are no answers."""
+        """nearest: see `AnswerFit`."""
         self.stack = stack
-        self._nearest = nearest
-        self.spread = FIRST_SPREAD  # τ²
-        self._table = no_pairs()
-        self._told = np.zeros(self._table.near.shape, np.float32)  # information of each answer
+        self.answers = AnswerFit(nearest)
         self.slots = self.fitted = 0  # ever noted; and at the last fit
         self.width = FIRST_WIDTH
         self._wider = False  # than now, is what the last fit tried for σ²; else narrower
@@ -126,8 +109,7 @@ class StackFit:
         they were chosen, and the histories' items, [T, H]. Where enough are new, all is fitted anew."""
         at = (self.slots + np.arange(len(item))[-NEWEST:]) % NEWEST
         look, root = looks_of(history)
-        told = item, log_odds, back, chosen, look, root
-        columns: tuple[npt.NDArray[Any], ...] = told
+        columns: tuple[npt.NDArray[Any], ...] = item, log_odds, back, chosen, look, root
         for name, new in zip(_RING, columns, strict=True):
             getattr(self, f"_{name}")[at] = new[-NEWEST:]
         self.slots += len(item)
@@ -135,46 +117,34 @@ class StackFit:
         if self.slots - self.fitted >= max(least, min(self.slots, NEWEST) // share):
             self.fit()
         else:
-            self._follow(*told)
+            self._follow(Looks(item, look, root), log_odds, back, chosen)
 
     def _follow(
         self,
-        item: npt.NDArray[np.integer],
+        looks: Looks,
         log_odds: npt.NDArray[np.float32],
         back: npt.NDArray[np.float32],
         chosen: npt.NDArray[np.bool_],
-        look: npt.NDArray[np.int32],
-        root: npt.NDArray[np.float16],
     ) -> None:
         """A step of the levels and answers alone, from these slots alone."""
-        ids, of = np.unique(item, return_inverse=True)
-        pairs = _Pairs.of(self._table, item, look, root)
+        ids, of = np.unique(looks.item, return_inverse=True)
+        pairs = Pairs.of(self.answers.table, looks)
         rows = torch.from_numpy(ids.astype(np.int64)).to(self.stack.level.device)
         level = self.stack.level[rows].cpu().numpy().astype(np.float64)
         c, scale, own = self.stack.weights.tolist()
-        beside = pairs.sums(self._table.answer, len(item))
+        beside = pairs.sums(self.answers.table.answer, len(of))
         p = 1.0 / (1.0 + np.exp(-(c + scale * log_odds + own * back + level[of] + beside)))
-        self._information[ids] += _sums(of, p * (1.0 - p), len(ids))
+        self._information[ids] += sums(of, p * (1.0 - p), len(ids))
         precision = self._information[ids] + 1.0 / WIDTHS[self.width]
-        step = np.clip(_sums(of, chosen - p, len(ids)) / precision, -_FURTHEST, _FURTHEST)
+        step = np.clip(sums(of, chosen - p, len(ids)) / precision, -_FURTHEST, _FURTHEST)
         self.stack.level[rows] += torch.from_numpy(step).to(rows.device, torch.float32)
-        self._follow_answers(pairs, chosen - p, p * (1.0 - p))
-
-    def _follow_answers(self, pairs: _Pairs, error: Floats, told: Floats) -> None:
-        """A step of these answers. error, told: [T]."""
-        known, of = np.unique(pairs.pair, return_inverse=True)
-        if not len(known):
-            return
-        self._told.flat[known] += _sums(of, told[pairs.slot] * pairs.root**2, len(known))
-        slope = _sums(of, error[pairs.slot] * pairs.root, len(known))
-        step = slope / (self._told.flat[known] + 1.0 / self.spread)
-        self._table.answer.flat[known] += np.clip(step, -_FURTHEST, _FURTHEST)
-        self._hand_over("answer")
+        if self.answers.follow(pairs, chosen - p, p * (1.0 - p)):
+            self._hand_over("answer")
 
     def _hand_over(self, *names: str) -> None:
         """Have the layer say what these columns of the table do: on the CPU they are the same memory."""
         for name in names:
-            column = torch.from_numpy(getattr(self._table, name))
+            column = torch.from_numpy(getattr(self.answers.table, name))
             setattr(self.stack, name, column.to(self.stack.level.device))
 
     def fit(self) -> None:
@@ -190,12 +160,11 @@ class StackFit:
         start = np.array([c - middle * (1 - scale), scale, own])
         level = self.stack.level.cpu().numpy()[ids].astype(np.float64)
         chosen = self._chosen[kept]
-        pairs, known = self._enter_pairs(kept)
-        answer = self._table.answer.flat[known].astype(np.float64)
+        entered = self.answers.enter(Looks(self._item[kept], self._look[kept], self._root[kept]))
         self._wider = not self._wider
         near = {self.width, min(max(0, self.width + (1 if self._wider else -1)), len(WIDTHS) - 1)}
-        for _ in range(ROUNDS if len(known) else 1):
-            beside = pairs.sums(answer, len(z))
+        for _ in range(ROUNDS if len(entered.answer) else 1):
+            beside = entered.pairs.sums(entered.answer, len(z))
             found = {
                 width: _mode(features, middle + beside, of, chosen, WIDTHS[width], start, level)
                 for width in near
@@ -204,9 +173,10 @@ class StackFit:
             best, near = found[self.width], {self.width}
             start, level = best.weights, best.level
             log_odds = middle + features @ start + np.append(level, 0.0)[of] + beside
-            entries = pairs.pair, pairs.root, log_odds, chosen, pairs.slot
-            answer, told = settle(*entries, answer, self.spread, _SWEEPS)
-        self._keep_answers(known, answer, told)
+            settled = self.answers.settle(entered, log_odds, chosen)
+            entered = entered._replace(answer=settled.answer)
+        self.answers.keep(entered, settled)
+        self._hand_over(*Table._fields)
         c, scale, own = best.weights
         device = self.stack.level.device
         self.stack.weights.copy_(torch.tensor([c + middle * (1 - scale), scale, own]))
@@ -216,39 +186,6 @@ class StackFit:
         self.stack.level[0] = 0.0
         self._information[:] = 0.0
         self._information[ids] = best.information
-
-    def _enter_pairs(self, kept: slice) -> tuple[_Pairs, npt.NDArray[np.int64]]:
-        """Have the table hold the pairs of what is near by now, with what is known of them, for items of which any was
-        seen often enough. Returns those, numbered 0..Q - 1, and where in the table each is, [Q]."""
-        looks = self._look[kept]
-        if self._nearest is None:
-            return _Pairs.of(no_pairs(), self._item[:0], looks[:0], self._root[:0]), np.zeros(0, np.int64)
-        looked = np.bincount(looks.ravel(), minlength=1) >= FEW
-        looked[0] = True
-        source = np.flatnonzero(looked).astype(np.int32)
-        near = self._nearest(source)
-        near[0] = 0
-        every = Table(source, near, np.zeros(near.shape, np.float32))
-        pairs = _Pairs.of(every, self._item[kept], looks, self._root[kept])
-        often = np.bincount(pairs.pair, minlength=near.size) >= FEW
-        rows = np.flatnonzero(often.reshape(near.shape).any(axis=1))
-        rows = np.append(0, rows[rows > 0])
-        number, mine = np.cumsum(often) - 1, often[pairs.pair]
-        source, near = source[rows], near[rows]
-        self._table = Table(source, near, carried(self._table, source, near))
-        known = np.flatnonzero(often.reshape(-1, near.shape[1])[rows])
-        return _Pairs(number[pairs.pair[mine]], pairs.root[mine], pairs.slot[mine]), known
-
-    def _keep_answers(self, known: npt.NDArray[np.int64], answer: Floats, told: Floats) -> None:
-        """What was found for the pairs at these places in the table; the rest answer to nothing."""
-        self._table.answer[:] = 0.0
-        self._table.answer.flat[known] = answer
-        self._told = np.zeros(self._table.answer.shape, np.float32)
-        self._told.flat[known] = told
-        if len(known):
-            spread = float((answer**2 + 1.0 / (told + 1.0 / self.spread)).mean())
-            self.spread = min(max(spread, SPREADS[0]), SPREADS[1])
-        self._hand_over(*Table._fields)
 
     def variance(self, rows: int) -> Tensor:
         """[rows] how uncertain the first levels are."""
@@ -268,9 +205,7 @@ class StackFit:
             "weights": self.stack.weights.cpu().numpy().copy(),
             "level": self.stack.level[:rows].cpu().numpy().copy(),
             "information": self._information[:rows].copy(),
-            "spread": np.array([self.spread]),
-            "told": self._told.copy(),
-            **{name: column.copy() for name, column in self._table._asdict().items()},
+            **self.answers.state(),
             **{name: getattr(self, f"_{name}")[kept].copy() for name in _RING},
         }
 
@@ -282,43 +217,13 @@ class StackFit:
         self.stack.level.zero_()[: len(state["level"])] = torch.from_numpy(state["level"].copy())
         self._information[:] = 0.0
         self._information[: len(state["information"])] = state["information"]
-        self.spread = float(state["spread"][0])
-        if self._nearest is not None:
-            self._told = state["told"].copy()
-            self._table = Table(*(state[name].copy() for name in Table._fields))
-            self._hand_over(*Table._fields)
+        self.answers.restore(state)
+        self._hand_over(*Table._fields)
         for name in _RING:
             getattr(self, f"_{name}")[: len(state[name])] = state[name]
 
 
 _RING: Final = ("item", "z", "back", "chosen", "look", "root")
-
-
-class _Pairs(NamedTuple):
-    """Looks that have an answer to their slot's item, [E], ascending by pair."""
-
-    pair: npt.NDArray[np.int64]
-    root: Floats  # √share
-    slot: npt.NDArray[np.int64]
-
-    @classmethod
-    def of(
-        cls,
-        table: Table,
-        item: npt.NDArray[np.integer],
-        look: npt.NDArray[np.int32],
-        root: npt.NDArray[np.float16],
-    ) -> _Pairs:
-        """Of these T slots; pairs are indices of the table's answers, all in a row."""
-        pair = pairs_of(table, item.astype(np.int32), look)
-        slot, place = np.nonzero(pair)
-        order = np.argsort(pair[slot, place], kind="stable")
-        slot, place = slot[order], place[order]
-        return cls(pair[slot, place].astype(np.int64), root[slot, place].astype(np.float64), slot)
-
-    def sums(self, answer: npt.NDArray[np.floating], slots: int) -> Floats:
-        """What the answers come to for each slot, [T]. answer: of all pairs."""
-        return _sums(self.slot, answer.flat[self.pair] * self.root, slots)
 
 
 def _mode(
@@ -338,10 +243,10 @@ def _mode(
     for _ in range(_MOST_STEPS):
         p = 1.0 / (1.0 + np.exp(-(offset + features @ weights + level[of])))
         error, told = chosen - p, p * (1.0 - p) + 1e-9
-        information = _sums(of, told, items)
+        information = sums(of, told, items)
         own = information + free  # the diagonal of the levels
-        pull = _sums(of, error, items) - level / width
-        both = np.stack([_sums(of, told * features[:, i], items) for i in range(k)], axis=1)  # [M, k]
+        pull = sums(of, error, items) - level / width
+        both = np.stack([sums(of, told * features[:, i], items) for i in range(k)], axis=1)  # [M, k]
         curvature = (features * told[:, None]).T @ features + np.diag(PRIOR_PRECISION)
         curvature -= both.T @ (both / own[:, None])  # what is left when the levels follow
         slope = features.T @ error - PRIOR_PRECISION * (weights - PRIOR_MEAN) - both.T @ (pull / own)
@@ -364,9 +269,3 @@ def _without(
     place = np.cumsum(~few) - 1
     place[few] = np.count_nonzero(~few)
     return ids[~few], place[of]
-
-
-def _sums(of: npt.NDArray[np.intp], values: Floats, items: int) -> Floats:
-    """Of the values [T], by item, [items]."""
-    sums: Floats = np.bincount(of, values, items).astype(np.float64, copy=False)
-    return sums

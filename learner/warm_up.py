@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from learner.agent import AgentSettings
-from learner.answers import compile_answers
+from learner.answer_fit import compile_answers
 from learner.learner import Learner, LearnerSettings
 from learner.recall import compile_recall
 from streaming.chunks import batch_of

@@ -791,6 +791,28 @@ def test_what_was_learnt_from_centred_vectors_is_not_read_as_they_are():
     Agent(replace(SETTINGS, centred=True)).restore(trained(range(3)).state())
 
 
+def test_without_dueling_no_state_is_worth_more_than_another_where_nothing_is_chosen():
+    agent = trained(range(30), new_agent(replace(SETTINGS, dueling=False, target_tau=0.25)))
+    for network in (agent.online, agent.target):
+        with torch.no_grad():
+            keys = network.keys(agent.items)
+            queries = network.queries(agent._state(batch(99).state), keys)
+            value, advantage = network.value(queries), network.advantage_all(queries, keys)
+        assert value.unique().numel() == 1
+        assert torch.equal(network.q_all(queries, keys), value + advantage)
+        assert float(advantage.std(dim=0).mean()) > 0.0
+    new = new_agent(replace(SETTINGS, dueling=False))
+    assert not torch.equal(agent.online.unchosen[2].bias, new.online.unchosen[2].bias)  # what it is, is learnt
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_values_of_states_learnt_with_dueling_are_not_taken_over_without_nor_the_other_way(before):
+    state = trained(range(3), new_agent(replace(SETTINGS, dueling=before))).state()
+    Agent(replace(SETTINGS, dueling=before)).restore(state)
+    with pytest.raises(ValueError, match="dueling is o"):
+        Agent(replace(SETTINGS, dueling=not before)).restore(state)
+
+
 def test_the_target_network_reads_by_moments_that_follow_as_it_does():
     agent = trained(range(3), new_agent(replace(SETTINGS, target_tau=0.25)))
     known, online, target = agent.online.response, agent.online, agent.target

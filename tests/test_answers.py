@@ -6,22 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from learner import answers, co_views, stacking
-from learner.answers import (
-    READ,
-    Table,
-    carried,
-    check_pairs,
-    looks_of,
-    no_pairs,
-    pairs_of,
-    pulls_by_tensors,
-    pulls_of,
-    settle,
-)
+from learner import answer_fit, answers, co_views
+from learner.answer_fit import SPREADS, Looks, Pairs, carried, pairs_of, settle
+from learner.answers import READ, Table, check_pairs, looks_of, no_pairs, pulls_by_tensors, pulls_of
 from learner.co_views import PRIOR, CoViews
 from learner.recall import NEAR, Recall, RecallFit, compile_recall
-from learner.stacking import SPREADS, Stack, StackFit
+from learner.stacking import Stack, StackFit
 
 ITEMS = 40
 
@@ -209,12 +199,12 @@ def test_it_finds_who_answers_to_what():
     assert float(above.mean()) == pytest.approx(1.5, abs=0.35)  # what is left of it by the prior
     assert abs(float(itself.mean())) < 0.15
     assert abs(float(other.mean())) < 0.15
-    assert fit.spread == SPREADS[1]
+    assert fit.answers.spread == SPREADS[1]
 
 
 def test_where_nobody_answers_to_anything_it_finds_next_to_nothing():
     fit = learnt(world(14, 60_000, 0.0), parts=60)
-    assert fit.spread < 0.03
+    assert fit.answers.spread < 0.03
     assert float(fit.stack.answer.abs().max()) < 0.4
     assert fit.stack.weights.tolist() == pytest.approx([0.0, 1.0, 0.0], abs=0.1)
 
@@ -244,7 +234,7 @@ def test_what_is_fitted_is_what_is_read_however_long_histories_are():
     item, history = np.arange(30, dtype=np.int32) % (ITEMS - 1) + 1, histories(21, 30, length=60)
     look, root = looks_of(history)
     assert (look > 0).all(axis=1).any()
-    noted = stacking._Pairs.of(fit._table, item, look, root).sums(fit._table.answer, 30)
+    noted = Pairs.of(fit.answers.table, Looks(item, look, root)).sums(fit.answers.table.answer, 30)
     read = fit.stack.answers(torch.from_numpy(history).long())
     np.testing.assert_allclose(read.at(torch.from_numpy(item).long().unsqueeze(1))[:, 0], noted, atol=1e-3)
     assert noted.any()
@@ -262,7 +252,7 @@ def test_pairs_that_were_hardly_seen_have_no_answer_yet():
 
 def test_between_fits_answers_follow_each_slot():
     fit = learnt(world(17, 20_000, 0.5))
-    before, told = fit.stack.answer.clone(), fit._told.copy()
+    before, told = fit.stack.answer.clone(), fit.answers.information.copy()
     lucky = 10
     fit.note(
         np.full(lucky, 9, np.int32),
@@ -279,7 +269,7 @@ def test_between_fits_answers_follow_each_slot():
     assert first > 0
     # what the slots told is told: the next ones move it less than their error alone would have them
     p = 1 / (1 + np.exp(1.5 - float(before[row, 1])))
-    assert float(fit._told[row, 1]) > told[row, 1] + 5 * p * (1 - p)
+    assert float(fit.answers.information[row, 1]) > told[row, 1] + 5 * p * (1 - p)
 
 
 def test_restored_it_goes_on_as_if_it_had_never_stopped():
@@ -317,9 +307,12 @@ def test_a_damaged_table_is_refused(damaged):
 
 
 def test_all_loops_are_compiled_ahead():
-    answers.compile_answers()
+    answer_fit.compile_answers()
     compile_recall()
-    loops = (answers._spread, answers._look, answers._find_pairs, answers._carry, answers._descend)
+    loops = (
+        *(answers._spread, answers._look),
+        *(answer_fit._find_pairs, answer_fit._carry, answer_fit._descend),
+    )
     before = [len(loop.signatures) for loop in (*loops, co_views._find_nearest)]
     memory = RecallFit(Recall(1, [0]))
     told = world(23, 3000, 1.0)
