@@ -20,7 +20,7 @@ from typing import Any, Final, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from learner.agent import BOTH, DOUBT, bucket
 from learner.answers import Table, check_pairs
@@ -427,21 +427,33 @@ def _recommendation(scores: Scores, slate: Slate) -> Recommendation:
 
 def _network(settings: NetworkSettings, tensors: dict[str, Tensor], rows: int) -> QNetwork:
     """A network of these very tensors. Nothing is initialised that would be overwritten at once."""
-    mould = _mould(settings, rows)
+    mould = _mould(settings)
     network = copy.deepcopy(mould, {id(parameter): parameter for parameter in mould.parameters()})
-    for part, names in (
-        ("recall", ("led", "walk")),
-        ("stack", Table._fields),
-    ):  # of as many rows as there are
-        for name in names:
-            setattr(getattr(network, part), name, tensors[f"{part}.{name}"])
+    for name in _OF_ANY_LENGTH:
+        setattr(*_owner(network, name), tensors[name])
+    for name in _BY_ITEM:
+        shape = (rows, *getattr(*_owner(mould, name)).shape[1:])
+        if tensors[name].shape != shape:
+            raise ValueError(f"{name} is {tuple(tensors[name].shape)}, not {shape}")
+        part, last = _owner(network, name)
+        setattr(part, last, nn.Parameter(tensors[name], False) if last in part._parameters else tensors[name])
     network.load_state_dict(tensors, assign=True)
     return network
 
 
+_BY_ITEM: Final = ("tower.id.weight", "response.own", "stack.level")  # of one row for each vocabulary id
+_OF_ANY_LENGTH: Final = ("recall.led", "recall.walk", *(f"stack.{name}" for name in Table._fields))
+
+
+def _owner(network: QNetwork, name: str) -> tuple[nn.Module, str]:
+    """The module that a tensor is of, and its name there."""
+    module, _, last = name.rpartition(".")
+    return network.get_submodule(module), last
+
+
 @lru_cache(maxsize=2)
-def _mould(settings: NetworkSettings, rows: int) -> QNetwork:
-    return QNetwork(settings, rows)
+def _mould(settings: NetworkSettings) -> QNetwork:
+    return QNetwork(settings, 1)
 
 
 def _rows(rows: Iterable[int]) -> Tensor:

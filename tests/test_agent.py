@@ -802,7 +802,9 @@ def test_without_dueling_no_state_is_worth_more_than_another_where_nothing_is_ch
         assert torch.equal(network.q_all(queries, keys), value + advantage)
         assert float(advantage.std(dim=0).mean()) > 0.0
     new = new_agent(replace(SETTINGS, dueling=False))
-    assert not torch.equal(agent.online.unchosen[2].bias, new.online.unchosen[2].bias)  # what it is, is learnt
+    assert not torch.equal(
+        agent.online.unchosen[2].bias, new.online.unchosen[2].bias
+    )  # what it is, is learnt
 
 
 @pytest.mark.parametrize("before", [True, False])
