@@ -1,6 +1,6 @@
 """What is each part of the learner worth?
 
-    python -m benchmarks.ablation [--rows double n-step ...] [--seeds 1 2 3] [--decisions 20000] [--json FILE]
+    python -m benchmarks.ablation [--rows double 6-step ...] [--seeds 1 2 3] [--decisions 20000] [--json FILE]
 
 Each row sets one switch otherwise than the defaults, and the whole loop of benchmarks.learning then serves the
 simulated shop and learns. What it has come to know is judged without the luck of clicks: the expected reward, change of
