@@ -12,13 +12,12 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from learner.answers import Floats, Ints, Table, looks_of, no_pairs, pulls_of, row_of
+from learner.answers import Floats, Ints, Table, compile_answers, looks_of, no_pairs, row_of
 from learner.recall import NEAR
 from streaming.jit import jit
 
-FEW: Final = 8  # slots, below which a pair has no answer: there may be very many
+FEW: Final = 8  # slots, below which a pair has no answer, and an item no level: there may be very many
 SPREADS: Final = (1e-4, 0.2)  # within which τ² is, log-odds squared
 FIRST_SPREAD: Final = 0.1  # before anything is known
 _SWEEPS: Final = 3  # over the answers in each fit to the rest
@@ -74,11 +73,15 @@ class Settled(NamedTuple):
 
 
 class AnswerFit:
-    """Learns a table of answers."""
+    """Learns a table of answers.
+
+    A fit is `enter`, `settle` (again and again, beside whatever else is fitted), `keep`; between fits `follow`. What is
+    learnt is `table`: `enter` and `restore` put another in its place, `keep` and `follow` change its answers.
+    """
 
     def __init__(self, nearest: Nearest | None) -> None:
         """nearest: what is near items; None: nobody knows, and there are no answers."""
-        self.nearest = nearest
+        self._nearest = nearest
         self.table = no_pairs()
         self.spread = FIRST_SPREAD  # τ²
         self.information = np.zeros(self.table.near.shape, np.float32)  # Fisher's, of each answer
@@ -86,12 +89,13 @@ class AnswerFit:
     def enter(self, looks: Looks) -> Entered:
         """Have the table hold the pairs of what is near by now, with what is known of them, for items of which any was
         seen often enough among these slots."""
-        if self.nearest is None:
-            return Entered(Pairs.of(no_pairs(), looks), np.zeros(0, np.int64), np.zeros(0))
+        if self._nearest is None:
+            none = Pairs.of(no_pairs(), Looks(looks.item[:0], looks.look[:0], looks.root[:0]))
+            return Entered(none, np.zeros(0, np.int64), np.zeros(0))
         looked = np.bincount(looks.look.ravel(), minlength=1) >= FEW
         looked[0] = True
         source = np.flatnonzero(looked).astype(np.int32)
-        near = self.nearest(source)
+        near = self._nearest(source)
         near[0] = 0
         pairs = Pairs.of(Table(source, near, np.zeros(near.shape, np.float32)), looks)
         often = np.bincount(pairs.pair, minlength=near.size) >= FEW
@@ -112,22 +116,22 @@ class AnswerFit:
 
     def keep(self, entered: Entered, settled: Settled) -> None:
         """What was found for what was entered; the rest answers to nothing."""
-        answer, told = settled
+        answer, information = settled
         self.table.answer[:] = 0.0
         self.table.answer.flat[entered.place] = answer
         self.information = np.zeros(self.table.answer.shape, np.float32)
-        self.information.flat[entered.place] = told
+        self.information.flat[entered.place] = information
         if len(answer):
-            spread = float((answer**2 + 1.0 / (told + 1.0 / self.spread)).mean())
+            spread = float((answer**2 + 1.0 / (information + 1.0 / self.spread)).mean())
             self.spread = min(max(spread, SPREADS[0]), SPREADS[1])
 
-    def follow(self, pairs: Pairs, error: Doubles, told: Doubles) -> bool:
-        """A step of these pairs' answers; whether there were any. error: [T] what came less its chance; told: [T] that
-        chance's variance."""
+    def follow(self, pairs: Pairs, error: Doubles, variance: Doubles) -> bool:
+        """A step of these pairs' answers; whether there were any. error: [T] what came less its chance; variance: [T]
+        of what comes at that chance."""
         known, of = np.unique(pairs.pair, return_inverse=True)
         if not len(known):
             return False
-        self.information.flat[known] += sums(of, told[pairs.slot] * pairs.root**2, len(known))
+        self.information.flat[known] += sums(of, variance[pairs.slot] * pairs.root**2, len(known))
         slope = sums(of, error[pairs.slot] * pairs.root, len(known))
         step = slope / (self.information.flat[known] + 1.0 / self.spread)
         self.table.answer.flat[known] += np.clip(step, -_FURTHEST_BETWEEN, _FURTHEST_BETWEEN)
@@ -141,7 +145,7 @@ class AnswerFit:
     def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """Go back to what `state` gave."""
         self.spread = float(state["spread"][0])
-        if self.nearest is not None:
+        if self._nearest is not None:
             self.information = state["told"].copy()
             self.table = Table(*(state[name].copy() for name in Table._fields))
 
@@ -189,8 +193,9 @@ def sums(of: npt.NDArray[np.intp], values: Doubles, count: int) -> Doubles:
     return found
 
 
-def compile_answers() -> None:
-    """Have all loops compiled, those that read as well."""
+def compile_answer_fit() -> None:
+    """Have the loops compiled, those that read as well."""
+    compile_answers()
     source, near = np.arange(2, dtype=np.int32), np.ones((2, NEAR), np.int32)
     table = Table(source, near, np.zeros(near.shape, np.float32))
     looks, _ = looks_of(np.ones((1, 1), np.int32))
@@ -198,8 +203,6 @@ def compile_answers() -> None:
     pairs_of(table, source[1:], looks)
     one = np.zeros(1, np.int64)
     settle(one, np.ones(1), np.zeros(1), np.ones(1, np.bool_), one, np.zeros(1), 1.0, 1)
-    pairs = (torch.from_numpy(table.source), torch.from_numpy(table.near), torch.from_numpy(table.answer))
-    pulls_of(*pairs, torch.ones(1, 1, dtype=torch.int64))
 
 
 @jit
@@ -213,7 +216,7 @@ def _find_pairs(row: Ints, source: Ints, near: Ints, item: Ints, looks: Ints, ou
             known = looks[t, e] < len(row)
             at = row[looks[t, e]] if known else row_of(source, looks[t, e])
             for m in range(width):
-                if near[at, m] == item[t]:  # row 0 has none
+                if near[at, m] == item[t] and item[t] > 0:
                     out[t, e] = at * width + m
 
 

@@ -59,6 +59,12 @@ def no_pairs() -> Table:
     return Table(np.zeros(1, np.int32), np.zeros((1, NEAR), np.int32), np.zeros((1, NEAR), np.float32))
 
 
+def compile_answers() -> None:
+    """Have the loops compiled."""
+    source, near, answer = (torch.from_numpy(column) for column in no_pairs())
+    pulls_of(source, near, answer, torch.ones(1, 1, dtype=torch.int64))
+
+
 def check_pairs(table: Table, items: int) -> None:
     """Raises: ValueError when this is none, over vocabulary ids below `items`."""
     source, near, answer = table

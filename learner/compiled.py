@@ -24,8 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from learner.answer_fit import compile_answers
-from learner.answers import pulls_of
+from learner.answers import compile_answers, pulls_of
 from learner.entries import (
     AGES,
     BOUNDS,

@@ -440,6 +440,7 @@ class QNetwork(nn.Module):
             self.query.bias[end - 1] = bias
         if not self.settings.dueling:
             self.unchosen.get_parameter("0.weight").zero_().requires_grad_(False)
+            self.unchosen.get_parameter("0.bias").fill_(1.0)  # of units that are at zero nothing would move
 
     def heads_of_value(self) -> Iterator[nn.Parameter]:
         """The parameters that m, g, V0 and n have for themselves."""

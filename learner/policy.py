@@ -177,7 +177,7 @@ class Policy:
             check_pairs(Table(*(tensors[f"{BOTH}stack.{name}"].numpy() for name in Table._fields)), rows)
             return cls(
                 weights.manifest,
-                _network(settings, _under(tensors, f"{network}.") | _under(tensors, BOTH), rows),
+                _network(settings, tensors, network, rows),
                 items,
                 tensors["catalog.on_offer"],
                 weights.vocabulary[: rows - 1],  # it may have grown since the tensors were taken
@@ -425,23 +425,30 @@ def _recommendation(scores: Scores, slate: Slate) -> Recommendation:
     return Recommendation(slate.ids, slate.propensity, scores.q[slate.ids], slate.explored)
 
 
-def _network(settings: NetworkSettings, tensors: dict[str, Tensor], rows: int) -> QNetwork:
-    """A network of these very tensors. Nothing is initialised that would be overwritten at once."""
+def _network(
+    settings: NetworkSettings, tensors: dict[str, Tensor], network: Literal["online", "target"], rows: int
+) -> QNetwork:
+    """The one or the other network of these very tensors. Nothing is initialised that would be overwritten at once."""
     mould = _mould(settings)
-    network = copy.deepcopy(mould, {id(parameter): parameter for parameter in mould.parameters()})
+    made = copy.deepcopy(mould, {id(parameter): parameter for parameter in mould.parameters()})
     for name in _OF_ANY_LENGTH:
-        setattr(*_owner(network, name), tensors[name])
-    for name in _BY_ITEM:
-        shape = (rows, *getattr(*_owner(mould, name)).shape[1:])
-        if tensors[name].shape != shape:
-            raise ValueError(f"{name} is {tuple(tensors[name].shape)}, not {shape}")
-        part, last = _owner(network, name)
-        setattr(part, last, nn.Parameter(tensors[name], False) if last in part._parameters else tensors[name])
-    network.load_state_dict(tensors, assign=True)
-    return network
+        setattr(*_owner(made, name), tensors[f"{BOTH}{name}"])
+    for name, prefix in _BY_ITEM.items():
+        stored = f"{prefix or network + '.'}{name}"
+        given, like = tensors[stored], getattr(*_owner(mould, name))
+        if (given.shape, given.dtype) != ((rows, *like.shape[1:]), like.dtype):
+            raise ValueError(f"{stored} is {tuple(given.shape)} of {given.dtype}: not of {rows - 1} items")
+        part, last = _owner(made, name)
+        setattr(part, last, nn.Parameter(given, False) if last in part._parameters else given)
+    made.load_state_dict(_under(tensors, f"{network}.") | _under(tensors, BOTH), assign=True)
+    return made
 
 
-_BY_ITEM: Final = ("tower.id.weight", "response.own", "stack.level")  # of one row for each vocabulary id
+_BY_ITEM: Final = {  # of one row for each vocabulary id; and the prefix of what both networks share
+    "tower.id.weight": "",
+    "response.own": BOTH,
+    "stack.level": BOTH,
+}
 _OF_ANY_LENGTH: Final = ("recall.led", "recall.walk", *(f"stack.{name}" for name in Table._fields))
 
 

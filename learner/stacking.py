@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from learner.answer_fit import AnswerFit, Looks, Nearest, Pairs, sums
+from learner.answer_fit import FEW, AnswerFit, Looks, Nearest, Pairs, sums
 from learner.answers import READ, Pulls, Table, looks_of, no_pairs, pulls_of
 
 NEWEST: Final = 1 << 17  # slots that are kept to fit to
@@ -40,7 +40,6 @@ PRIOR_PRECISION: Final = np.array([1.0, 25.0, 0.25])
 # does where it is shown for its level, and the best of a hundred wide levels is a lucky one
 WIDTHS: Final = tuple(10.0 ** (exponent / 2) for exponent in range(-8, -2))
 FIRST_WIDTH: Final = 3  # its place there before anything is known
-FEW: Final = 8  # slots, below which an item has no level: there may be very many
 ROUNDS: Final = 2  # of a fit: all else given the answers, the answers given all else
 _MOST_STEPS: Final = 12  # of Newton
 _FURTHEST: Final = 2.0  # that any moves in one step, log-odds

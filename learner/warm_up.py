@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from learner.agent import AgentSettings
-from learner.answer_fit import compile_answers
+from learner.answer_fit import compile_answer_fit
 from learner.learner import Learner, LearnerSettings
 from learner.recall import compile_recall
 from streaming.chunks import batch_of
@@ -33,7 +33,7 @@ def warm_up(settings: LearnerSettings, agent: AgentSettings, join: JoinSettings)
     said.start()
     try:
         compile_recall()
-        compile_answers()
+        compile_answer_fit()
         _live(Learner(_small(settings), replace(agent, batch_size=2), join, Codec(), None))
     finally:
         said.cancel()

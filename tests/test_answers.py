@@ -307,7 +307,7 @@ def test_a_damaged_table_is_refused(damaged):
 
 
 def test_all_loops_are_compiled_ahead():
-    answer_fit.compile_answers()
+    answer_fit.compile_answer_fit()
     compile_recall()
     loops = (
         *(answers._spread, answers._look),
