@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from learner.estimators import SLATE_MODELS, Floats, Ints, Mask, Rounds, SlateModel, ratios, rounds
 from learner.evaluate_report import GROUPS, Account, LeftOut, Report
+from learner.exploration import EPSILON
 from learner.outcomes import Outcomes
 from learner.policy import Candidate
 from learner.replay import Histories
@@ -82,7 +83,7 @@ class EvaluateConfig:
     network: Literal["online", "target"] = _setting(
         "target", "which of a version's two networks, as at a server"
     )
-    epsilon: float = _setting(0.05, "of popularity and weights: share of slots drawn uniformly; 0..1")
+    epsilon: float = _setting(EPSILON, "of popularity and weights: share of slots drawn uniformly; 0..1")
     slate: Literal["cascade", "standard", "slotwise"] = _setting(
         "cascade",
         "what a slot's reward depends on: cascade: on the slots up to it; standard: on the whole slate; slotwise: as "

@@ -10,6 +10,8 @@ import numpy.typing as npt
 
 from streaming.jit import jit
 
+EPSILON: Final = 0.02  # share of slots drawn uniformly where nobody says
+
 
 class Slate(NamedTuple):
     """K slots, best first."""

@@ -19,7 +19,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from learner.compiled import compile_q
-from learner.exploration import Exploration, Kind
+from learner.exploration import EPSILON, Exploration, Kind
 from learner.policy import use_threads
 from learner.weights import store_url
 from serving import metrics
@@ -61,7 +61,7 @@ class ServingConfig:
         metadata={"help": "which of the two networks answers: online, the newest; target, its steadier mean"},
     )
     epsilon: float = field(
-        default=0.05, metadata={"help": "share of slots drawn uniformly, unless a request says; 0..1"}
+        default=EPSILON, metadata={"help": "share of slots drawn uniformly, unless a request says; 0..1"}
     )
     exploration: Kind = field(
         default="greedy",
