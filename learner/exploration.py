@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from streaming.jit import jit
 
-EPSILON: Final = 0.02  # share of slots drawn uniformly where nobody says
+EPSILON: Final = 0.05  # share of slots drawn uniformly where nobody says
 
 
 class Slate(NamedTuple):

@@ -463,7 +463,7 @@ def test_the_command_tells_people_and_programs_the_same(capsys, front, store, tm
     status, text, _ = told(capsys, *flags)
     assert status == 0
     assert "60 decisions of about 23 users" in text
-    for word in ("logging", "uniform", "popularity ε=0.02", "weights:1 ε=0.02", "SNIPS", "SNDR", "switch-DR"):
+    for word in ("logging", "uniform", "popularity ε=0.05", "weights:1 ε=0.05", "SNIPS", "SNDR", "switch-DR"):
         assert word in text
     status, written, _ = told(capsys, *flags, "--json")
     whole = json.loads(written)
