@@ -30,7 +30,7 @@ import torch
 from benchmarks import record
 from benchmarks.shop import policies
 from learner.agent import Agent, AgentSettings
-from learner.exploration import GREEDY, Exploration
+from learner.exploration import EPSILON, GREEDY, Exploration
 from learner.learner import LearnerSettings
 from learner.pacing import Band
 from learner.policy import Policy
@@ -79,7 +79,7 @@ class ShopCatalog(NamedTuple):
 class LoopSettings:
     """What is around the agent."""
 
-    epsilon: float = field(default=0.05, metadata={"help": "share of slots explored"})
+    epsilon: float = field(default=EPSILON, metadata={"help": "share of slots explored"})
     exploration: str = field(
         default=GREEDY.kind, metadata={"help": "of the slots that epsilon does not draw"}
     )

@@ -42,7 +42,7 @@ by one matrix product.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Final, NamedTuple, Self, cast
 
 import torch
@@ -93,9 +93,10 @@ class NetworkSettings:
     dueling: bool = True  # V0 is of the state; else one number for all
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if name not in ("gamma", "centred", "recall", "stack", "dueling") and not 1 <= value <= 1_000_000:
-                raise ValueError(f"network setting {name}={value}: must be a whole number in 1..1000000")
+        for size in fields(self):
+            value = getattr(self, size.name)
+            if size.type == "int" and not 1 <= value <= 1_000_000:
+                raise ValueError(f"network setting {size.name}={value}: must be a whole number in 1..1000000")
         if not 0.0 <= self.gamma < 1.0:
             raise ValueError(f"network setting gamma={self.gamma}: must be in [0, 1)")
 

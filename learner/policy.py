@@ -439,7 +439,7 @@ def _network(
         if (given.shape, given.dtype) != ((rows, *like.shape[1:]), like.dtype):
             raise ValueError(f"{stored} is {tuple(given.shape)} of {given.dtype}: not of {rows - 1} items")
         part, last = _owner(made, name)
-        setattr(part, last, nn.Parameter(given, False) if last in part._parameters else given)
+        setattr(part, last, nn.Parameter(given, False) if isinstance(like, nn.Parameter) else given)
     made.load_state_dict(_under(tensors, f"{network}.") | _under(tensors, BOTH), assign=True)
     return made
 

@@ -767,22 +767,23 @@ def test_a_log_without_slates_does_not_tell_how_much_better_a_choice_is_than_non
     assert float(value.mean()) > 3.0  # of returns of three times what a step earns, at discounts of 0.9
 
 
+def mean_value(agent):
+    """Of some states, where nothing is chosen."""
+    with torch.no_grad():
+        queries = agent.online.queries(agent._state(batch(0).state), agent.online.keys(agent.items))
+        return agent.online.value(queries).mean().item()
+
+
 def test_values_do_not_jump_when_the_first_slate_comes():
     agent = new_agent(replace(SETTINGS, learning_rate=0.003, target_tau=0.02))
     for seed in range(600):
         agent.update(unaided_only(seed), kept=1000)
-
-    def values():
-        keys = agent.online.keys(agent.items)
-        with torch.no_grad():
-            return agent.online.value(agent.online.queries(agent._state(batch(0).state), keys)).mean().item()
-
-    before = values()
+    before = mean_value(agent)
     first = unaided_only(600)
     first.organic[0], first.slots[0] = False, 1
     agent.update(first, kept=1000)
     agent.update(unaided_only(601), kept=1000)
-    assert values() == pytest.approx(before, rel=0.05)
+    assert mean_value(agent) == pytest.approx(before, rel=0.05)
 
 
 def test_what_was_learnt_from_centred_vectors_is_not_read_as_they_are():
@@ -804,9 +805,7 @@ def test_without_dueling_states_are_worth_on_average_what_they_are_with_it():
         agent = new_agent(replace(SETTINGS, learning_rate=0.003, target_tau=0.02, dueling=dueling))
         for seed in range(600):
             agent.update(unaided_only(seed), kept=10_000)
-        with torch.no_grad():
-            keys = agent.online.keys(agent.items)
-            return float(agent.online.value(agent.online.queries(agent._state(batch(0).state), keys)).mean())
+        return mean_value(agent)
 
     assert value(False) == pytest.approx(value(True), rel=0.1)
 

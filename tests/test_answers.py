@@ -240,6 +240,19 @@ def test_what_is_fitted_is_what_is_read_however_long_histories_are():
     assert noted.any()
 
 
+def test_pairs_that_are_entered_are_read_as_the_tables_are():
+    fit = learnt(world(24, 20_000, 1.5)).answers
+    item, history = np.arange(3000, dtype=np.int32) % (ITEMS - 1) + 1, histories(25, 3000, length=9)
+    looks = Looks(item, *looks_of(history))
+    entered = fit.enter(looks)
+    answer = np.random.default_rng(26).normal(size=len(entered.place))
+    fit.table.answer[:] = 0.0
+    fit.table.answer.flat[entered.place] = answer
+    read = Pairs.of(fit.table, looks).sums(fit.table.answer, len(item))
+    np.testing.assert_allclose(entered.pairs.sums(answer, len(item)), read, atol=1e-5)
+    assert np.count_nonzero(read) > 1000
+
+
 def test_pairs_that_were_hardly_seen_have_no_answer_yet():
     told = world(16, 20_000, 1.5)
     told[0][told[0] == 9] = 10

@@ -134,3 +134,12 @@ def test_a_version_that_would_serve_otherwise_than_it_was_trained_is_refused(tmp
     last.bias = torch.nn.Parameter(last.bias + 1.0)  # the network moves on; what was compiled of it does not
     with pytest.raises(PolicyDamaged, match="differ from the network's by"):
         policy.check()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"dim": 0}, {"history_length": 1_000_001}, {"quantiles": -1}, {"gamma": 1.0}]
+)
+def test_a_network_that_cannot_be_is_refused(wrong):
+    with pytest.raises(ValueError, match=f"network setting {next(iter(wrong))}="):
+        NetworkSettings(**wrong)
+    NetworkSettings(centred=False, recall=False, stack=False, dueling=False, gamma=0.0)
