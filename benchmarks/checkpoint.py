@@ -118,7 +118,7 @@ class Bench:
         settings = LearnerSettings(
             replay_capacity=options.transitions, updates_low=PER_TRANSITION, updates_high=PER_TRANSITION
         )
-        join = JoinSettings(gamma=agent.gamma, history_length=agent.history_length)
+        join = JoinSettings(gamma=agent.gamma, history_length=agent.entries)
         _, checkpoints, store = open_store(self.config, "benchmark")
         checkpoints._disk = disk = CountingDisk()
         self.checkpoints = TimedCheckpoints(checkpoints, disk)

@@ -95,7 +95,7 @@ class Stages:
 
     def __init__(self, shape: Shape) -> None:
         agent = AgentSettings()
-        join = JoinSettings(gamma=agent.gamma, history_length=agent.history_length)
+        join = JoinSettings(gamma=agent.gamma, history_length=agent.entries)
         self.learner = Learner(LearnerSettings(replay_capacity=CAPACITY), agent, join, Codec(), None)
         self.learner.assign(dict.fromkeys(range(shape.partitions), 0))
 

@@ -163,10 +163,10 @@ class Intake:
 
     def __init__(self, log: Log, partitions: int) -> None:
         agent = AgentSettings()
-        self.joiner = Joiner(JoinSettings(gamma=agent.gamma, history_length=agent.history_length))
+        self.joiner = Joiner(JoinSettings(gamma=agent.gamma, history_length=agent.entries))
         self.joiner.assign(range(partitions))
         self.decoder = Decoder(Codec(), Vocabulary(), partitions)
-        self.replay = Replay(1_000_000, agent.history_length)
+        self.replay = Replay(1_000_000, agent.entries)
         self._reader = log.reader(TOPIC, dict.fromkeys(range(partitions), 0))
         self.seconds: dict[str, float] = defaultdict(float)
 

@@ -99,7 +99,7 @@ def of_turn(shop: Shop, planner: PlanningOracle, loop: Loop, turn: Turn) -> dict
 def learnt(loop: Loop, turn: Turn) -> tuple[Floats, Floats]:
     """p and m + γ g by the network that is served, each [B, N]."""
     agent = loop.agent
-    state = state_tensors(histories(turn, agent.settings.history_length))
+    state = state_tensors(histories(turn, agent.settings.entries))
     keys = agent.all_keys(agent.target)
     queries = agent.target.queries(state, keys)
     log_odds = score_all(*agent.target.choice(queries, keys), keys.category)

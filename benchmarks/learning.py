@@ -107,12 +107,10 @@ class Loop:
         self.agent = Agent(agent, seed=seed)
         self.updates_s = self.cpu_s = 0.0
         self._shop, self._feed = shop, Feed(shop)
-        self._joiner = Joiner(JoinSettings(gamma=agent.gamma, history_length=agent.history_length), [0])
-        self._replay = Replay(
-            loop.capacity, agent.history_length, alpha=loop.alpha, chosen_share=loop.chosen_share
-        )
+        self._joiner = Joiner(JoinSettings(gamma=agent.gamma, history_length=agent.entries), [0])
+        self._replay = Replay(loop.capacity, agent.entries, alpha=loop.alpha, chosen_share=loop.chosen_share)
         self._band = Band(0.0, loop.updates_per_transition, loop.min_replay, loop.updates_young)
-        self._batch = empty_batch(agent.batch_size, agent.history_length)
+        self._batch = empty_batch(agent.batch_size, agent.entries)
         self._explore, self._draw = np.random.default_rng([seed, 21]), np.random.default_rng([seed, 22])
         self._exploration = Exploration(loop.exploration)  # type: ignore[arg-type]
         self._version = 0
@@ -162,7 +160,7 @@ class Loop:
         """[B, 6] rows of the catalog and their propensities; what was bought lately is left out, as at a server."""
         self._version += 1
         policy, past = self.policy(), turn.history
-        states = histories(turn, self.agent.settings.history_length)
+        states = histories(turn, self.agent.settings.entries)
         eligible = np.repeat(np.append(False, turn.available)[None], len(turn.shopper), axis=0)
         b, h = np.nonzero(past.name == PURCHASE)
         eligible[b, past.item[b, h] + 1] = False

@@ -69,7 +69,7 @@ def look(seed: int, decisions: Sequence[int], window: int, changes: Sequence[str
     served, found = 0, []
     for goal in sorted(decisions):
         loop.serve(goal - served)
-        loop.watch = Replay(1 << 22, agent.history_length, prioritised=False)
+        loop.watch = Replay(1 << 22, agent.entries, prioritised=False)
         loop.serve(window)
         shown = loop.watch.inserted
         loop.serve(window)

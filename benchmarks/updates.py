@@ -59,7 +59,7 @@ STAGES: Final = {  # of an update: whose method
 def filled(items: int, batch: int, device: str) -> Learner:
     """A learner whose replay holds the slates, clicks and purchases of a shop of so many items."""
     agent = AgentSettings(batch_size=batch)
-    join = JoinSettings(gamma=agent.gamma, history_length=agent.history_length)
+    join = JoinSettings(gamma=agent.gamma, history_length=agent.entries)
     settings = LearnerSettings(updates_high=1e6)
     learner = Learner(settings, agent, join, Codec(), None, device)
     learner.assign({0: 0})

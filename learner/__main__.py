@@ -80,9 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = build(TrainConfig, namespace)
     settings, agent = build(LearnerSettings, namespace), build(AgentSettings, namespace)
     rewards = _rewards(parser, namespace)
-    join = build(
-        JoinSettings, namespace, rewards=rewards, gamma=agent.gamma, history_length=agent.history_length
-    )
+    join = build(JoinSettings, namespace, rewards=rewards, gamma=agent.gamma, history_length=agent.entries)
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )

@@ -50,7 +50,7 @@ class AgentSettings:
     gamma: float = _setting(0.97, "discount for each further step; 0..1, 1 excluded")
     n_step: int = _setting(
         0,
-        "steps of reward counted before bootstrapping; 0: 0.003 / (1 - gamma)^2, at most 100; 0..100",
+        "steps of reward counted before bootstrapping; 0: 0.003 / (1 - gamma)^2, at most 10; 0..100",
     )
     batch_size: int = _setting(128, "transitions in one update; 1..65536")
     double: bool = _setting(
@@ -118,7 +118,9 @@ class AgentSettings:
         "what is to come if nothing is chosen is learnt of each state, beside what choosing adds; without, it is one "
         "number for all states",
     )
-    history_length: int = _setting(32, "history entries in a state; 1..1000")
+    history_length: int = _setting(
+        0, "newest history entries in a state; 0: about 1 / (1 - gamma), in 32s, at most 160; 0..1000"
+    )
     vector_dim: int = _setting(32, "dense catalog features used; 1..256")
 
     def __post_init__(self) -> None:
@@ -146,7 +148,7 @@ class AgentSettings:
             "candidates": (1, 10**6),
             "dim": (1, 1024),
             "hidden": (1, 4096),
-            "history_length": (1, 1000),
+            "history_length": (0, 1000),
             "vector_dim": (1, 256),
         }
         for name, (low, high) in bounds.items():
@@ -157,9 +159,16 @@ class AgentSettings:
     @property
     def steps(self) -> int:
         """Of reward before bootstrapping. The further ahead counts, the more bootstraps news would have to go through,
-        each of which waits for the target network to follow; and the more comes of what a state does not tell.
+        each of which waits for the target network to follow; but each reward that is counted brings its luck along.
         """
-        return self.n_step or min(max(1, round(0.003 / (1.0 - self.gamma) ** 2)), MAX_STEPS)
+        return self.n_step or min(max(1, round(0.003 / (1.0 - self.gamma) ** 2)), USUAL_STEPS)
+
+    @property
+    def entries(self) -> int:
+        """Of the history in a state. What a visit has used up is told by all of it, and counts where what is to come
+        does: over 1 / (1 - γ) steps."""
+        times = round(1.0 / (1.0 - self.gamma) / ENTRIES)
+        return self.history_length or ENTRIES * min(max(1, times), MOST_TIMES)
 
     @property
     def network(self) -> NetworkSettings:
@@ -167,7 +176,7 @@ class AgentSettings:
         return NetworkSettings(
             dim=self.dim,
             hidden=self.hidden,
-            history_length=self.history_length,
+            history_length=self.entries,
             vector_dim=self.vector_dim,
             quantiles=self.quantiles,
             gamma=self.gamma,
@@ -268,7 +277,8 @@ class Agent:
         self._choices = 0  # from slates, so far
         self._response = Fit(self.online.response)
         self._recall = RecallFit(self.online.recall)
-        self._stack = StackFit(self.online.stack, self._recall.nearest if settings.recall else None)
+        nearest = self._recall.nearest if settings.recall else None
+        self._stack = StackFit(self.online.stack, nearest, self._vectors_of)
         self._optimiser = self._new_optimiser()
         self._roomy_items = unknown_items(1, settings.vector_dim, self.device)
         self._roomy_offer = torch.zeros(1, dtype=torch.bool, device=self.device)
@@ -451,6 +461,13 @@ class Agent:
                 t.reward[rows] != 0,
                 joined.states.item[t.state[rows]],
             )
+
+    def _vectors_of(self, item: npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
+        """What describes these items, [T, vector_dim]."""
+        if not self._any_described:
+            return np.broadcast_to(np.float32(0.0), (len(item), self.settings.vector_dim))
+        vectors: npt.NDArray[np.float32] = self._items.vector[self._to(item, torch.int64)].cpu().numpy()
+        return vectors
 
     def _foretold(
         self,
@@ -1128,6 +1145,9 @@ class Agent:
 BOTH: Final = "both."  # prefix of what online and target network share
 DOUBT: Final = "doubt."  # prefix of what is not known of how items answer: see `Fit.variance`
 MAX_STEPS: Final = 100  # of n-step returns
+USUAL_STEPS: Final = 10  # of those at most, where nobody says
+ENTRIES: Final = 32  # of a state, and so many times as many where far ahead counts, likewise
+MOST_TIMES: Final = 5
 IN_PLACE: Final = (
     100  # choices of which where others went is worth as much as they are: see `Agent._trust_recall`
 )

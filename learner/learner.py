@@ -37,7 +37,7 @@ from streaming.log import RecordBatch
 from streaming.schemas import Codec, SchemaError, frame_of
 from streaming.transitions import Joined, Rejects
 
-STATE_FORMAT: Final = 12
+STATE_FORMAT: Final = 13
 READABLE_FORMATS: Final = (12,)
 
 
@@ -135,7 +135,7 @@ class Learner:
         self.journal = Journal()
         self.replay = Replay(
             settings.replay_capacity,
-            agent.history_length,
+            agent.entries,
             prioritised=settings.prioritised,
             alpha=settings.priority_alpha,
             chosen_share=settings.chosen_share,
@@ -148,7 +148,7 @@ class Learner:
         self.events_through_ms = 0  # newest event time taken in; 0: none
         self.last: Update | None = None  # the update made last
         self.observe: Callable[[Joined, Agent], None] | None = None  # sees transitions before they are learnt
-        self._batch: Batch = empty_batch(agent.batch_size, agent.history_length)
+        self._batch: Batch = empty_batch(agent.batch_size, agent.entries)
         self._catalog_version = 0
 
     # --- records → replay

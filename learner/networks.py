@@ -30,7 +30,7 @@ by the ways that others went from there (learner.recall):
 and logit p = z; or, with `stack`, what they come to once they are set right by what came of slots foretold by them
 (learner.stacking):
 
-    logit p(s, a) = c + κ z(s, a) + ω √share(s, a) + level_a + Σ_j answer_{j a} √share(s, j)
+    logit p(s, a) = c + κ z(s, a) + ω √share(s, a) + level_a + θ · (x_a - x̄) + Σ_j answer_{j a} √share(s, j)
 
 The encoder and the tower learn from choices alone, on slates and unaided; the heads of reward and continuation read
 them as they are (no gradient), since returns are far noisier than choices.
@@ -63,13 +63,13 @@ from learner.entries import (
     entries_of,
     place_buckets,
 )
+from learner.feature_levels import MOST_IN_VECTOR
 from learner.recall import Recall, Recalled
 from learner.response import Response
 from learner.shares import shares
 from learner.stacking import Stack
 from streaming.rewards import CODES
 
-MOST_IN_VECTOR: Final = 10.0  # of a number in an item's vector: what is further from zero counts as this
 MAX_SLOTS: Final = 32  # positions beyond share the last position's bias
 
 
@@ -399,7 +399,7 @@ class QNetwork(nn.Module):
         self.trust = nn.Parameter(torch.tensor(0.0), requires_grad=False)
         self.organic_key = nn.Linear(d, d + 1)
         self.response = Response(d, items, KINDS, settings.channels)
-        self.stack = Stack(items)
+        self.stack = Stack(items, settings.vector_dim)
         self.recall = Recall(KINDS, (0, *PLACE_BOUNDS))
         self.lean = nn.Linear(d, 1)  # choice log-odds of whatever is shown
         self.query = nn.Linear(d, 2 * v)  # reward, continuation
@@ -476,7 +476,7 @@ class QNetwork(nn.Module):
         self, items: ItemTensors, known: Tensor, own: Tensor, response: Tensor, level: Tensor
     ) -> Shelf:
         vectors, bias = self.tower(items, known, own)
-        return Shelf(vectors, bias, response, level, items.category)
+        return Shelf(vectors, bias, response, self.stack.levels(level, items.vector), items.category)
 
     def keys(
         self,

@@ -4,12 +4,13 @@ What a network has learnt from again and again it foretells better than what com
 So each slot's log-odds z are noted before anything is learnt from it (progressive validation: Blum et al. 1999), and a
 small model on top of them is fitted to what came of the slots (stacked generalisation: Wolpert 1992):
 
-    logit p(s, a) = c + κ z(s, a) + ω √share(s, a) + level_a + Σ_j answer_{j a} √share(s, j)        level_a ~ N(0, σ²)
+    logit p(s, a) = c + κ z(s, a) + ω √share(s, a) + level_a + θ · (x_a - x̄) + Σ_j answer_{j a} √share(s, j)
 
-share is that of the history's entries that are of an item; the sum is learner.answers', over those that have a near
-them. What is foretold too boldly is shrunk (κ < 1), and three things that a network takes long to learn, or finds no
-use for where it fits luck just as well, get the weight that they earn: what one goes back to, how well an item does
-with all, and with those who look at what is like it. Before there is something to learn it from, p is as z has it.
+share is that of the history's entries that are of an item; level_a ~ N(0, σ²); what its vector x_a says is learnt by
+learner.feature_levels; the sum is learner.answers', over those that have a near them. What is foretold too boldly is
+shrunk (κ < 1), and what a network takes long to learn, or finds no use for where it fits luck just as well, gets the
+weight that it earns: what one goes back to, how well an item does with all, what describes it, and how it does with
+those who look at what is like it. Before there is something to learn it from, p is as z has it.
 
 The mode of the posterior is found by Newton's steps, over the newest slots, now and then; σ² goes where the evidence is
 highest (Laplace's approximation: MacKay 1992), a step on a grid at a time. Between, levels and answers follow each slot
@@ -18,7 +19,7 @@ by a step of their own: whatever seems best because it was lucky is shown at onc
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -29,6 +30,7 @@ from torch.nn import functional
 
 from learner.answer_fit import FEW, AnswerFit, Looks, Nearest, Pairs, sums
 from learner.answers import READ, Pulls, Table, looks_of, no_pairs, pulls_of
+from learner.feature_levels import MOST_IN_VECTOR, FeatureFit, Vectors
 
 NEWEST: Final = 1 << 17  # slots that are kept to fit to
 OFTEN: Final = (512, 32)  # fitted anew after so many slots, or a share (1 in) of all kept, whichever is more
@@ -40,6 +42,9 @@ PRIOR_PRECISION: Final = np.array([1.0, 25.0, 0.25])
 # does where it is shown for its level, and the best of a hundred wide levels is a lucky one
 WIDTHS: Final = tuple(10.0 ** (exponent / 2) for exponent in range(-8, -2))
 FIRST_WIDTH: Final = 3  # its place there before anything is known
+# what vectors say is fitted to the newest of these slots alone, so many or a share (1 in), whichever is more: what was
+# foretold before was foretold knowing less of it, and it would be said twice
+LATELY: Final = (4096, 8)
 ROUNDS: Final = 2  # of a fit: all else given the answers, the answers given all else
 _MOST_STEPS: Final = 12  # of Newton
 _FURTHEST: Final = 2.0  # that any moves in one step, log-odds
@@ -56,14 +61,23 @@ class Stack(nn.Module):
     source: Tensor
     near: Tensor
     answer: Tensor
+    slope: Tensor
 
-    def __init__(self, items: int) -> None:
+    def __init__(self, items: int, vector_dim: int = 0) -> None:
         super().__init__()
         self.register_buffer("weights", torch.tensor([0.0, 1.0, 0.0]))  # c, κ, ω
         self.register_buffer("level", torch.zeros(items))
+        self.register_buffer("slope", torch.zeros(vector_dim + 1))  # see FeatureFit.served
         # of as many rows as there are items that anything is known to answer to
         for name, column in no_pairs()._asdict().items():
             self.register_buffer(name, torch.from_numpy(column))
+
+    def levels(self, level: Tensor, vector: Tensor) -> Tensor:
+        """How well items do with all, [M]: their own levels [M], and what their vectors [M, vector_dim] say."""
+        if not bool(self.slope.any()):
+            return level
+        said = vector.clamp(-MOST_IN_VECTOR, MOST_IN_VECTOR) @ self.slope[:-1] + self.slope[-1]
+        return level + said * (vector != 0).any(dim=1)
 
     def answers(self, item: Tensor, ids: Tensor | None = None) -> Pulls | None:
         """What histories add by the items near theirs. See `pulls_of`."""
@@ -82,9 +96,16 @@ class _Fitted(NamedTuple):
 class StackFit:
     """Learns a `Stack`, and keeps what that takes: what was foretold of the newest slots, and what came."""
 
-    def __init__(self, stack: Stack, nearest: Nearest | None = None) -> None:
-        """nearest: see `AnswerFit`."""
+    def __init__(
+        self,
+        stack: Stack,
+        nearest: Nearest | None = None,
+        vectors: Callable[[npt.NDArray[np.integer]], Vectors] | None = None,
+    ) -> None:
+        """nearest: see `AnswerFit`; vectors: of items by vocabulary ids [T], [T, vector_dim]; None: they have none."""
         self.stack = stack
+        self.features = FeatureFit(len(stack.slope) - 1)
+        self._vectors = vectors or (lambda item: np.zeros((len(item), len(stack.slope) - 1), np.float32))
         self.answers = AnswerFit(nearest)
         self.slots = self.fitted = 0  # ever noted; and at the last fit
         self.width = FIRST_WIDTH
@@ -131,7 +152,7 @@ class StackFit:
         rows = torch.from_numpy(ids.astype(np.int64)).to(self.stack.level.device)
         level = self.stack.level[rows].cpu().numpy().astype(np.float64)
         c, scale, own = self.stack.weights.tolist()
-        beside = pairs.sums(self.answers.table.answer, len(of))
+        beside = pairs.sums(self.answers.table.answer, len(of)) + self.features.of(self._vectors(looks.item))
         p = 1.0 / (1.0 + np.exp(-(c + scale * log_odds + own * back + level[of] + beside)))
         self._information[ids] += sums(of, p * (1.0 - p), len(ids))
         precision = self._information[ids] + 1.0 / WIDTHS[self.width]
@@ -160,19 +181,26 @@ class StackFit:
         level = self.stack.level.cpu().numpy()[ids].astype(np.float64)
         chosen = self._chosen[kept]
         entered = self.answers.enter(Looks(self._item[kept], self._look[kept], self._root[kept]))
+        least, share = LATELY
+        count = min(self.slots, max(least, min(self.slots, NEWEST) // share))
+        newest = (self.slots - count + np.arange(count)) % NEWEST
+        vectors = self._vectors(self._item[kept])
+        told = self.features.of(vectors)
         self._wider = not self._wider
         near = {self.width, min(max(0, self.width + (1 if self._wider else -1)), len(WIDTHS) - 1)}
         for _ in range(ROUNDS if len(entered.answer) else 1):
             beside = entered.pairs.sums(entered.answer, len(z))
             found = {
-                width: _mode(features, middle + beside, of, chosen, WIDTHS[width], start, level)
+                width: _mode(features, middle + beside + told, of, chosen, WIDTHS[width], start, level)
                 for width in near
             }
             self.width = max(found, key=lambda width: (found[width].evidence, -width))
             best, near = found[self.width], {self.width}
             start, level = best.weights, best.level
             log_odds = middle + features @ start + np.append(level, 0.0)[of] + beside
-            settled = self.answers.settle(entered, log_odds, chosen)
+            self.features.settle(vectors[newest], log_odds[newest], chosen[newest])
+            told = self.features.of(vectors)
+            settled = self.answers.settle(entered, log_odds + told, chosen)
             entered = entered._replace(answer=settled.answer)
         self.answers.keep(entered, settled)
         self._hand_over(*Table._fields)
@@ -183,6 +211,7 @@ class StackFit:
             best.level
         ).to(device, torch.float32)
         self.stack.level[0] = 0.0
+        self.stack.slope.copy_(torch.from_numpy(self.features.served))
         self._information[:] = 0.0
         self._information[ids] = best.information
 
@@ -205,6 +234,7 @@ class StackFit:
             "level": self.stack.level[:rows].cpu().numpy().copy(),
             "information": self._information[:rows].copy(),
             **self.answers.state(),
+            **{f"features.{name}": value for name, value in self.features.state().items()},
             **{name: getattr(self, f"_{name}")[kept].copy() for name in _RING},
         }
 
@@ -217,6 +247,14 @@ class StackFit:
         self._information[:] = 0.0
         self._information[: len(state["information"])] = state["information"]
         self.answers.restore(state)
+        self.features.restore(
+            {
+                name.removeprefix("features."): value
+                for name, value in state.items()
+                if name.startswith("features.")
+            }
+        )
+        self.stack.slope.copy_(torch.from_numpy(self.features.served))
         self._hand_over(*Table._fields)
         for name in _RING:
             getattr(self, f"_{name}")[: len(state[name])] = state[name]

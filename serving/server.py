@@ -172,7 +172,10 @@ class PolicyServer:
         self._instance = instance
         self._view = View(view_config, codec)
         self._follower = None if log is None else Follower(log, self._view, view_config, time.monotonic)
-        self._weights = WeightsFollower(config.weights, config.label, config.network, config.weights_poll_s)
+        remembered = None if log is None else view_config.history_length
+        self._weights = WeightsFollower(
+            config.weights, config.label, config.network, config.weights_poll_s, remembered
+        )
         self._decisions = None if log is None else self._writer(log)
         seed = None if config.seed is None else [config.seed, instance.index]
         self._service = Service(

@@ -38,8 +38,17 @@ class WeightsFollower:
     one version.
     """
 
-    def __init__(self, url: str, label: str, network: Literal["online", "target"], poll_s: float) -> None:
+    def __init__(
+        self,
+        url: str,
+        label: str,
+        network: Literal["online", "target"],
+        poll_s: float,
+        remembered: int | None = None,
+    ) -> None:
+        """remembered: newest entries of each user's history that this server has itself; None: requests bring them."""
         self.served: Served | None = None
+        self._remembered = remembered
         self.label: Final = label
         self.network: Final = network
         self._store = WeightStore(url)
@@ -114,6 +123,13 @@ class WeightsFollower:
         metrics.POLICY_ITEMS.set(policy.items)
         if first:
             logger.info("weights: version %d, %d items; served from now on", version, policy.items)
+        read, remembered = policy.history_length, self._remembered
+        if remembered is not None and remembered < read and (before is None or before.history_length != read):
+            logger.warning(
+                "these weights read the newest %d entries of a history, and this server remembers %d of each user: "
+                "start it with --history-length %d, or let requests bring histories",
+                *(read, remembered, read),
+            )
 
     def _gently(self, do: Callable[[], T]) -> T:
         """Do it; while something is served already, then rest several times as long as it took.

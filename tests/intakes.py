@@ -20,7 +20,7 @@ from streaming.schemas import DEAD_LETTER, Codec
 
 AGENT = AgentSettings(batch_size=8, dim=4, hidden=4, history_length=4)
 SETTINGS = LearnerSettings(min_replay=100, replay_capacity=20_000)
-JOIN = JoinSettings(gamma=AGENT.gamma, history_length=AGENT.history_length)
+JOIN = JoinSettings(gamma=AGENT.gamma, history_length=AGENT.entries)
 
 
 class Letter(NamedTuple):

@@ -697,10 +697,27 @@ def test_heads_of_value_settle_and_the_rest_does_not():
 
 @pytest.mark.parametrize(
     ("gamma", "n_step", "steps"),
-    [(0.97, 0, 3), (0.0, 0, 1), (0.99, 0, 30), (0.997, 0, 100), (0.9999, 0, 100), (0.97, 7, 7)],
+    [(0.97, 0, 3), (0.0, 0, 1), (0.975, 0, 5), (0.99, 0, 10), (0.999, 0, 10), (0.97, 7, 7), (0.97, 99, 99)],
 )
 def test_returns_are_counted_over_the_more_steps_the_further_ahead_counts(gamma, n_step, steps):
     assert AgentSettings(gamma=gamma, n_step=n_step).steps == steps
+
+
+@pytest.mark.parametrize(
+    ("gamma", "length", "entries"),
+    [
+        (0.97, 0, 32),
+        (0.0, 0, 32),
+        (0.98, 0, 64),
+        (0.99, 0, 96),
+        (0.999, 0, 160),
+        (0.999, 8, 8),
+        (0.97, 500, 500),
+    ],
+)
+def test_states_reach_back_as_far_as_what_is_to_come_reaches_ahead(gamma, length, entries):
+    settings = AgentSettings(gamma=gamma, history_length=length)
+    assert settings.entries == settings.network.history_length == entries
 
 
 def test_what_is_to_come_depends_on_how_much_there_has_been_not_on_what_share_it_was():

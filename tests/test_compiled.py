@@ -43,7 +43,7 @@ def network(shape: NetworkSettings, seed: int) -> tuple[QNetwork, ItemTensors]:
             parameter += 0.3 * torch.randn(parameter.shape) * (shape.dim**-0.5 if parameter.ndim > 1 else 1.0)
         for values in (
             *made.response.buffers(),
-            *((made.stack.weights, made.stack.level) if shape.stack else ()),
+            *((made.stack.weights, made.stack.level, made.stack.slope) if shape.stack else ()),
         ):
             values += 0.3 * torch.rand(values.shape)
         if shape.stack:

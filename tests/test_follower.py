@@ -65,6 +65,17 @@ def test_taking_versions_costs_a_tenth_of_a_core_at_most(tmp_path):
         follower.stop()
 
 
+@pytest.mark.parametrize(("remembered", "warned"), [(3, True), (4, False), (None, False)])
+def test_a_server_that_remembers_less_than_weights_read_says_so_once(tmp_path, caplog, remembered, warned):
+    publish = publisher(WeightStore(tmp_path))  # they read four entries
+    follower = WeightsFollower(str(tmp_path), "stable", "target", 0.01, remembered)
+    for _ in range(2):
+        publish()
+        follower.look()
+    said = [record for record in caplog.records if "--history-length 4" in record.getMessage()]
+    assert len(said) == warned
+
+
 def refusals(reason: str) -> float:
     return REGISTRY.get_sample_value("serving_weights_refused_total", {"reason": reason}) or 0.0
 

@@ -20,8 +20,9 @@ from benchmarks.gym_bridge.recsim import CANDIDATES, RecSim, RecSimShop, known
 from benchmarks.gym_bridge.runs import run, seeded
 from benchmarks.gym_bridge.simple_agents import SIMPLE
 from benchmarks.gym_bridge.storefront import START_MS, Deed, Page, Timed, Visits
-from learner.agent import AgentSettings
+from learner.agent import Agent, AgentSettings, Update
 from learner.learner import LearnerSettings
+from learner.replay import Batch
 from serving import policy_pb2 as pb
 from streaming.schemas import Codec
 from tests.corner_shop import ITEMS, PAGES, Anything, CornerShop, CornerStorefront
@@ -394,6 +395,24 @@ def test_ours_is_judged_by_what_it_learnt_on_line():
     assert len(row["quarters"]) == 4
     assert 100 < row["score"] < 400
     assert row["cpu_ms"] > 0
+
+
+@pytest.mark.usefixtures("recsim")
+@pytest.mark.parametrize("agent", [recsim_scores.OURS, recsim_scores.STALE])
+def test_recsim_s_own_error_reads_what_is_to_come_from_the_state_before(monkeypatch, agent):
+    learnt_from = []
+    update = Agent.update
+
+    def watched(self: Agent, batch: Batch, kept: int | None = None) -> Update:
+        before, after = batch.state.item, batch.next_state.item
+        learnt_from.append(before.shape == after.shape and bool((before == after).all()))
+        return update(self, batch, kept)
+
+    monkeypatch.setattr(Agent, "update", watched)
+    preset = recsim_scores.Preset(pages=400, sessions=2)
+    recsim_scores.play(preset, agent, 3, SMALL, InProcess())
+    assert learnt_from
+    assert all(learnt_from) if agent == recsim_scores.STALE else not any(learnt_from)
 
 
 @pytest.mark.usefixtures("recsim")

@@ -71,7 +71,7 @@ def test_nothing_is_learnt_while_it_is_watched_and_learning_goes_on_afterwards()
     loop.serve(600)
     updates = loop.agent.updates
     assert updates > 0
-    loop.watch = Replay(1 << 16, agent.history_length, prioritised=False)
+    loop.watch = Replay(1 << 16, agent.entries, prioritised=False)
     loop.serve(300)
     assert loop.agent.updates == updates
     assert loop.watch.inserted > 300
@@ -84,7 +84,7 @@ def test_q_is_that_of_the_network_that_serves():
     agent = AgentSettings()
     loop = overestimation.Watched(Shop(ShopSettings(items=100, shoppers=300), 1), agent, LoopSettings(), 1)
     loop.serve(600)
-    loop.watch = Replay(1 << 16, agent.history_length, prioritised=False)
+    loop.watch = Replay(1 << 16, agent.entries, prioritised=False)
     loop.serve(300)
     with torch.no_grad():
         loop.agent.target.position.fill_(

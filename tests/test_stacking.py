@@ -12,6 +12,7 @@ from learner import stacking
 from learner.agent import Agent, AgentSettings
 from learner.answers import looks_of
 from learner.entries import going_back
+from learner.feature_levels import MOST_IN_VECTOR
 from learner.networks import score_at
 from learner.recall import NEAR
 from learner.stacking import NEWEST, PRIOR_MEAN, PRIOR_PRECISION, WIDTHS, Stack, StackFit
@@ -214,6 +215,11 @@ def test_q_counts_the_chance_that_was_set_right():
     fit, (*told, _) = agent._stack, slots(8, 5000, ITEMS + 1, width=0.3)[0]
     fit._nearest = lambda source: (source[:, None] + np.arange(NEAR, dtype=np.int32)) % (ITEMS + 1)
     fit.note(*told, np.random.default_rng(10).integers(0, ITEMS + 1, (5000, 8)))
+    slope = agent.online.stack.slope.copy_(0.1 * torch.randn(len(agent.online.stack.slope)))
+    vector = agent.items.vector
+    vector[::2] = torch.randn(vector[::2].shape)
+    assert vector.abs().max() < MOST_IN_VECTOR
+    described = torch.where((vector != 0).any(dim=1), vector @ slope[:-1] + slope[-1], 0.0)
     with torch.no_grad():
         keys = agent.online.keys(agent.items)
         state = agent._state(batch(9).state)
@@ -229,7 +235,7 @@ def test_q_counts_the_chance_that_was_set_right():
         share = (queries.back.unsqueeze(1) * (queries.choice.item.unsqueeze(1) == ids.unsqueeze(2))).sum(
             dim=2
         )
-        beside = own * share + agent.online.stack.level[ids] + answers[:, 1:]
+        beside = own * share + agent.online.stack.level[ids] + described[ids] + answers[:, 1:]
         p = torch.sigmoid(c + scale * z + beside)
         q = agent.online.value(queries) + p * (reward + agent.settings.gamma * continuation)
         torch.testing.assert_close(agent.online.q_at(queries, keys, ids), q)

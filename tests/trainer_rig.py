@@ -44,7 +44,7 @@ class Rig:
         self.learner = Learner(
             LearnerSettings(min_replay=20, replay_capacity=10_000, updates_high=0.5),
             AGENT,
-            JoinSettings(gamma=AGENT.gamma, history_length=AGENT.history_length),
+            JoinSettings(gamma=AGENT.gamma, history_length=AGENT.entries),
             Codec(),
             None,
         )

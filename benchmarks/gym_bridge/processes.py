@@ -149,7 +149,7 @@ def _server_flags(setup: Setup, seed: int, weights: Path, metrics_port: int) -> 
         "network": setup.network,
         "seed": seed,
         "weights_poll_s": 0.01,
-        "history_length": setup.agent.history_length,
+        "history_length": setup.agent.entries,
         "metrics_port": metrics_port,
     }
     for name, value in values.items():

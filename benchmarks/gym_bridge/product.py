@@ -16,10 +16,11 @@ from typing import Any, Final, Literal, Protocol
 import numpy as np
 
 from benchmarks.gym_bridge.storefront import Deed, Page, Storefront
-from learner.agent import AgentSettings
+from learner.agent import Agent, AgentSettings, Update
 from learner.exploration import GREEDY, Exploration
 from learner.learner import Learner, LearnerSettings
 from learner.policy import Candidate, Policy
+from learner.replay import Batch
 from learner.weights import Manifest, Weights
 from serving import policy_pb2 as pb
 from serving.decisions import Encoded
@@ -77,7 +78,7 @@ class Shop:
         self._codec = Codec()
         self._events = self._logged = 0
         self._recommendation_id = ""
-        self._kept, self._returning = max(KEPT, setup.agent.history_length), returning
+        self._kept, self._returning = max(KEPT, setup.agent.entries), returning
         self._histories: dict[str, deque[pb.HistoryEntry]] = {}
         self._meet("")
         loop.start(storefront, setup, seed)
@@ -164,12 +165,22 @@ def _candidate(candidate: Candidate) -> pb.Candidate:
     )
 
 
+class Stale(Agent):
+    """With the error of RecSim 0.2.4's own SlateQ: what is to come after a step is read from the state before it
+    (slate_decomp_q_agent.py, `_build_networks`: the target network's input is `_replay.states`)."""
+
+    def update(self, batch: Batch, kept: int | None = None) -> Update:
+        """See Agent."""
+        return super().update(batch._replace(next_state=batch.state), kept)
+
+
 class InProcess:
     """The product's parts in one thread: its learner, its view and its service, with a list for a log."""
 
     def __init__(self) -> None:
         self.cpu_s = 0.0
         self.held = False  # True: the version in use stays, whatever is learnt
+        self.stale = False  # before it starts: with an agent that is `Stale`
 
     def start(self, storefront: Storefront, setup: Setup, seed: int) -> None:
         """See Loop."""
@@ -179,11 +190,13 @@ class InProcess:
             rewards=storefront.rewards,
             horizon=storefront.horizon,
             gamma=agent.gamma,
-            history_length=agent.history_length,
+            history_length=agent.entries,
         )
         self.learner = Learner(setup.learner, agent, join, codec, partitions=1)
+        if self.stale:
+            self.learner.agent = Stale(agent, seed=setup.learner.seed)
         self.learner.assign({0: 0})
-        self._codec, self._view = codec, View(ViewConfig(history_length=agent.history_length), codec)
+        self._codec, self._view = codec, View(ViewConfig(history_length=agent.entries), codec)
         self.weights = _Weights(setup.network)
         self._waiting: list[bytes] = []  # records of the chunk that is not full yet
         self._viewed = 0  # of these, in the view

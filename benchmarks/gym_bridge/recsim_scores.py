@@ -13,12 +13,13 @@ from typing import Any, Final
 
 import numpy as np
 
-from benchmarks.gym_bridge.product import Loop, Setup, Shop
+from benchmarks.gym_bridge.product import InProcess, Loop, Setup, Shop
 from benchmarks.gym_bridge.recsim import Myopic, RandomVideos, RecSim, RecSimShop, WhiteBox
 from benchmarks.gym_bridge.storefront import Timed, Visits
 from learner.agent import AgentSettings
 
 OURS: Final = "ours"
+STALE: Final = "ours, next states as in RecSim's SlateQ"
 FRESH: Final = 10_000_000  # number of the first fresh session
 
 
@@ -27,7 +28,9 @@ class Preset:
     """How long to learn, and how to judge."""
 
     by_topic: bool = False  # see RecSimShop
-    gamma: float = 0.997  # how far ahead counts, which a shop sets: an evening is 70 to 150 pages
+    gamma: float = (
+        0.999  # how far ahead counts, which a shop sets: an evening is 70 to 150 pages, and all of it counts
+    )
     pages: int = 300_000  # shown on line
     sessions: int = 5000  # judged
 
@@ -41,7 +44,7 @@ PRESETS: Final = {
 
 def agents(preset: str) -> list[str]:
     """All that can be compared, ours first."""
-    return [OURS, "random", "myopic", "white box"]
+    return [OURS, STALE, "random", "myopic", "white box"]
 
 
 def run(preset: str, agent: str, seed: int, setup: Setup, loop: Loop) -> dict[str, Any]:
@@ -56,7 +59,10 @@ def play(about: Preset, agent: str, seed: int, setup: Setup, loop: Loop) -> dict
         setup = replace(setup, agent=replace(setup.agent, gamma=about.gamma))
     live: list[float] = []
     pages, live_s = 0, 0.0
-    if agent == OURS:
+    if agent in (OURS, STALE):
+        if agent == STALE:
+            assert isinstance(loop, InProcess)
+            loop.stale = True
         made = Shop(loop, storefront, setup, seed)
         visits = Visits(environment, storefront, made)
         while pages < about.pages:

@@ -1,0 +1,105 @@
+"""How well items do with all, by what describes them: a Bayesian logistic regression on their dense vectors.
+
+    level(a) = level_a + Σ_j θ_j (x_aj - x̄_j)        θ_j ~ N(0, τ_j² / s_j²)        x̄, s: over the slots that were shown
+
+x_a is the item's vector; without one there is level_a alone. A network comes to what a feature says of an item's
+chances by small steps, through a tower that has to say everything else, too; and an item that comes once has no level
+of its own. Each feature has a width, which goes where the evidence is (automatic relevance determination: MacKay 1994),
+
+    τ_j² ← θ_j² + Var θ_j        in units of s_j
+
+one step at each fit: features that tell nothing are forgotten, and one that tells much is let go as far as it does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+FIRST_WIDTH: Final = 0.01  # τ² before anything is known, log-odds squared
+WIDTHS: Final = (1e-6, 10.0)  # that it stays within
+MOST_IN_VECTOR: Final = 10.0  # of a number in an item's vector: what is further from zero counts as this
+_STEPS: Final = 2  # of Newton at each fit: the next goes on from there
+_FURTHEST: Final = 1.0  # that any θ moves in one, log-odds
+
+Floats = npt.NDArray[np.float64]
+Vectors = npt.NDArray[np.float32]
+
+
+class FeatureFit:
+    """Learns θ."""
+
+    def __init__(self, size: int) -> None:
+        """size: of the vectors."""
+        self.slope = np.zeros(size)  # θ, in log-odds for each s
+        self.width = np.full(size, FIRST_WIDTH)  # τ²
+        self.mean, self.scale = np.zeros(size), np.ones(size)  # x̄, s
+
+    @property
+    def served(self) -> npt.NDArray[np.float32]:
+        """[size + 1] what to multiply (x, 1) with."""
+        slope = self.slope / self.scale
+        return np.append(slope, -slope @ self.mean).astype(np.float32)
+
+    def of(self, vectors: Vectors) -> Floats:
+        """What θ says of items of these vectors, [T]; 0 of one without."""
+        if not self.slope.any():
+            return np.zeros(len(vectors))
+        served = self.served
+        said = clipped(vectors) @ served[:-1] + served[-1]
+        return np.where(vectors.any(axis=1), said, 0.0).astype(np.float64)
+
+    def settle(self, vectors: Vectors, log_odds: Floats, chosen: npt.NDArray[np.bool_]) -> Floats:
+        """Fit θ to what came of T slots, from where it stands, and the widths to it. log_odds: [T] without θ's part.
+        Returns what θ says now, [T]."""
+        described = vectors.any(axis=1)
+        if not described.any():
+            return np.zeros(len(vectors))
+        x = clipped(vectors[described])
+        mean, scale = x.mean(axis=0, dtype=np.float64), x.std(axis=0, dtype=np.float64)
+        varies = np.flatnonzero(scale > 1e-6)
+        raw = self.slope / self.scale
+        self.mean, self.scale = mean, np.where(scale > 1e-6, scale, 1.0)
+        self.slope = np.zeros_like(raw)
+        self.slope[varies] = raw[varies] * self.scale[varies]
+        x = ((x[:, varies] - mean[varies]) / scale[varies]).astype(np.float32)
+        beside, came = log_odds[described], chosen[described]
+        theta, prior = self.slope[varies], 1.0 / self.width[varies]
+        for _ in range(_STEPS):
+            p = 1.0 / (1.0 + np.exp(-(beside + x @ theta.astype(np.float32))))
+            told = (p * (1.0 - p)).astype(np.float32)
+            curvature = (x.T @ (x * told[:, None])).astype(np.float64) + np.diag(prior)
+            pull = (came - p).astype(np.float32) @ x - prior * theta
+            theta = theta + np.clip(np.linalg.solve(curvature, pull), -_FURTHEST, _FURTHEST)
+        self.slope[varies] = theta
+        self.width[varies] = np.clip(theta**2 + np.diag(np.linalg.inv(curvature)), *WIDTHS)
+        said = np.zeros(len(vectors))
+        said[described] = x @ theta.astype(np.float32)
+        return said
+
+    def state(self) -> dict[str, Floats]:
+        """Everything, exactly. Copies."""
+        return {name: getattr(self, name).copy() for name in _STATE}
+
+    def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Go back to what `state` gave.
+
+        Raises: ValueError when it is of another size.
+        """
+        for name in _STATE:
+            if state[name].shape != self.slope.shape:
+                raise ValueError(
+                    f"{name} is {state[name].shape}, this agent's is {self.slope.shape}: settings differ"
+                )
+            setattr(self, name, np.array(state[name], np.float64))
+
+
+def clipped(vectors: Vectors) -> Vectors:
+    """As they count."""
+    return np.clip(vectors, -MOST_IN_VECTOR, MOST_IN_VECTOR)
+
+
+_STATE: Final = ("slope", "width", "mean", "scale")
