@@ -38,7 +38,7 @@ from streaming.schemas import Codec, SchemaError, frame_of
 from streaming.transitions import Joined, Rejects
 
 STATE_FORMAT: Final = 13
-READABLE_FORMATS: Final = (12,)
+READABLE_FORMATS: Final = (STATE_FORMAT,)
 
 
 class CannotContinue(Exception):
