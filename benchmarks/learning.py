@@ -193,12 +193,13 @@ class Loop:
 
 
 def histories(turn: Turn, length: int) -> Histories:
-    """The turn's histories as states: what `Policy.encode` makes of their newest `length` entries."""
+    """The turn's histories as states of `length` entries, as `Policy.encode` makes them of what the shop remembers."""
     past = turn.history
     age_s = np.maximum(turn.timestamp_ms[:, None] - past.timestamp_ms, 0) / 1000.0
     real = past.item >= 0
     whole = Histories(past.item + np.int32(1), past.name, (age_s * real).astype(np.float32), past.value)
-    return Histories(*(np.ascontiguousarray(column[:, :length]) for column in whole))
+    more = max(0, length - past.item.shape[1])
+    return Histories(*(np.pad(column[:, :length], ((0, 0), (0, more))) for column in whole))
 
 
 class Learnt(NamedTuple):

@@ -1,14 +1,17 @@
 """How well items do with all, by what describes them: a Bayesian logistic regression on their dense vectors.
 
-    level(a) = level_a + Σ_j θ_j (x_aj - x̄_j)        θ_j ~ N(0, τ_j² / s_j²)        x̄, s: over the slots that were shown
+    level(a) = level_a + Σ_j θ_j (x_aj - x̄_j)        θ_j ~ N(0, τ_j² / s_j²)
 
-x_a is the item's vector; without one there is level_a alone. A network comes to what a feature says of an item's
-chances by small steps, through a tower that has to say everything else, too; and an item that comes once has no level
-of its own. Each feature has a width, which goes where the evidence is (automatic relevance determination: MacKay 1994),
+x_a is the item's vector, x̄ and s are mean and deviation of those of the slots that θ is fitted to; without a vector
+there is level_a alone. A network comes to what a feature says of an item's chances by small steps, through a tower that
+has to say everything else, too; and an item that comes once has no level of its own. Each feature has a width, which
+goes where the evidence is (automatic relevance determination: MacKay 1994),
 
     τ_j² ← θ_j² + Var θ_j        in units of s_j
 
-one step at each fit: features that tell nothing are forgotten, and one that tells much is let go as far as it does.
+a step each time that it is fitted: features that tell nothing are forgotten, and one that tells much is let go as far
+as it does. A tag that fewer than `FEW` slots carry is left alone, as items and pairs are, since any luck explains it;
+and no vector says more than `MOST_SAID`, however unlike those of the slots it is.
 """
 
 from __future__ import annotations
@@ -19,10 +22,14 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from learner.answer_fit import FEW
+
 FIRST_WIDTH: Final = 0.01  # τ² before anything is known, log-odds squared
 WIDTHS: Final = (1e-6, 10.0)  # that it stays within
 MOST_IN_VECTOR: Final = 10.0  # of a number in an item's vector: what is further from zero counts as this
-_STEPS: Final = 2  # of Newton at each fit: the next goes on from there
+MOST_SAID: Final = 3.0  # of an item, log-odds
+_STEPS: Final = 2  # of Newton, each time: the next goes on from there
+_ALIKE: Final = 1e-6  # standard deviation of what never varies
 _FURTHEST: Final = 1.0  # that any θ moves in one, log-odds
 
 Floats = npt.NDArray[np.float64]
@@ -49,23 +56,26 @@ class FeatureFit:
         if not self.slope.any():
             return np.zeros(len(vectors))
         served = self.served
-        said = clipped(vectors) @ served[:-1] + served[-1]
+        said = np.clip(clipped(vectors) @ served[:-1] + served[-1], -MOST_SAID, MOST_SAID)
         return np.where(vectors.any(axis=1), said, 0.0).astype(np.float64)
 
-    def settle(self, vectors: Vectors, log_odds: Floats, chosen: npt.NDArray[np.bool_]) -> Floats:
-        """Fit θ to what came of T slots, from where it stands, and the widths to it. log_odds: [T] without θ's part.
-        Returns what θ says now, [T]."""
+    def settle(self, vectors: Vectors, log_odds: Floats, chosen: npt.NDArray[np.bool_]) -> None:
+        """Fit θ to what came of T slots, from where it stands, and the widths to it. log_odds: [T] without θ's part."""
         described = vectors.any(axis=1)
         if not described.any():
-            return np.zeros(len(vectors))
+            return
         x = clipped(vectors[described])
         mean, scale = x.mean(axis=0, dtype=np.float64), x.std(axis=0, dtype=np.float64)
-        varies = np.flatnonzero(scale > 1e-6)
         raw = self.slope / self.scale
-        self.mean, self.scale = mean, np.where(scale > 1e-6, scale, 1.0)
+        self.mean, self.scale = mean, np.where(scale > _ALIKE, scale, 1.0)
+        x = ((x - self.mean) / self.scale).astype(np.float32)
+        fourth = np.square(np.square(x)).sum(axis=0, dtype=np.float64)
+        varies = np.flatnonzero(
+            (scale > _ALIKE) & (len(x) ** 2 >= FEW * fourth)
+        )  # of a tag on k slots it is T² / k
         self.slope = np.zeros_like(raw)
         self.slope[varies] = raw[varies] * self.scale[varies]
-        x = ((x[:, varies] - mean[varies]) / scale[varies]).astype(np.float32)
+        x = x[:, varies]
         beside, came = log_odds[described], chosen[described]
         theta, prior = self.slope[varies], 1.0 / self.width[varies]
         for _ in range(_STEPS):
@@ -76,9 +86,6 @@ class FeatureFit:
             theta = theta + np.clip(np.linalg.solve(curvature, pull), -_FURTHEST, _FURTHEST)
         self.slope[varies] = theta
         self.width[varies] = np.clip(theta**2 + np.diag(np.linalg.inv(curvature)), *WIDTHS)
-        said = np.zeros(len(vectors))
-        said[described] = x @ theta.astype(np.float32)
-        return said
 
     def state(self) -> dict[str, Floats]:
         """Everything, exactly. Copies."""

@@ -328,6 +328,12 @@ class Learner:
                 f"the checkpoint is of format {state['format']}, this version reads {READABLE_FORMATS}; "
                 "use the version that wrote it, or an empty --data-dir"
             )
+        entries, saved = self.agent.settings.entries, int(parts["replay/state"]["history_length"])
+        if saved != entries:
+            raise CannotContinue(
+                f"the checkpoint's states have {saved} entries, and --history-length, or what follows from --gamma, "
+                f"asks for {entries}; start with --history-length {saved}, or with an empty --data-dir"
+            )
         try:
             self.journal.restore(parts["journal"])
             self.vocabulary.restore(parts["vocabulary"])

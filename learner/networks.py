@@ -134,7 +134,7 @@ class Shelf(NamedTuple):
     tower: Tensor  # [N, d] ψ(a)
     bias: Tensor  # [N] by id, of organic interest
     own: Tensor  # [N, d + 1] by id, of learner.response
-    level: Tensor  # [N] by id, of learner.stacking
+    level: Tensor  # [N] of learner.stacking: by id, and by what the vector says
     category: Tensor  # [N] int64 bucket, 0 unknown
 
 

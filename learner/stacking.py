@@ -30,7 +30,7 @@ from torch.nn import functional
 
 from learner.answer_fit import FEW, AnswerFit, Looks, Nearest, Pairs, sums
 from learner.answers import READ, Pulls, Table, looks_of, no_pairs, pulls_of
-from learner.feature_levels import MOST_IN_VECTOR, FeatureFit, Vectors
+from learner.feature_levels import MOST_IN_VECTOR, MOST_SAID, FeatureFit, Vectors
 
 NEWEST: Final = 1 << 17  # slots that are kept to fit to
 OFTEN: Final = (512, 32)  # fitted anew after so many slots, or a share (1 in) of all kept, whichever is more
@@ -74,10 +74,10 @@ class Stack(nn.Module):
 
     def levels(self, level: Tensor, vector: Tensor) -> Tensor:
         """How well items do with all, [M]: their own levels [M], and what their vectors [M, vector_dim] say."""
-        if not bool(self.slope.any()):
+        if self.slope.device.type == "cpu" and not bool(self.slope.any()):  # elsewhere to ask takes longer
             return level
         said = vector.clamp(-MOST_IN_VECTOR, MOST_IN_VECTOR) @ self.slope[:-1] + self.slope[-1]
-        return level + said * (vector != 0).any(dim=1)
+        return level + said.clamp(-MOST_SAID, MOST_SAID) * (vector != 0).any(dim=1)
 
     def answers(self, item: Tensor, ids: Tensor | None = None) -> Pulls | None:
         """What histories add by the items near theirs. See `pulls_of`."""

@@ -33,7 +33,7 @@ from streaming.interning import Vocabulary
 
 logger = logging.getLogger(__name__)
 
-FORMAT: Final = "bellwether-weights/4"
+FORMAT: Final = "bellwether-weights/5"
 CHUNK: Final = 8192  # item ids in one vocabulary file; all but the last file of a vocabulary are full
 
 

@@ -127,7 +127,7 @@ class WeightsFollower:
         if remembered is not None and remembered < read and (before is None or before.history_length != read):
             logger.warning(
                 "these weights read the newest %d entries of a history, and this server remembers %d of each user: "
-                "start it with --history-length %d, or let requests bring histories",
+                "start it with --history-length %d, or let requests bring histories as long",
                 *(read, remembered, read),
             )
 

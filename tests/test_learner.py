@@ -1,5 +1,6 @@
 """The learner's mind: what it becomes depends on the records and their order, not on cuts or restarts."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 from learner.agent import MEETINGS, AgentSettings
 from learner.checkpoint import KEEP, decode, encode
-from learner.learner import CannotContinue, Learner, LearnerSettings
+from learner.learner import READABLE_FORMATS, CannotContinue, Learner, LearnerSettings
 from streaming.chunks import rows
 from streaming.join_settings import JoinSettings
 from streaming.log import RecordBatch, open_log
@@ -19,7 +20,7 @@ SETTINGS = LearnerSettings(min_replay=200, updates_high=0.05, replay_capacity=50
 
 
 def new_learner(settings=SETTINGS, agent=AGENT, horizon="session"):
-    join = JoinSettings(gamma=agent.gamma, history_length=agent.history_length, horizon=horizon)
+    join = JoinSettings(gamma=agent.gamma, history_length=agent.entries, horizon=horizon)
     learner = Learner(settings, agent, join, Codec(), 2)
     learner.assign({0: 0, 1: 0})
     return learner
@@ -111,8 +112,17 @@ def test_a_batch_counts_for_its_share_of_replay(records):
 def test_a_checkpoint_of_another_version_is_refused():
     _, parts = new_learner().snapshot()
     parts["learner"]["format"] = 3
-    with pytest.raises(CannotContinue, match=r"is of format 3, this version reads \(12,\); use the version"):
+    reads = re.escape(str(READABLE_FORMATS))
+    with pytest.raises(CannotContinue, match=rf"is of format 3, this version reads {reads}; use the version"):
         new_learner().restore(parts)
+
+
+def test_a_checkpoint_with_states_of_another_length_names_what_asks_for_them():
+    near = new_learner(agent=replace(AGENT, history_length=0, gamma=0.97))
+    said = r"32 entries, and .*--gamma, asks for 96; start with --history-length 32"
+    with pytest.raises(CannotContinue, match=said):
+        restored(near, agent=replace(AGENT, history_length=0, gamma=0.99))
+    restored(near, agent=replace(AGENT, history_length=32, gamma=0.99))
 
 
 def test_taking_a_snapshot_changes_nothing(records):

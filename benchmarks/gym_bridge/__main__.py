@@ -100,11 +100,13 @@ def options_from(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--json", type=Path, help="append one line of JSON here")
     options = parser.parse_args(arguments)
     check_changes(parser, options.set, AgentSettings(), LearnerSettings())
-    possible = world_of(options.preset).agents(options.preset)
+    world = world_of(options.preset)
+    compared = world.agents(options.preset)
+    possible = [*compared, *world.ABLATIONS]
     for agent in options.agent:
         if agent not in possible:
             parser.error(f"--agent {agent}: must be one of {', '.join(possible)}")
-    options.agent = options.agent or (["ours"] if options.processes else possible)
+    options.agent = options.agent or (["ours"] if options.processes else compared)
     if options.processes and options.agent != ["ours"]:
         parser.error("--processes: for --agent ours")
     return options

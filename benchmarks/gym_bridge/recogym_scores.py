@@ -22,6 +22,7 @@ from benchmarks.gym_bridge.storefront import Paid, Timed, Visits
 from simulator.figures import over_seeds, ratio_interval
 
 OURS: Final = "ours"
+ABLATIONS: Final = ()
 FROZEN: Final = "ours, frozen at the change"
 HOURLY: Final = "ours, renewed hourly"
 USERS_AN_HOUR: Final = 500  # what "hourly" means here

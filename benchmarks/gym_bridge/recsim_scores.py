@@ -19,7 +19,8 @@ from benchmarks.gym_bridge.storefront import Timed, Visits
 from learner.agent import AgentSettings
 
 OURS: Final = "ours"
-STALE: Final = "ours, next states as in RecSim's SlateQ"
+STALE: Final = "stale"  # ours, with the error of RecSim's own SlateQ: see product.Stale
+ABLATIONS: Final = (STALE,)  # for who asks for them
 FRESH: Final = 10_000_000  # number of the first fresh session
 
 
@@ -44,7 +45,7 @@ PRESETS: Final = {
 
 def agents(preset: str) -> list[str]:
     """All that can be compared, ours first."""
-    return [OURS, STALE, "random", "myopic", "white box"]
+    return [OURS, "random", "myopic", "white box"]
 
 
 def run(preset: str, agent: str, seed: int, setup: Setup, loop: Loop) -> dict[str, Any]:
