@@ -70,9 +70,8 @@ class FeatureFit:
         self.mean, self.scale = mean, np.where(scale > _ALIKE, scale, 1.0)
         x = ((x - self.mean) / self.scale).astype(np.float32)
         fourth = np.square(np.square(x)).sum(axis=0, dtype=np.float64)
-        varies = np.flatnonzero(
-            (scale > _ALIKE) & (len(x) ** 2 >= FEW * fourth)
-        )  # of a tag on k slots it is T² / k
+        # of a tag that k slots carry the fourth powers come to T² / k
+        varies = np.flatnonzero((scale > _ALIKE) & (len(x) ** 2 >= FEW * fourth))
         self.slope = np.zeros_like(raw)
         self.slope[varies] = raw[varies] * self.scale[varies]
         x = x[:, varies]
@@ -89,7 +88,7 @@ class FeatureFit:
 
     def state(self) -> dict[str, Floats]:
         """Everything, exactly. Copies."""
-        return {name: getattr(self, name).copy() for name in _STATE}
+        return {f"features.{name}": getattr(self, name).copy() for name in _STATE}
 
     def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """Go back to what `state` gave.
@@ -97,11 +96,12 @@ class FeatureFit:
         Raises: ValueError when it is of another size.
         """
         for name in _STATE:
-            if state[name].shape != self.slope.shape:
+            value = state[f"features.{name}"]
+            if value.shape != self.slope.shape:
                 raise ValueError(
-                    f"{name} is {state[name].shape}, this agent's is {self.slope.shape}: settings differ"
+                    f"{name} is {value.shape}, this agent's is {self.slope.shape}: settings differ"
                 )
-            setattr(self, name, np.array(state[name], np.float64))
+            setattr(self, name, value.copy())
 
 
 def clipped(vectors: Vectors) -> Vectors:

@@ -174,8 +174,8 @@ class StackFit:
         ids, of = _without(ids, of, shown < FEW)
         z = self._z[kept].astype(np.float64)
         middle = float(z.mean())
-        features = np.ones((len(z), 3))
-        features[:, 1], features[:, 2] = z - middle, self._back[kept]
+        columns = np.ones((len(z), 3))  # what c, κ and ω count
+        columns[:, 1], columns[:, 2] = z - middle, self._back[kept]
         c, scale, own = self.stack.weights.tolist()
         start = np.array([c - middle * (1 - scale), scale, own])
         level = self.stack.level.cpu().numpy()[ids].astype(np.float64)
@@ -191,13 +191,13 @@ class StackFit:
         for _ in range(ROUNDS if len(entered.answer) else 1):
             beside = entered.pairs.sums(entered.answer, len(z))
             found = {
-                width: _mode(features, middle + beside + told, of, chosen, WIDTHS[width], start, level)
+                width: _mode(columns, middle + beside + told, of, chosen, WIDTHS[width], start, level)
                 for width in near
             }
             self.width = max(found, key=lambda width: (found[width].evidence, -width))
             best, near = found[self.width], {self.width}
             start, level = best.weights, best.level
-            log_odds = middle + features @ start + np.append(level, 0.0)[of] + beside
+            log_odds = middle + columns @ start + np.append(level, 0.0)[of] + beside
             self.features.settle(vectors[newest], log_odds[newest], chosen[newest])
             told = self.features.of(vectors)
             settled = self.answers.settle(entered, log_odds + told, chosen)
@@ -234,7 +234,7 @@ class StackFit:
             "level": self.stack.level[:rows].cpu().numpy().copy(),
             "information": self._information[:rows].copy(),
             **self.answers.state(),
-            **{f"features.{name}": value for name, value in self.features.state().items()},
+            **self.features.state(),
             **{name: getattr(self, f"_{name}")[kept].copy() for name in _RING},
         }
 
@@ -247,13 +247,7 @@ class StackFit:
         self._information[:] = 0.0
         self._information[: len(state["information"])] = state["information"]
         self.answers.restore(state)
-        self.features.restore(
-            {
-                name.removeprefix("features."): value
-                for name, value in state.items()
-                if name.startswith("features.")
-            }
-        )
+        self.features.restore(state)
         self.stack.slope.copy_(torch.from_numpy(self.features.served))
         self._hand_over(*Table._fields)
         for name in _RING:

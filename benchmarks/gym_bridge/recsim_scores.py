@@ -29,9 +29,7 @@ class Preset:
     """How long to learn, and how to judge."""
 
     by_topic: bool = False  # see RecSimShop
-    gamma: float = (
-        0.999  # how far ahead counts, which a shop sets: an evening is 70 to 150 pages, and all of it counts
-    )
+    gamma: float = 0.999  # how far ahead counts, which a shop sets: all of an evening, of 70 to 150 pages
     pages: int = 300_000  # shown on line
     sessions: int = 5000  # judged
 
