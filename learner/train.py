@@ -434,7 +434,8 @@ class Trainer:
         watermarks = {p: joiner.watermark_ms(p) for p in joiner.partitions}
         # what is parked is there and not read, whatever the last look at the log said
         lag = self._watch.lag(position) | dict.fromkeys(self._intake.parked, 1)
-        due = self._idle.due(watermarks, lag, asked_s)
+        doubted = [partition for partition in joiner.partitions if joiner.may_be_put_back(partition)]
+        due = self._idle.due(watermarks, lag, asked_s, doubted)
         if due:
             self._metrics.transitions.inc(self._learner.advance(due, position))
 

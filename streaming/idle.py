@@ -1,15 +1,16 @@
 """Quiet partitions: up to which event time they count as complete, so that visits end where nothing more comes.
 
 A partition is idle when nothing came for a while though all of it was read. It then follows the slowest of those
-that are not. Where all are idle, in one whose newest record was about as old as its event, a live shop's, event time
-passes as fast as ours; simulated or replayed time has nothing to do with it, and stands still. Only a monotonic clock
-is asked how long: a wall clock that is set wrong, and right again, must end nobody's visit. And only a log that answers
-is silent: what it got while it was away, or we were, may come yet, so that all silence begins anew after that.
+that are not, of whose clocks there is no doubt. Where there are none, in one whose newest record was about as old as
+its event, a live shop's, event time passes as fast as ours; simulated or replayed time has nothing to do with it, and
+stands still. Only a monotonic clock is asked how long: a wall clock that is set wrong, and right again, must end
+nobody's visit. And only a log that answers is silent: what it got while it was away, or we were, may come yet, so that
+all silence begins anew after that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -49,12 +50,17 @@ class IdleClock:
                 state.live = abs(behind_ms) <= LIVE_MS
 
     def due(
-        self, watermark_ms: Mapping[int, int | None], lag: Mapping[int, int], asked_s: float
+        self,
+        watermark_ms: Mapping[int, int | None],
+        lag: Mapping[int, int],
+        asked_s: float,
+        doubted: Collection[int] = (),
     ) -> dict[int, int]:
         """Event times that idle partitions may be advanced to.
 
         watermark_ms: of every partition read; None: nothing came yet. lag: records that are there and not read.
         asked_s: monotonic seconds at which the log was asked for the latter; of what came since it says nothing.
+        doubted: partitions whose clocks may yet be put back; whoever followed one could be far in the future for good.
         """
         if self._asked_s is not None and asked_s - self._asked_s > max(AWAY_S, self._timeout_s):
             for each in self._partitions.values():
@@ -63,7 +69,7 @@ class IdleClock:
         idle = {
             p for p in watermark_ms if lag.get(p, 0) == 0 and self._silence_s(p, asked_s) >= self._timeout_s
         }
-        busy = [at for p, at in watermark_ms.items() if p not in idle and at is not None]
+        busy = [at for p, at in watermark_ms.items() if at is not None and p not in idle and p not in doubted]
         target = min(busy) if busy else None
         due = {}
         for partition in idle:

@@ -15,6 +15,8 @@ FUTURE_STAMPED: Final = COUNTERS.index("future_stamped")
 CLOCK_JUMPS: Final = COUNTERS.index("clock_jumps")
 CLOCK_RESETS: Final = COUNTERS.index("clock_resets")
 DEDUP_CUT_SHORT: Final = COUNTERS.index("dedup_cut_short")
+BY_MANY: Final = 1  # the clock jumped by a run of records of several users, or was advanced from outside
+LEAD: Final = 2  # one user alone took it further than others bear out
 
 
 # --- the watermark ---------------------------------------------------------------------------------------
@@ -28,11 +30,9 @@ def set_high(t: Tables, high_ms: int) -> None:
     c.high_ms = high_ms
     c.target_ms = max(c.watermark_ms, high_ms - t.rules.delay_ms)
     epoch = high_ms // t.rules.dedup_ms
-    if epoch > c.epoch:
+    if epoch > c.epoch and not jumped_lately(t):  # else it may be put back, and copies of before come yet
         swap_ids(t)
-        if epoch > c.epoch + 1:
-            map_clear(older_ids(t))
-    c.epoch = epoch
+        c.epoch = epoch
 
 
 @part
@@ -88,6 +88,7 @@ def reset(t: Tables, high_ms: int) -> None:
     c.watermark_ms = high_ms - t.rules.delay_ms
     c.target_ms = c.watermark_ms
     c.epoch = high_ms // t.rules.dedup_ms
+    c.others_ms = high_ms
     for sequence in range(c.steps_head, c.steps_tail):
         step = t.steps[sequence & (len(t.steps) - 1)]
         step.kept_from_ms = min(step.kept_from_ms, c.watermark_ms)
@@ -109,6 +110,8 @@ def follow(t: Tables, user: np.uint64, timestamp_ms: int) -> None:
     c = t.clock[0]
     if c.started == 0:
         c.settled = 1
+        c.lead_user = user
+        c.others_ms = timestamp_ms
         set_high(t, timestamp_ms)
     elif timestamp_ms > c.high_ms + t.rules.jump_ms:
         t.counters[FUTURE_STAMPED] += 1
@@ -123,18 +126,61 @@ def follow(t: Tables, user: np.uint64, timestamp_ms: int) -> None:
         if c.ahead_count >= JUMP and c.ahead_mixed:
             t.counters[CLOCK_JUMPS] += 1
             c.ahead_count = 0
-            if not jumped_lately(t):
-                c.jumped_from_ms = c.high_ms
-            c.jumped = 1
-            c.jumped_to_ms = c.ahead_ms
+            jump(t, c.ahead_ms)
+            c.lead_user = user
+            c.others_ms = c.ahead_ms
             set_high(t, c.ahead_ms)
     else:
         c.ahead_count = 0
+        leads = user == c.lead_user
         if not disputes(t, timestamp_ms):
-            c.behind_count = 0
+            if not (leads and c.jumped == LEAD):  # who took the clock there is no witness for it
+                c.behind_count = 0
             c.settled = min(c.settled + 1, JUMP)
+        if leads:
+            take_ahead(t, timestamp_ms)
+        else:
+            hear_another(t, user, timestamp_ms)
         if timestamp_ms > c.high_ms:
             set_high(t, timestamp_ms)
+
+
+@part
+def take_ahead(t: Tables, timestamp_ms: int) -> None:
+    """Who took the clock as far as it is takes it on: further than others bear out, it has jumped."""
+    c = t.clock[0]
+    if timestamp_ms <= max(c.high_ms, c.others_ms + t.rules.jump_ms):
+        return
+    lately = jumped_lately(t)
+    if lately and c.jumped == BY_MANY:
+        return
+    if not lately:
+        c.jumped_from_ms = c.others_ms
+    c.jumped = LEAD
+    c.jumped_to_ms = timestamp_ms
+
+
+@part
+def hear_another(t: Tables, user: np.uint64, timestamp_ms: int) -> None:
+    """A record on time of another user: it says how far time has come, too."""
+    c = t.clock[0]
+    if c.jumped == LEAD and timestamp_ms >= c.high_ms - t.rules.jump_ms:
+        c.jumped = 0  # it bears the leader out
+    if timestamp_ms > c.high_ms:
+        c.lead_user = user
+        c.others_ms = c.high_ms
+    else:
+        c.others_ms = max(c.others_ms, timestamp_ms)
+
+
+@part
+def jump(t: Tables, high_ms: int) -> None:
+    """The clock is about to jump to there; it may be put back to where it is."""
+    c = t.clock[0]
+    if not jumped_lately(t):
+        c.jumped_from_ms = c.high_ms
+    c.jumped = BY_MANY
+    c.jumped_to_ms = high_ms
 
 
 @part
@@ -147,7 +193,10 @@ def advance(t: Tables, watermark_ms: int) -> None:
     if c.ahead_count > 0 and c.ahead_ms <= high_ms + t.rules.jump_ms:
         high_ms = max(high_ms, c.ahead_ms)
         c.ahead_count = 0
+    if c.started and high_ms > c.high_ms + t.rules.jump_ms:
+        jump(t, high_ms)  # who says so may be wrong
     set_high(t, high_ms)
+    c.others_ms = high_ms
 
 
 # --- ids seen --------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ COUNTERS: Final = (
     "misplaced",  # rows whose key belongs to another partition: the producer's partitioner is wrong
     "future_stamped",  # rows too far ahead to move the clock
     "clock_jumps",  # runs of future-stamped rows that were believed
-    "clock_resets",  # wild clocks undone: a first row's, or one that was believed to have jumped
+    "clock_resets",  # wild clocks undone: a first row's, one believed to have jumped, or that one user took along
     "dedup_cut_short",  # a dedup generation filled up before its window was over: raise max_ids
     "attributed_by_id",  # items of events: found by their recommendation_id
     "attributed_by_item",  # items of events: found by the newest step that showed them

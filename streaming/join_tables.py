@@ -48,10 +48,12 @@ CLOCK: Final = np.dtype(
             "behind_count",  # the same for records that dispute the clock, with their newest time
             "behind_ms",
             "behind_mixed",
-            "jumped",  # 1: it did, lately maybe, from here to there
+            "jumped",  # lately maybe, from here to there: BY_MANY, or by one user's LEAD
             "jumped_from_ms",
             "jumped_to_ms",
-            "epoch",  # number of the dedup window
+            "others_ms",  # newest time that a record of others says than of the user who leads
+            "epoch",  # number of the dedup window,
+            "dedup_ms",  # and how long they are
             "newer",  # which of ids_a, ids_b is the newer generation
             "users_end",  # slots ever used
             "users_free",  # head of the free list
@@ -71,7 +73,7 @@ CLOCK: Final = np.dtype(
             "need",  # how many more entries the table that is short must take
         )
     ]
-    + [("ahead_user", np.uint64), ("behind_user", np.uint64)]
+    + [("ahead_user", np.uint64), ("behind_user", np.uint64), ("lead_user", np.uint64)]
 )
 USER: Final = np.dtype(
     [
@@ -297,6 +299,7 @@ def new_tables(settings: JoinSettings, out: Out) -> Tables:
     clock = np.zeros(1, CLOCK)
     clock["watermark_ms"] = clock["target_ms"] = -NEVER
     clock["users_free"] = clock["rows_free"] = NONE
+    clock["dedup_ms"] = rules_of(settings).dedup_ms
     length = settings.history_length
     return Tables(
         clock,
@@ -473,7 +476,8 @@ def load(state: Mapping[str, Array], settings: JoinSettings, out: Out) -> Tables
         raise ValueError(f"the state has {users} users, max_users is {settings.max_users}; raise it")
     t = new_tables(settings, out)
     for name in CLOCK.names or ():
-        t.clock[name] = state[f"clock.{name}"]
+        if f"clock.{name}" in state:  # some were added since
+            t.clock[name] = state[f"clock.{name}"]
     t.counters[: len(state["counters"])] = state["counters"]  # counters may have been added since
     t = t._replace(
         users=_load_fields(state, "users", USER, users, t.users),
@@ -483,6 +487,7 @@ def load(state: Mapping[str, Array], settings: JoinSettings, out: Out) -> Tables
         ids_a=_id_set(state["ids_a"]),
         ids_b=_id_set(state["ids_b"]),
     )
+    t = _in_windows(t)
     for slot in np.flatnonzero(t.users["timer"][:users] != NONE):
         map_put(t.user_slots, t.users["hash"][slot], int(slot))
     longer: Fields = {}
@@ -495,7 +500,38 @@ def load(state: Mapping[str, Array], settings: JoinSettings, out: Out) -> Tables
         for name in entries.dtype.names or ():
             entries[name] = state[f"{field}.{name}"]
         longer[field] = ring(entries, int(t.clock[f"{field}_head"][0]), 0)
-    return t._replace(**longer)
+    t = t._replace(**longer)
+    _hasten(t)
+    return t
+
+
+def _in_windows(t: Tables) -> Tables:
+    """Where dedup windows have another length than they had, they begin at other times, and no id may be forgotten for
+    it: all are of the newest."""
+    dedup_ms, c = t.rules.dedup_ms, t.clock
+    epoch = c["high_ms"][0] // dedup_ms
+    had_ms = c["dedup_ms"][0] or (dedup_ms if c["epoch"][0] == epoch else 0)  # checkpoints did not always say
+    c["dedup_ms"] = dedup_ms
+    if had_ms == dedup_ms or not c["started"][0]:
+        return t
+    c["epoch"] = epoch
+    both = _id_set(np.concatenate([ids.keys[ids.values != NONE] for ids in (t.ids_a, t.ids_b)]))
+    none = map_new(64)
+    return t._replace(ids_a=none, ids_b=both) if c["newer"][0] else t._replace(ids_a=both, ids_b=none)
+
+
+def _hasten(t: Tables) -> None:
+    """Let users be due when they are by the settings as they are now, where that is earlier than by those before."""
+    timers = t.timers[: t.clock["timers"][0]]
+    users = t.users[timers["user"]]
+    visits = (users["open_decision"] != NONE) | (users["open_organic"] != NONE)
+    idle_ms = np.where(visits & (not t.rules.chained), t.rules.gap_ms, t.rules.ttl_ms)
+    due_s = (users["touched_ms"] + idle_ms) // 1000 + 1
+    if (due_s >= timers["due_s"]).all():
+        return
+    timers["due_s"] = np.minimum(due_s, timers["due_s"])
+    timers[:] = timers[np.lexsort((timers["user"], timers["due_s"]))]  # what is sorted is a heap
+    t.users["timer"][timers["user"]] = np.arange(len(timers))
 
 
 def _load_fields(

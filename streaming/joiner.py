@@ -31,7 +31,7 @@ from streaming.interning import combine
 from streaming.jit import part
 from streaming.join_clock import advance, follow, is_known, is_late, newer_ids, remember
 from streaming.join_deeds import do_due, due_s, take_decision, take_event
-from streaming.join_settings import COUNTERS, FIRST_MS, LAST_MS, WAITS_PER_USER, JoinSettings
+from streaming.join_settings import COUNTERS, FIRST_MS, JUMP, LAST_MS, WAITS_PER_USER, JoinSettings
 from streaming.join_tables import (
     DONE,
     IDS,
@@ -271,6 +271,13 @@ class Joiner:
         """Event time up to which the partition counts as complete; None before its first record."""
         clock = self._of(partition).clock
         return int(clock["watermark_ms"][0]) if clock["started"][0] else None
+
+    def may_be_put_back(self, partition: int) -> bool:
+        """Whether the partition's clock, as far as it is, is not yet beyond doubt: see join_clock.disputes."""
+        tables = self._of(partition)
+        c, rules = tables.clock, tables.rules
+        lately = c["jumped"] != 0 and c["high_ms"] < c["jumped_to_ms"] + rules.jump_ms + rules.late_ms
+        return bool(lately or c["settled"][0] < JUMP)
 
     def counters(self) -> dict[str, int]:
         """What was counted in the partitions held, since each began (restarts included); see COUNTERS."""

@@ -259,13 +259,16 @@ class PlainPartition:
 
     def __init__(self, partition: int, settings: JoinSettings, out: Output) -> None:
         self.partition, self.out = partition, out
-        self.adopt(settings)
+        self._set(settings)
         self.counters = dict.fromkeys(COUNTERS, 0)
         self.high_ms: int | None = None
         self.watermark_ms = -(2**62)
         self.settled = 0  # on-time records so far, up to JUMP: until then the first clock may be undone
         self.ahead, self.behind = Run(), Run()
         self.jumped: tuple[int, int] | None = None  # from and to: it did, lately maybe
+        self.by_lead = False  # the jump was one user's, who took the clock further than others bear out
+        self.lead_user: Id | None = None  # who took the clock as far as it is
+        self.others_ms = 0  # newest time that a record of others says
         self.epoch = 0
         self.ids: set[tuple[int, Id, Id]] = set()
         self.older_ids: set[tuple[int, Id, Id]] = set()
@@ -281,6 +284,16 @@ class PlainPartition:
 
     def adopt(self, settings: JoinSettings) -> None:
         """These settings hold from the next record on."""
+        before_ms = self.dedup_ms
+        self._set(settings)
+        if self.high_ms is not None and self.dedup_ms != before_ms:
+            # windows begin at other times now, and no id may be forgotten for it
+            self.ids, self.older_ids = self.ids | self.older_ids, set()
+            self.epoch = self.high_ms // self.dedup_ms
+        for user in self.users.values():
+            self.hasten_timer(user)
+
+    def _set(self, settings: JoinSettings) -> None:
         self.settings = settings
         self.gap_ms = to_ms(settings.session_gap_s)
         self.window_ms = to_ms(settings.attribution_window_s)
@@ -358,6 +371,7 @@ class PlainPartition:
         self.jumped = None
         self.high_ms, self.watermark_ms = high_ms, high_ms - self.delay_ms
         self.epoch = high_ms // self.dedup_ms
+        self.others_ms = high_ms
         for step in self.steps:
             step.kept_from_ms = min(step.kept_from_ms, self.watermark_ms)
         for user in self.users.values():
@@ -371,21 +385,55 @@ class PlainPartition:
         """Move the clock to the record's time, unless that is incredibly far ahead."""
         if self.high_ms is None:
             self.settled = 1
+            self.lead_user, self.others_ms = row.user, row.timestamp_ms
             self.set_high(row.timestamp_ms)
         elif row.timestamp_ms > self.high_ms + self.jump_ms:
             self.counters["future_stamped"] += 1
             if self.ahead.add(row.user, row.timestamp_ms, min):
                 self.counters["clock_jumps"] += 1
-                from_ms = self.jumped_lately()
-                self.jumped = (self.high_ms if from_ms is None else from_ms, self.ahead.extreme_ms)
+                self.jump(self.ahead.extreme_ms)
+                self.lead_user, self.others_ms = row.user, self.ahead.extreme_ms
                 self.set_high(self.ahead.extreme_ms)
                 self.ahead.clear()
         else:
             self.ahead.clear()
+            leads = row.user == self.lead_user
             if not self.disputes(row):
-                self.behind.clear()
+                if not (leads and self.jumped and self.by_lead):  # who took it there is no witness for it
+                    self.behind.clear()
                 self.settled = min(self.settled + 1, JUMP)
+            if leads:
+                self.take_ahead(row.timestamp_ms)
+            else:
+                self.hear_another(row)
             self.set_high(max(self.high_ms, row.timestamp_ms))
+
+    def take_ahead(self, timestamp_ms: int) -> None:
+        """Who took the clock as far as it is takes it on: further than others bear out, it has jumped."""
+        assert self.high_ms is not None
+        if timestamp_ms <= max(self.high_ms, self.others_ms + self.jump_ms):
+            return
+        from_ms = self.jumped_lately()
+        if from_ms is None or self.by_lead:
+            self.jumped = (self.others_ms if from_ms is None else from_ms, timestamp_ms)
+            self.by_lead = True
+
+    def hear_another(self, row: Row) -> None:
+        """A record on time of another user: it says how far time has come, too."""
+        assert self.high_ms is not None
+        if self.by_lead and row.timestamp_ms >= self.high_ms - self.jump_ms:
+            self.jumped, self.by_lead = None, False  # it bears the leader out
+        if row.timestamp_ms > self.high_ms:
+            self.lead_user, self.others_ms = row.user, self.high_ms
+        else:
+            self.others_ms = max(self.others_ms, row.timestamp_ms)
+
+    def jump(self, high_ms: int) -> None:
+        """The clock is about to jump to there; it may be put back to where it is."""
+        assert self.high_ms is not None
+        from_ms = self.jumped_lately()
+        self.jumped = (self.high_ms if from_ms is None else from_ms, high_ms)
+        self.by_lead = False
 
     def advance(self, watermark_ms: int) -> None:
         """Somebody else knows that time has passed here; never moves back.
@@ -400,15 +448,18 @@ class PlainPartition:
         if self.ahead.count and self.ahead.extreme_ms <= high_ms + self.jump_ms:
             high_ms = max(high_ms, self.ahead.extreme_ms)
             self.ahead.clear()
+        if self.high_ms is not None and high_ms > self.high_ms + self.jump_ms:
+            self.jump(high_ms)  # who says so may be wrong
         self.set_high(high_ms)
+        self.others_ms = high_ms
 
     def set_high(self, high_ms: int) -> None:
         """Do what is due up to the new watermark in order of time: first waits, then users, by whole seconds."""
         self.high_ms = high_ms
         epoch = high_ms // self.dedup_ms
-        if epoch > self.epoch:
-            self.older_ids, self.ids = (self.ids if epoch == self.epoch + 1 else set()), set()
-        self.epoch = epoch
+        if epoch > self.epoch and self.jumped_lately() is None:  # else it may be put back
+            self.older_ids, self.ids = self.ids, set()
+            self.epoch = epoch
         target_ms = high_ms - self.delay_ms
         while True:
             first = next(iter(self.waits), None)

@@ -248,6 +248,7 @@ def test_time_that_passed_and_was_not_noted_is_found_out(shop, tmp_path):
         replace(JOIN, rewards=RewardTable.parse("select_item=2,purchase=1+0.5*value")),
         replace(JOIN, gamma=0.5),
         replace(JOIN, session_gap_s=600, attribution_window_s=3600),
+        replace(JOIN, session_gap_s=60, dedup_window_s=600, user_ttl_s=3600),
     ],
 )
 def test_settings_that_were_changed_on_the_way_hold_from_there_on(shop, tmp_path, changed):

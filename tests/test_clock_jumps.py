@@ -6,6 +6,7 @@ import pytest
 
 from learner.audit import Audit, AuditConfig
 from learner.audit_report import as_text
+from streaming.log import partition_of
 from streaming.schemas import Codec
 from tests.small_shop import newest_meta
 from tests.trainer_rig import Rig
@@ -53,6 +54,23 @@ def test_event_time_does_not_run_away_in_idle_partitions_and_nothing_is_late(rig
     ).run()
     assert report.clean, as_text(report)
     assert sum(p.events for p in report.partitions) == 200
+
+
+def test_an_idle_partition_does_not_follow_one_whose_first_record_is_years_ahead(tmp_path):
+    rig = Rig(tmp_path, turn_s=10.0, partitions=2)
+    users = [f"user-{n}" for n in range(40)]
+    here, there = ([u for u in users if partition_of(u.encode(), 2) == partition] for partition in (0, 1))
+    rig.write(50, users=here)
+    rig.turns(12)  # idle by now
+    before_ms = rig.learner.joiner.watermark_ms(0)
+    rig.write(1, rig.now_ms_of_shop + 5 * 365 * 24 * HOUR_MS, there)
+    rig.turns(3)
+    assert rig.learner.joiner.watermark_ms(1) > before_ms + 24 * HOUR_MS
+    assert rig.learner.joiner.watermark_ms(0) < before_ms + HOUR_MS
+    rig.write(50, users=here)
+    rig.turns(3)
+    assert rig.learner.joiner.counters()["late"] == 0
+    rig.close()
 
 
 @pytest.mark.parametrize("asleep", [False, True])

@@ -55,6 +55,14 @@ def test_an_idle_partition_follows_the_slowest_of_those_that_are_not():
     assert clock.due(watermarks, {}, 1080.0) == {0: START_MS + 7000}
 
 
+def test_nor_does_it_follow_one_whose_clock_may_be_wrong():
+    clock = clock_that_heard(0, 1000.0)
+    watermarks = {0: START_MS, 1: START_MS + 7000, 2: START_MS + 9000}
+    clock.due({1: None, 2: None}, {}, 1070.0)
+    assert clock.due(watermarks, {}, 1080.0, doubted=[1]) == {0: START_MS + 9000}
+    assert clock.due(watermarks, {}, 1080.0, doubted=[1, 2]) == {0: START_MS + 20_000}  # as if it were alone
+
+
 def test_a_log_that_was_away_was_not_silent_meanwhile():
     clock, watermark = clock_that_heard(0, 1000.0), {0: START_MS}
     assert clock.due(watermark, {}, 1050.0) == {}

@@ -489,6 +489,18 @@ def forged(days: float, count: int = 40) -> list[Row]:
     return [event("search", at=days * DAY + n, user=f"mallory{n % 2}") for n in range(count)]
 
 
+def crowd(at: float, count: int = 50) -> list[Row]:
+    """Records of many users, a second apart."""
+    return [event("search", at=at + n, user=f"user{n}") for n in range(count)]
+
+
+def ahead_by_steps() -> list[Row]:
+    """One user's, two days in steps that are each believed."""
+    return [event("search", at=at, user="mallory") for at in range(3000, 2 * DAY + 1, 50 * 60 - 120)] + [
+        event("search", at=2 * DAY, user="mallory")
+    ]
+
+
 @pytest.mark.parametrize("days", [0.5, 300])
 def test_a_jump_is_undone_where_all_records_say_so_however_long_it_was_believed(days):
     learner = Learner().push(*pressed(at=0, count=50), *forged(days))
@@ -528,6 +540,66 @@ def test_a_jump_stands_whatever_stragglers_say_that_were_late_anyway(at):
             learner.push(event("search", at=300 * DAY + hour * HOUR, user="zoe"))
     learner.push(*(event("search", at=at + n, user=f"user{n}") for n in range(3 * JUMP)))
     assert (learner.count("clock_resets"), learner.count("late")) == (0, 3 * JUMP)
+
+
+def test_one_user_who_takes_the_clock_on_by_small_steps_is_put_back_too():
+    learner = Learner().push(*crowd(0), *ahead_by_steps())
+    assert learner.joiner.watermark_ms(0) == ms(2 * DAY - 5)  # each step for itself is nothing unusual
+    learner.push(*crowd(100, count=JUMP), decision("r1", 7, at=200), decision("r2", 7, at=210))
+    assert learner.joiner.watermark_ms(0) == ms(210 - 5)
+    assert (learner.count("clock_resets"), learner.count("late")) == (1, JUMP - 1)
+
+
+def test_nor_does_it_help_to_go_on_between_the_others():
+    steps = ahead_by_steps()
+    pairs = zip(steps, crowd(0, count=len(steps)), strict=True)
+    learner = Learner().push(*crowd(0), *(row for pair in pairs for row in pair))
+    assert learner.count("clock_resets") >= 1
+    learner.push(*crowd(100, count=JUMP))
+    assert learner.joiner.watermark_ms(0) == ms(100 + JUMP - 1 - 5)
+
+
+def test_where_somebody_else_is_as_far_it_stands():
+    learner = Learner().push(*crowd(0), *ahead_by_steps(), event("search", at=2 * DAY - 60, user="bob"))
+    learner.push(*crowd(100, count=3 * JUMP))
+    assert (learner.count("clock_resets"), learner.joiner.watermark_ms(0)) == (0, ms(2 * DAY - 5))
+
+
+def test_who_is_alone_takes_the_clock_along_for_days():
+    learner = Learner(PROMPT).push(
+        *pressed(at=0), *ahead_by_steps(), decision("r1", 7, at=2 * DAY, user="mallory")
+    )
+    learner.push(*(event("search", at=2 * DAY + n * 600, user="mallory") for n in range(4)))
+    assert learner.push(event("search", at=3 * DAY - 1, user="mallory")).joiner.watermark_ms(0) == ms(
+        2 * DAY + 1800
+    )
+    assert (learner.count("late"), learner.count("future_stamped")) == (0, 1)
+
+
+def test_a_jump_from_outside_is_undone_likewise():
+    learner = Learner().push(*crowd(0)).advance(ms(300 * DAY))
+    assert learner.joiner.watermark_ms(0) == ms(300 * DAY)
+    learner.push(*crowd(100, count=JUMP))
+    assert learner.joiner.watermark_ms(0) == ms(100 + JUMP - 1 - 5)
+
+
+def test_a_jump_that_is_put_back_has_forgotten_no_id():
+    learner = Learner().push(
+        decision("r1", 7, at=0), event("purchase", 7, at=1, id="once"), decision("r2", 7, at=2)
+    )
+    learner.push(*crowd(3), *forged(300), *forged(600), *crowd(100, count=JUMP))
+    assert learner.count("clock_resets") == 1
+    learner.push(event("purchase", 7, at=1, id="once"), decision("r1", 7, at=0))
+    assert (learner.reward(0), learner.count("duplicates")) == (10, 2)
+
+
+def test_clocks_are_doubted_until_they_settle_and_while_they_may_be_put_back():
+    learner = Learner().push(*crowd(0, count=JUMP - 1))
+    assert learner.joiner.may_be_put_back(0)
+    assert not learner.push(*crowd(50)).joiner.may_be_put_back(0)
+    assert learner.push(*ahead_by_steps()).joiner.may_be_put_back(0)
+    assert not learner.push(event("search", at=2 * DAY, user="bob")).joiner.may_be_put_back(0)
+    assert learner.push(*forged(300)).joiner.may_be_put_back(0)
 
 
 def test_an_idle_partition_is_advanced_from_outside_and_never_back():
@@ -575,6 +647,30 @@ def test_ids_are_known_for_the_window_at_least_and_not_for_ever():
     assert learner.count("duplicates") == 1
     learner.advance(ms(300)).push(once)
     assert learner.count("duplicates") == 1
+
+
+@pytest.mark.parametrize("window_s", [DAY - 60, DAY // 2, 600, 3 * DAY])
+def test_no_id_is_forgotten_for_a_window_of_another_length(window_s):
+    learner = Learner().push(
+        decision("r1", 7, at=0), event("purchase", 7, at=1, id="once"), decision("r2", 7, at=2)
+    )
+    learner.settings = JoinSettings(dedup_window_s=window_s)
+    learner.restarted().push(*pressed(at=60), event("purchase", 7, at=1, id="once"))
+    assert (learner.reward(0), learner.count("duplicates")) == (10, 1)
+    learner.push(*(event("search", at=n * 3000, user=f"u{n % 2}") for n in range(1, 180)))  # six days
+    learner.push(event("purchase", 7, at=6 * DAY, id="once"))
+    assert learner.count("duplicates") == 1  # as it is by now, after twice the window
+
+
+@pytest.mark.parametrize(
+    "now", [JoinSettings(session_gap_s=60), JoinSettings(session_gap_s=60, user_ttl_s=300)]
+)
+@pytest.mark.parametrize("before", [JoinSettings(horizon="user"), JoinSettings(session_gap_s=5 * HOUR)])
+def test_a_visit_that_is_open_ends_by_the_gap_as_it_is_now(before, now):
+    learner = Learner(before).push(*crowd(0, count=10), decision("r1", 7, at=20))
+    learner.settings = now
+    learner.restarted().push(*pressed(at=100))
+    assert learner.discount(10) == 0
 
 
 def test_too_many_ids_cut_the_window_short_and_say_so():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from streaming.join_settings import JoinSettings
 from streaming.log import open_log
 from streaming.schemas import Codec
 
+USERS = tuple(f"user-{n}" for n in range(20))
 AGENT = AgentSettings(batch_size=16, dim=8, hidden=16, history_length=8)
 
 
@@ -32,12 +33,15 @@ class Rig:
     A turn takes turn_s of `now_s`, and as much of `wall_ms`.
     """
 
-    def __init__(self, folder: Path, disk: Disk | None = None, turn_s: float = 1.0, **config: Any) -> None:
+    def __init__(
+        self, folder: Path, disk: Disk | None = None, turn_s: float = 1.0, partitions: int = 1, **config: Any
+    ) -> None:
         self.folder, self.turn_s = folder, turn_s
         self.now_s, self.wall_ms = 1000.0, 1_767_225_600_000
         self.reachable = True  # else the log does not say what it holds
         self.log = open_log(f"sqlite:///{folder / 'log.db'}")
-        for topic in ("events", dlq_topic("events"), late_topic("events")):
+        self.log.create_topic("events", partitions)
+        for topic in (dlq_topic("events"), late_topic("events")):
             self.log.create_topic(topic, 1)
         self.producer = self.log.producer()
         self.written = 0
@@ -48,11 +52,12 @@ class Rig:
             Codec(),
             None,
         )
-        self.learner.assign({0: 0})
+        begin = dict.fromkeys(range(partitions), 0)
+        self.learner.assign(begin)
         self.watch = LogWatch(self.log, "events", "catalog", "rig", 3600.0, self.clock)
         self.letters = DeadLetters(self.producer, Codec(), "events")
         self.catalog = CatalogFeed(self.log, "catalog", self.learner.take_catalog)
-        self.reader = self.log.reader("events", {0: 0})
+        self.reader = self.log.reader("events", begin)
         self.store = WeightStore(str(folder / "weights"))
         self.checkpoints = CheckpointWriter(Checkpoints(folder / "data" / "learner", disk=disk))
         self.publisher = WeightPublisher(self.store, self.learner.vocabulary, self.clock)
@@ -78,14 +83,14 @@ class Rig:
         """Monotonic seconds."""
         return self.now_s
 
-    def write(self, count: int, timestamp_ms: int | None = None) -> None:
-        """Events, 20 users in turn, stamped one second apart from timestamp_ms on (None: from the wall clock on)."""
+    def write(self, count: int, timestamp_ms: int | None = None, users: Sequence[str] = USERS) -> None:
+        """Events of these users in turn, stamped a second apart from timestamp_ms on (None: from the wall clock on)."""
         first_ms = self.wall_ms if timestamp_ms is None else timestamp_ms
         for n in range(self.written, self.written + count):
             event = {
                 "event_id": f"e{n}",
                 "name": "view_item",
-                "user_id": f"user-{n % 20}",
+                "user_id": users[n % len(users)],
                 "timestamp": first_ms + (n - self.written) * 1000,
                 "items": [{"item_id": f"item-{n % 7}"}],
             }
