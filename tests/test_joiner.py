@@ -650,12 +650,13 @@ def test_ids_are_known_for_the_window_at_least_and_not_for_ever():
 
 
 @pytest.mark.parametrize("window_s", [DAY - 60, DAY // 2, 600, 3 * DAY])
-def test_no_id_is_forgotten_for_a_window_of_another_length(window_s):
+@pytest.mark.parametrize("lacks", [(), ("dedup_ms", "others_ms", "lead_user")])  # as states of before do
+def test_no_id_is_forgotten_for_a_window_of_another_length(window_s, lacks):
     learner = Learner().push(
         decision("r1", 7, at=0), event("purchase", 7, at=1, id="once"), decision("r2", 7, at=2)
     )
     learner.settings = JoinSettings(dedup_window_s=window_s)
-    learner.restarted().push(*pressed(at=60), event("purchase", 7, at=1, id="once"))
+    learner.restarted(*lacks).push(*pressed(at=60), event("purchase", 7, at=1, id="once"))
     assert (learner.reward(0), learner.count("duplicates")) == (10, 1)
     learner.push(*(event("search", at=n * 3000, user=f"u{n % 2}") for n in range(1, 180)))  # six days
     learner.push(event("purchase", 7, at=6 * DAY, id="once"))
