@@ -1,7 +1,8 @@
 """The catalog's topic, read into the learner: all of it before the first update, then whatever is new.
 
 A record that cannot be used is named in the log and counted. It goes to no dead-letter topic: its own one is compacted,
-so it stays there until the shop writes the item anew.
+so it stays there until the shop writes the item anew. One whose schema the registry cannot be asked for now waits, and
+what follows it with it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Final
 
 from streaming.columns import Reason
 from streaming.log import Bounds, Log, Reader, RecordBatch, TopicReplaced, UnknownTopic
+from streaming.schemas import RegistryUnavailable
 from streaming.transitions import Rejects
 
 logger = logging.getLogger(__name__)
@@ -26,6 +28,7 @@ class CatalogFeed:
     def __init__(self, log: Log, topic: str, apply: Callable[[RecordBatch], Rejects]) -> None:
         self._log, self._topic, self._apply = log, topic, apply
         self._reader: Reader | None = None
+        self._parked: RecordBatch | None = None  # read, not applied yet
         self.refused = 0
 
     def catch_up(self) -> None:
@@ -34,20 +37,27 @@ class CatalogFeed:
             bounds = self._log.bounds(self._topic)
         except UnknownTopic:
             return
-        self.follow(bounds)
+        self._follow(bounds)
         while self._reader and any(at < bounds[p].high for p, at in self._reader.position().items()):
-            self._take(self._reader.poll(MOST, 1.0))
+            self._take(self._reader, 1.0)
 
     def follow(self, bounds: Mapping[int, Bounds]) -> None:
         """Take in what came since, without waiting. bounds: of the topic; empty where it is not there.
 
         A catalog that was deleted and made anew is read from its beginning; what the old one said stays until then.
         """
+        waited = self._parked is not None
         try:
             self._follow(bounds)
+        except RegistryUnavailable as error:
+            if not waited:
+                logger.warning("the catalog waits: %s", error)
         except (TopicReplaced, UnknownTopic):
             self.close()
             raise
+        else:
+            if waited:
+                logger.info("the catalog goes on: the registry answers")
 
     def _follow(self, bounds: Mapping[int, Bounds]) -> None:
         if self._reader is None:
@@ -57,17 +67,21 @@ class CatalogFeed:
         position = self._reader.position()
         if bounds.keys() - position.keys():
             self._reader.assign({p: position.get(p, b.low) for p, b in bounds.items()})
-        self._take(self._reader.poll(MOST, 0.0))
+        self._take(self._reader, 0.0)
 
     def close(self) -> None:
         """Let go; harmless twice."""
+        self._parked = None
         if self._reader is not None:
             self._reader.close()
             self._reader = None
 
-    def _take(self, batch: RecordBatch) -> None:
+    def _take(self, reader: Reader, timeout_s: float) -> None:
+        batch = self._parked or reader.poll(MOST, timeout_s)
         if len(batch):
+            self._parked = batch  # a registry that cannot be asked now loses nothing
             rejects = self._apply(batch)
+            self._parked = None
             self.refused += len(rejects.row)
             for row, reason in zip(
                 rejects.row[:SHOWN].tolist(), rejects.reason[:SHOWN].tolist(), strict=True

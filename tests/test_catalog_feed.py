@@ -1,0 +1,133 @@
+"""The learner's way to the catalog: all of it, then what is new; nothing is lost while a registry is away."""
+
+import logging
+
+import pytest
+
+from learner.catalog_feed import CatalogFeed
+from streaming.catalog import Catalog
+from streaming.interning import Vocabulary
+from streaming.log import TopicReplaced, UnknownTopic, open_log
+from streaming.schemas import ITEM, Codec
+from tests.small_shop import delete_topic
+from tests.test_decoder import Schemas
+
+
+class Stock:
+    """A catalog's topic, and a feed that reads it; records may be framed as a registry's are, which may be down."""
+
+    def __init__(self, url):
+        self.log, self.codec = open_log(url), Codec()
+        self.registry = Schemas(self.codec.reader_schemas()[ITEM])
+        self.producer = self.log.producer()
+        self.vocabulary = Vocabulary()
+        self.catalog = Catalog(Codec(registry=self.registry), self.vocabulary)
+        self.feed = CatalogFeed(self.log, "catalog", self.catalog.apply)
+
+    def create(self):
+        self.log.create_topic("catalog", 1, compacted=True)
+
+    def write(self, item_id, *, framed=False, **fields):
+        value = self.codec.encode_item({"item_id": item_id, **fields})
+        self.send(item_id, b"\0\0\0\0\1" + value[10:] if framed else value)
+
+    def send(self, item_id, value):
+        self.producer.send("catalog", item_id.encode(), value)
+        assert self.producer.flush() == 0
+
+    def follow(self):
+        self.feed.follow(self.log.bounds("catalog"))
+
+    def on_offer(self):
+        """Items that the catalog has in stock."""
+        ids = (self.catalog.known & self.catalog.in_stock).nonzero()[0]
+        return sorted(self.vocabulary.item_id(i) for i in ids.tolist())
+
+
+@pytest.fixture
+def stock(tmp_path):
+    stock = Stock(f"sqlite:///{tmp_path}/log.db")
+    yield stock
+    stock.feed.close()
+    stock.producer.close()
+    stock.log.close()
+
+
+def test_all_that_is_there_is_taken_in_and_then_what_is_new(stock):
+    stock.create()
+    stock.write("a")
+    stock.write("b")
+    stock.feed.catch_up()
+    assert stock.on_offer() == ["a", "b"]
+    stock.write("c")
+    stock.send("a", None)
+    stock.follow()
+    assert stock.on_offer() == ["b", "c"]
+
+
+def test_a_topic_that_is_not_there_yet_is_an_empty_catalog_and_read_once_it_is(stock):
+    stock.feed.catch_up()
+    stock.feed.follow({})
+    assert stock.on_offer() == []
+    stock.create()
+    stock.write("a")
+    stock.follow()
+    assert stock.on_offer() == ["a"]
+
+
+def test_what_is_read_while_the_registry_is_away_is_taken_in_once_it_answers(stock, caplog):
+    caplog.set_level(logging.INFO, logger="learner.catalog_feed")
+    stock.create()
+    stock.write("a")
+    stock.write("b")
+    stock.feed.catch_up()
+    stock.registry.down = True
+    stock.write("a", framed=True, in_stock=False)
+    stock.send("b", None)
+    stock.follow()
+    stock.write("c")
+    stock.follow()
+    assert stock.on_offer() == ["a", "b"]
+    stock.registry.down = False
+    stock.follow()
+    assert stock.on_offer() == []
+    stock.follow()
+    assert stock.on_offer() == ["c"]
+    assert caplog.messages == ["the catalog waits: down", "the catalog goes on: the registry answers"]
+
+
+def test_a_catalog_made_anew_is_read_from_its_beginning(stock):
+    stock.create()
+    stock.write("a")
+    stock.write("b")
+    stock.feed.catch_up()
+    delete_topic(stock.log, "catalog")
+    with pytest.raises(UnknownTopic):
+        stock.feed.follow({})
+    stock.create()
+    stock.write("a", in_stock=False)
+    stock.follow()
+    assert stock.on_offer() == ["b"]
+
+
+def test_a_catalog_made_anew_between_two_looks_is_read_from_its_beginning(stock):
+    stock.create()
+    stock.write("a")
+    stock.write("b")
+    stock.feed.catch_up()
+    delete_topic(stock.log, "catalog")
+    stock.create()
+    stock.write("a", in_stock=False)
+    with pytest.raises(TopicReplaced):
+        stock.follow()
+    stock.follow()
+    assert stock.on_offer() == ["b"]
+
+
+def test_a_record_that_cannot_be_used_is_counted_and_named(stock, caplog):
+    stock.create()
+    stock.send("a", b"hello")
+    stock.write("b")
+    stock.feed.catch_up()
+    assert (stock.feed.refused, stock.on_offer()) == (1, ["b"])
+    assert caplog.messages == ["catalog record catalog/0 offset 0 cannot be used: BAD_FRAME"]
