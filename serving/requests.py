@@ -13,6 +13,7 @@ from typing import Final, TypeVar
 from google.protobuf.message import DecodeError
 
 from serving import policy_pb2 as pb
+from streaming.schemas import MAX_VECTOR
 
 MAX_ID_BYTES: Final = 1024
 MAX_NAME_BYTES: Final = 64
@@ -20,7 +21,6 @@ MAX_SLATE: Final = 1000
 MAX_HISTORY: Final = 1000
 MAX_CANDIDATES: Final = 10_000
 MAX_EXCLUDED: Final = 10_000
-MAX_VECTOR: Final = 256
 MAX_PRICE: Final = 1e9
 MAX_BATCH: Final = 1000
 MIN_TIMESTAMP_MS: Final = 946_684_800_000  # 2000-01-01

@@ -16,12 +16,11 @@ import numpy.typing as npt
 from streaming.columns import Reason
 from streaming.interning import Vocabulary, hash_string
 from streaming.log import RecordBatch
-from streaming.schemas import ITEM, Codec, SchemaError, prefix_of
+from streaming.schemas import ITEM, MAX_VECTOR, Codec, SchemaError, prefix_of
 from streaming.transitions import Rejects
 
 MAX_ID_BYTES: Final = 1024
 MAX_PRICE: Final = 1e9
-MAX_VECTOR: Final = 256
 
 
 class Catalog:

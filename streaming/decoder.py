@@ -36,7 +36,7 @@ from streaming.log import RecordBatch
 from streaming.pinned import pin
 from streaming.plan import Op, Plan, Rule, SchemaMismatch, compile_plan, joined
 from streaming.rewards import CODES, OTHER
-from streaming.schemas import DECISION, EVENT, Codec, frame_of, ours
+from streaming.schemas import DECISION, EVENT, MAX_VECTOR, Codec, frame_of, ours
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +121,8 @@ DECISION_RULES: Final = {
     "candidates": Rule("present", _CANDIDATES),
     "candidates[].item_id": _id(_ITEM),
     "candidates[].price": _number(_PRICE, 0.0, 1e9),
+    # those of one batch are kept side by side, each as wide as the longest
+    "candidates[].vector": Rule("array", high=MAX_VECTOR),
     "candidates[].vector[]": _number(_PRICE, -_FLOAT_MAX, _FLOAT_MAX),
 }
 _CONTRACTS: Final = {EVENT: (Kind.EVENT, EVENT_RULES), DECISION: (Kind.DECISION, DECISION_RULES)}

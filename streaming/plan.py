@@ -66,10 +66,12 @@ class Plan(NamedTuple):
 class Rule:
     """What becomes of one field of the reader's schema. Fields without a rule are checked and forgotten."""
 
-    kind: str  # "text", "whole", "real", "table" (an array, one EMIT for each element) or "present" (1 unless null)
-    register: int  # first register; for a table, its number
+    # "text", "whole", "real", "table" (an array, one EMIT for each element), "array" (only its length is bounded) or
+    # "present" (1 unless null)
+    kind: str
+    register: int = -1  # first register; for a table, its number
     low: float = -math.inf  # least value, or bytes of a text
-    high: float = math.inf  # largest value, bytes of a text, or elements of a table
+    high: float = math.inf  # largest value, bytes of a text, or elements of a table or an array
     reason: Reason = Reason.OK  # for values outside; OK: anything goes
 
 
@@ -92,7 +94,7 @@ _BITS: Final = {"int": 32, "long": 64}
 _FIXED_WIDTH: Final = {"null": 0, "boolean": 1, "float": 4, "double": 8}
 _PRIMITIVES: Final = frozenset(("null", "boolean", "int", "long", "float", "double", "bytes", "string"))
 _NAMED: Final = ("record", "error", "enum", "fixed")
-_NO_RULE: Final = Rule("none", -1)
+_NO_RULE: Final = Rule("none")
 _NO_BOUND: Final = 2**62
 
 
@@ -213,7 +215,8 @@ class _Compiler:
             case "array" if self._width(writer["items"]) == 0:
                 self._emit(Op.EMPTY_LOOP)
             case "array":
-                self._loop(lambda: self._value(writer["items"], reader["items"], f"{path}[]"))
+                most = int(rule.high) if rule.kind == "array" else 0
+                self._loop(lambda: self._value(writer["items"], reader["items"], f"{path}[]"), most)
             case "map":
                 self._loop(lambda: self._entry(writer, reader, path))
             case "enum":
@@ -311,7 +314,7 @@ class _Compiler:
                 self._emit(Op.SET, rule.register, int(np.uint64(hash_string(default)).astype(np.int64)))
             case "none", _:
                 pass
-            case "table", []:
+            case "table" | "array", []:
                 pass
             case _:
                 raise SchemaMismatch(f"{path}: the writer has no such field, and we cannot do without")

@@ -44,6 +44,7 @@ _PROTO = Path(__file__).resolve().parents[1] / "proto"
 _CONTENT_TYPE = "application/vnd.schemaregistry.v1+json"
 _NO_SUCH_SCHEMA = 40403
 MOST_BACKOFF_S: Final = 15.0  # between two questions to a registry that is down
+MAX_VECTOR: Final = 256  # numbers in an item's vector, in whatever record or request it comes
 
 logger = logging.getLogger(__name__)
 

@@ -30,6 +30,7 @@ from tests.wire import (
     a_decision,
     an_event,
     array,
+    candidate,
     entry,
     line,
     real,
@@ -122,6 +123,10 @@ BAD: dict[str, tuple[Reason, bytes | None]] = {
     "bad UTF-8": (Reason.BAD_UTF8, an_event(user_id=text(b"an\xff"))),
     "U+0000": (Reason.BAD_UTF8, an_event(user_id=text("an\0n"))),
     "id of a megabyte": (Reason.TOO_LONG, an_event(event_id=text(HUGE_ID))),
+    "vector of a megabyte": (
+        Reason.TOO_LONG,
+        a_decision(candidates=some(array(candidate(vector=varint(240_000) + bytes(960_000) + NULL)))),
+    ),
     "NaN": (Reason.BAD_NUMBER, an_event(value=some(real(math.nan)))),
     "Inf": (Reason.BAD_NUMBER, an_event(items=array(line(price=some(real(math.inf)))))),
     "absurd price": (Reason.BAD_NUMBER, an_event(items=array(line(price=some(real(1e300)))))),

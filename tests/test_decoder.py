@@ -219,6 +219,7 @@ def fits(name: str, r: dict[str, Any]) -> bool:
         and all(
             text(c["item_id"])
             and number(c["price"], 0, 1e9)
+            and len(c["vector"]) <= 256
             and all(number(x, -big, big) for x in c["vector"])
             for c in r["candidates"] or ()
         )
@@ -463,6 +464,7 @@ def test_every_version_ever_shipped_is_read():
 
 # --- records by hand ---------------------------------------------------------------------------------------
 
+HALF = struct.pack("<f", 0.5)
 
 REFUSED: dict[str, tuple[Reason, bytes | None]] = {
     "null": (Reason.EMPTY, None),
@@ -529,6 +531,14 @@ REFUSED: dict[str, tuple[Reason, bytes | None]] = {
     "1001 items in blocks": (Reason.TOO_LONG, an_event(items=(varint(91) + line() * 91) * 11 + NULL)),
     "1001 slots": (Reason.TOO_LONG, a_decision(slate=array(*[slot(str(i)) for i in range(1001)]))),
     "1001 entries": (Reason.TOO_LONG, a_decision(history=array(*[entry()] * 1001))),
+    "a candidate's vector of 257 numbers": (
+        Reason.TOO_LONG,
+        a_decision(candidates=some(array(candidate(vector=array(*[HALF] * 257))))),
+    ),
+    "a candidate's vector of 257 numbers in blocks": (
+        Reason.TOO_LONG,
+        a_decision(candidates=some(array(candidate(vector=varint(256) + HALF * 256 + array(HALF))))),
+    ),
     "a value that is no number": (Reason.BAD_NUMBER, an_event(value=some(real(math.nan)))),
     "an infinite price": (Reason.BAD_NUMBER, an_event(items=array(line(price=some(real(-math.inf)))))),
     "a price of two billions": (Reason.BAD_NUMBER, an_event(items=array(line(price=some(real(2e9)))))),
@@ -596,7 +606,10 @@ ACCEPTED = {
         slate=array(*[slot(str(i)) for i in range(1000)]), history=array(*[entry()] * 1000)
     ),
     "no candidates at all": a_decision(candidates=some(array())),
-    "candidates": a_decision(candidates=some(array(candidate(vector=array(struct.pack("<f", 0.5)))))),
+    "candidates": a_decision(candidates=some(array(candidate(vector=array(HALF))))),
+    "candidates' vectors of 256 numbers": a_decision(
+        candidates=some(array(*[candidate(item, vector=array(*[HALF] * 256)) for item in "abc"]))
+    ),
 }
 
 
