@@ -74,7 +74,9 @@ class NamesOnly(Loop):
         """See Loop."""
         told = super().catalog()
         blank = (np.zeros_like(told.category), np.zeros_like(told.brand), np.full_like(told.price, np.nan))
-        return ShopCatalog(*blank, told.in_stock, told.gone, told.known, np.zeros_like(told.vector))
+        return ShopCatalog(
+            *blank, told.in_stock, told.gone, told.known, told.recorded, np.zeros_like(told.vector)
+        )
 
 
 def learnt(kind: type[Loop], seed: int, decisions: int) -> tuple[dict[str, float], int, int]:

@@ -56,6 +56,7 @@ class ShopCatalog(NamedTuple):
     in_stock: npt.NDArray[np.bool_]
     gone: npt.NDArray[np.bool_]
     known: npt.NDArray[np.bool_]
+    recorded: npt.NDArray[np.bool_]
     vector: npt.NDArray[np.float32]
 
     @classmethod
@@ -70,6 +71,7 @@ class ShopCatalog(NamedTuple):
             np.append(np.nan, g.price).astype(np.float32),
             np.append(False, shop.available),
             np.zeros(n, np.bool_),
+            np.arange(n) > 0,
             np.arange(n) > 0,
             np.vstack([np.zeros((1, g.vector.shape[1]), np.float32), g.vector]),
         )

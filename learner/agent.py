@@ -196,6 +196,7 @@ class CatalogArrays(Protocol):
     in_stock: npt.NDArray[np.bool_]  # [N]
     gone: npt.NDArray[np.bool_]  # [N]
     known: npt.NDArray[np.bool_]  # [N] is in the catalog; others are recommendable all the same
+    recorded: npt.NDArray[np.bool_]  # [N] the catalog has said what it is
     vector: npt.NDArray[np.float32]  # [N, >= vector_dim or less: padded]
 
 
@@ -346,12 +347,13 @@ class Agent:
             network.tower.id.weight.detach()[told_apart] = 0.0
 
     def set_catalog(self, catalog: CatalogArrays) -> None:
-        """Take over the catalog as it stands: features, and what may be recommended. Grows as needed. Items that it has
-        never had stay as `describe` told."""
+        """Take over the catalog as it stands: features, and what may be recommended. Grows as needed. Items of which
+        it says nothing stay as they are known: from `describe`, or from before a restart."""
         known, gone = np.asarray(catalog.known), np.asarray(catalog.gone)
         self.grow(len(known) - 1)
-        self._look_prices(self._to(np.array(catalog.price, np.float32)))
-        told = np.flatnonzero(known | gone)
+        # of those that are gone a catalog read anew has no price
+        self._look_prices(self._to(np.asarray(catalog.price, np.float32)[known]))
+        told = np.flatnonzero(catalog.recorded)
         features = (getattr(catalog, name)[told] for name in ("category", "brand", "price", "vector"))
         self._put_features(told, *features)
         self._on_offer[: len(known)] = torch.from_numpy(~gone & (np.asarray(catalog.in_stock) | ~known))

@@ -37,6 +37,7 @@ class Catalog:
         self.version = 0  # changes whenever an array does
         self.known = np.zeros(1, np.bool_)  # [N] is in the catalog
         self.gone = np.zeros(1, np.bool_)  # [N] was taken out of it; what it was stays known
+        self.recorded = np.zeros(1, np.bool_)  # [N] a record said what it is; not so of all that is gone
         self.in_stock = np.zeros(1, np.bool_)  # [N] as the catalog says; False where it says nothing
         self.category = np.zeros(1, np.uint64)  # [N] hash, 0 unknown
         self.brand = np.zeros(1, np.uint64)  # [N] hash, 0 unknown
@@ -122,6 +123,7 @@ class Catalog:
         self.version += 1
 
     def _describe(self, i: int, item: Mapping[str, Any]) -> None:
+        self.recorded[i] = True
         self.in_stock[i] = item["in_stock"]
         self.category[i] = hash_string(item["category"] or "")
         self.brand[i] = hash_string(item["brand"] or "")
@@ -136,7 +138,7 @@ class Catalog:
         if (rows, max(width, wide)) == (have, wide):
             return
         more = rows - have
-        for name in ("known", "gone", "in_stock", "category", "brand"):
+        for name in ("known", "gone", "recorded", "in_stock", "category", "brand"):
             array = getattr(self, name)
             setattr(self, name, np.concatenate([array, np.zeros(more, array.dtype)]))
         self.price = np.concatenate([self.price, np.full(more, np.nan, np.float32)])

@@ -499,7 +499,7 @@ def test_an_item_never_seen_scores_by_its_features_as_its_like_do():
         category = np.array([0, *([7] * 6), *([9] * 6)], np.uint64)
         brand = np.zeros(13, np.uint64)
         price = np.full(13, 10.0, np.float32)
-        in_stock = known = np.arange(13) > 0
+        in_stock = known = recorded = np.arange(13) > 0
         gone = np.zeros(13, np.bool_)
         vector = np.zeros((13, 2), np.float32)
 
@@ -608,7 +608,7 @@ def test_quantiles_tell_a_gamble_from_a_sure_thing():
 def priced(price):
     class Catalog:
         category = brand = np.zeros(13, np.uint64)
-        in_stock = known = np.arange(13) > 0
+        in_stock = known = recorded = np.arange(13) > 0
         gone = np.zeros(13, np.bool_)
         vector = np.zeros((13, 2), np.float32)
 

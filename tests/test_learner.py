@@ -61,9 +61,9 @@ def catalog_record(item_id, value):
         np.zeros(1, np.int32),
         np.zeros(1, np.int64),
         np.zeros(1, np.int64),
-        np.frombuffer(value, np.uint8),
-        np.array([0, len(value)]),
-        np.zeros(1, np.bool_),
+        np.frombuffer(value or b"", np.uint8),
+        np.array([0, len(value or b"")]),
+        np.array([value is None]),
         [item_id.encode()],
     )
 
@@ -203,6 +203,27 @@ def test_an_item_that_left_the_catalog_while_the_learner_was_down_is_not_on_offe
     after = restored(before)  # and the catalog's topic is empty now
     after.train(1)
     assert not after.agent.tensors()["catalog.on_offer"].numpy()[catalog_ids(before)].any()
+
+
+@pytest.mark.parametrize(
+    "tombstone", [True, False], ids=["its tombstone is left", "all of it was compacted away"]
+)
+def test_what_an_item_was_is_known_after_a_restart_though_it_has_left_the_catalog(tombstone):
+    kept = {"item_id": "kept", "category": "shoes", "price": 9.0, "vector": [1.0]}
+    other, gone = kept | {"item_id": "other", "price": 3.0}, kept | {"item_id": "gone", "vector": [1.0, 2.0]}
+    stocked = [catalog_record(item["item_id"], Codec().encode_item(item)) for item in (kept, other, gone)]
+    left = catalog_record("gone", None)
+    before = new_learner()
+    for record in (*stocked, left):
+        before.take_catalog(record)
+    before.train(1)
+    after = restored(before)
+    for record in (*stocked[:2], *([left] if tombstone else [])):
+        after.take_catalog(record)
+    after.train(1)
+    assert before.agent.items.vector[3, :2].tolist() == [1.0, 2.0]
+    for was, now in zip(before.agent.items, after.agent.items, strict=True):
+        assert now.equal(was)
 
 
 def catalog_ids(learner):
