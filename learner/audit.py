@@ -97,6 +97,7 @@ class Memory(NamedTuple):
     joiner: dict[int, Mapping[str, Any]]  # state of each partition
     contents: Contents
     inserted: int
+    missed: int
 
 
 def load_memory(directory: Path) -> Memory:
@@ -140,8 +141,9 @@ def _memory(generation: int, meta: Mapping[str, Any], parts: Mapping[str, Any]) 
     state = parts["replay/state"]
     replay = Replay(int(state["capacity"]), int(state["history_length"]), prioritised=False)
     replay.restore(parts)
+    joins: dict[int, Mapping[str, Any]] = dict(join_states(parts))
     return Memory(
-        generation, meta, journal, vocabulary, dict(join_states(parts)), replay.contents(), replay.inserted
+        generation, meta, journal, vocabulary, joins, replay.contents(), replay.inserted, replay.missed
     )
 
 
@@ -305,7 +307,12 @@ class Audit:
             raise NothingToAudit(f"{replaced(self._topic, known, found)}; the checkpoint is of the old one")
         memory = self._memory
         report = Report(
-            str(self._directory), self._topic, memory.generation, memory.inserted, memory.meta["updates"]
+            str(self._directory),
+            self._topic,
+            memory.generation,
+            memory.inserted,
+            memory.missed,
+            memory.meta["updates"],
         )
         for partition, end in sorted(self._positions.items()):
             report.partitions.append(self._judge(partition, end))

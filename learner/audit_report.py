@@ -106,6 +106,7 @@ class Report:
     topic: str
     generation: int
     inserted: int  # transitions that ever went into replay
+    missed: int  # later rewards whose transitions had made room by then
     updates: int
     partitions: list[PartitionReport] = field(default_factory=list)
     bad: Counter[str] = field(default_factory=Counter)  # rows, by Reason
@@ -144,6 +145,7 @@ def as_json(report: Report) -> dict[str, Any]:
             "generation": report.generation,
             "topic": report.topic,
             "transitions": report.inserted,
+            "missed": report.missed,
             "updates": report.updates,
         },
         "partitions": [{**vars(p), "complete": p.complete} for p in report.partitions],
@@ -168,6 +170,7 @@ def as_text(report: Report) -> str:
         *map(_became, report.partitions),
         *(_stepped_over(p) for p in report.partitions if p.stepped_over),
         *(_unverified(p) for p in report.partitions if not p.complete),
+        *([_missed(report.missed)] if report.missed else []),
         *_letters_text(report),
         *_weights_text(report),
         f"{report.records:,} records in {report.took_s:.1f} s, "
@@ -212,6 +215,13 @@ def _became(p: PartitionReport) -> str:
             why = ", ".join(f"{count:,} {reason}" for reason, count in rows.items())
             parts.append(f"{where}: {why} ({p.letters.get(where, 0):,} letters found)")
     return "; ".join(parts)
+
+
+def _missed(count: int) -> str:
+    return (
+        f"{count:,} later rewards came after their transitions had made room in replay, and were not learnt from; "
+        "a larger --replay-capacity keeps these for longer"
+    )
 
 
 def _unverified(p: PartitionReport) -> str:

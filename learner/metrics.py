@@ -23,6 +23,10 @@ class Metrics:
         )
         self.transitions = counter("learner_transitions", "Transitions that entered replay.")
         self.amendments = counter("learner_amendments", "Rewards that came after their transition was made.")
+        self.amendments_missed = gauge(
+            "learner_amendments_missed",
+            "Rewards that came after replay had let go of their transition, since the first start: they are lost.",
+        )
         self.updates = counter("learner_updates", "Gradient steps.")
         self.joined = gauge(
             "learner_joiner_events", "The joiner's counts since the first start, by what happened.", "what"

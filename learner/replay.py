@@ -32,7 +32,7 @@ RESERVED_STEPS: Final = 1 << 22
 PRIORITY_FLOOR: Final = 1e-3  # added to |TD error|, so that nothing becomes unreachable
 
 # Places in Store.cursor.
-_HEAD, _TAIL, _USED, _FREE, _DUPLICATES, _AMENDED, _UNKNOWN = range(7)
+_HEAD, _TAIL, _USED, _FREE, _DUPLICATES, _AMENDED, _MISSED = range(7)
 # Rows of Store.stamps.
 _HISTORY, _CHAIN, _ROWS, _REWARDS, _PRIORITIES = range(5)
 
@@ -430,7 +430,7 @@ def _amend(unpinned: _Store, new: Amendments, clock: int) -> None:
         if step >= 0 and store.steps[step].slots > 0:
             n = _find_row(store, step, amendments.slot[a])
         if n == -2:
-            store.cursor[_UNKNOWN] += 1
+            store.cursor[_MISSED] += 1
             continue
         before = _is_chosen(store, step)
         store.steps[step].total += amendments.reward[a]
@@ -717,6 +717,11 @@ class Replay:
         """Transitions kept of steps in which something was chosen from a slate."""
         return int(self._store.chosen[1])
 
+    @property
+    def missed(self) -> int:
+        """Amendments, ever, that came after their step was let go: nothing is learnt from them."""
+        return int(self._store.cursor[_MISSED])
+
     def counters(self) -> dict[str, int]:
         """Counts since the buffer was new, which survive a restore; and what it holds now."""
         cursor = self._store.cursor
@@ -726,7 +731,7 @@ class Replay:
             "steps": int(cursor[_USED] - cursor[_FREE]),
             "duplicates": int(cursor[_DUPLICATES]),
             "amended": int(cursor[_AMENDED]),
-            "amendments_unknown": int(cursor[_UNKNOWN]),
+            "missed": self.missed,
         }
 
     @property
@@ -743,7 +748,7 @@ class Replay:
 
         A step's transitions come as adjacent rows with ascending slots, all at once. A step that is complete
         already is counted as duplicates and left as it is. An amendment raises its transition to the highest
-        priority; one for a step no longer kept is counted as unknown.
+        priority; one for a step no longer kept is counted as missed.
         Raises: ReplayError, naming the row, on arrays that contradict each other; then nothing was changed.
         """
         states, transitions, amendments = _typed(joined)

@@ -447,6 +447,7 @@ class Trainer:
             metrics.lag.labels(str(partition)).set(lag)
         metrics.parked.set(len(self._intake.parked))
         metrics.replay_transitions.set(len(learner.replay))
+        metrics.amendments_missed.set(learner.replay.missed)
         metrics.event_time.set(learner.events_through_ms / 1000)
         metrics.catalog_refused.set(self._catalog.refused)
         metrics.items.set(len(learner.vocabulary))

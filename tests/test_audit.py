@@ -205,6 +205,8 @@ def test_what_made_room_in_a_small_replay_is_counted(shop, tmp_path):
     assert report.clean, as_text(report)
     assert sum(p.kept for p in report.partitions) == 300
     assert sum(p.evicted for p in report.partitions) == learner.replay.inserted - 300
+    assert report.missed == learner.replay.missed > 20
+    assert f"{report.missed} later rewards came after their transitions had made room" in as_text(report)
 
 
 def test_records_after_the_checkpoint_are_not_counted(shop, tmp_path):

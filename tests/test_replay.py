@@ -118,7 +118,7 @@ class Model:
     inserted: int = 0
     duplicates: int = 0
     amended: int = 0
-    unknown: int = 0
+    missed: int = 0
 
     def insert(self, steps, amendments):
         for step in steps:
@@ -139,7 +139,7 @@ class Model:
         for partition, offset, slot, reward in amendments:
             entry = self.steps.get((partition, offset))
             if entry is None or not entry["complete"] or slot not in entry["rewards"]:
-                self.unknown += 1
+                self.missed += 1
                 continue
             entry["rewards"][slot] += np.float64(np.float32(reward))
             self.amended += 1
@@ -194,7 +194,7 @@ def assert_same(replay, model, n_step, gamma):
         "steps": len(model.steps),
         "duplicates": model.duplicates,
         "amended": model.amended,
-        "amendments_unknown": model.unknown,
+        "missed": model.missed,
     }
 
 
