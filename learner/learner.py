@@ -145,7 +145,7 @@ class Learner:
             settings.updates_low, settings.updates_high, settings.min_replay, settings.updates_young
         )
         self.rng = np.random.default_rng([settings.seed, 1])
-        self.events_through_ms = 0  # newest event time taken in; 0: none
+        self.events_through_ms = 0  # newest event time taken in that the join's clocks believe; 0: none
         self.last: Update | None = None  # the update made last
         self.observe: Callable[[Joined, Agent], None] | None = None  # sees transitions before they are learnt
         self._batch: Batch = empty_batch(agent.batch_size, agent.entries)
@@ -171,7 +171,8 @@ class Learner:
         bad = np.flatnonzero(columns.kind == Kind.BAD)
         if len(bad) < len(columns.kind):
             newest = int(columns.timestamp_ms[columns.kind != Kind.BAD].max())
-            self.events_through_ms = max(self.events_through_ms, newest)
+            # a clock that was wrongly ahead may have been put back, too
+            self.events_through_ms = min(max(self.events_through_ms, newest), self.joiner.newest_ms())
         return Taken(columns, joined, Rejects(bad, columns.reason[bad]), self._remember(joined))
 
     def _note_unknown(self, batch: RecordBatch, columns: Columns) -> None:

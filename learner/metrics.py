@@ -39,7 +39,8 @@ class Metrics:
             "learner_parked_partitions", "Partitions that wait for a schema registry that cannot be asked."
         )
         self.event_time = gauge(
-            "learner_events_through_seconds", "Newest event time read, seconds since 1970."
+            "learner_events_through_seconds",
+            "Newest event time read, seconds since 1970, but for records stamped far ahead of the others.",
         )
         self.loss = gauge("learner_loss", "Loss of the last update; rising for long: divergence.")
         self.mean_q = gauge("learner_mean_q", "Mean Q(s, a) of the last update's actions, reward units.")

@@ -286,6 +286,14 @@ class Joiner:
             totals += tables.counters
         return dict(zip(COUNTERS, totals.tolist(), strict=True))
 
+    def newest_ms(self) -> int:
+        """How far event time has come by the clock that is furthest, of those that more than a few records bear out; by
+        the one that is least far, where there are none of these. 0 before the first record.
+        """
+        clocks = [t.clock[0] for t in self._tables.values() if t.clock["started"][0]]
+        settled = [int(c["high_ms"]) for c in clocks if c["settled"] >= JUMP]
+        return max(settled) if settled else min((int(c["high_ms"]) for c in clocks), default=0)
+
     def users(self) -> int:
         """Users remembered."""
         return sum(int(tables.user_slots.size[0]) for tables in self._tables.values())

@@ -9,8 +9,8 @@ import pytest
 from learner.agent import MEETINGS, AgentSettings
 from learner.checkpoint import KEEP, decode, encode
 from learner.learner import READABLE_FORMATS, CannotContinue, Learner, LearnerSettings
-from streaming.chunks import rows
-from streaming.join_settings import JoinSettings
+from streaming.chunks import batch_of, rows
+from streaming.join_settings import JUMP, JoinSettings
 from streaming.log import RecordBatch, open_log
 from streaming.schemas import Codec
 from tests.shop_log import write_shop
@@ -228,6 +228,38 @@ def test_what_an_item_was_is_known_after_a_restart_though_it_has_left_the_catalo
 
 def catalog_ids(learner):
     return np.flatnonzero(learner.catalog.known)
+
+
+def seen(n, timestamp_ms):
+    """An event of one user in eight."""
+    user, items = f"u{n % 8}", [{"item_id": "a"}]
+    event = {"event_id": f"e{n}", "name": "view_item", "user_id": user, "timestamp": timestamp_ms}
+    return Codec().encode_event(event | {"items": items})
+
+
+def test_a_record_stamped_far_ahead_does_not_tell_how_new_the_weights_are():
+    start_ms, years_ms = 1_767_268_800_000, 5 * 365 * 86_400_000
+    learner = new_learner()
+    learner.take(batch_of([seen(n, start_ms + n) for n in range(JUMP)]))
+    assert learner.events_through_ms == start_ms + JUMP - 1
+    learner.take(batch_of([seen(100, start_ms + years_ms)], JUMP))
+    first_of_another = batch_of([seen(101, start_ms + years_ms)])
+    first_of_another.partition[:] = 1
+    learner.take(first_of_another)
+    assert learner.events_through_ms == start_ms + JUMP - 1
+    learner = restored(learner)
+    learner.take(batch_of([seen(102, start_ms + 60_000)], JUMP + 1))
+    assert learner.meta({}, 0).events_through_ms == start_ms + 60_000
+
+
+def test_nor_do_many_once_their_partitions_clock_is_put_back():
+    start_ms, day_ms = 1_767_268_800_000, 86_400_000
+    times = [*range(JUMP), *range(day_ms, day_ms + JUMP)]
+    learner = new_learner()
+    learner.take(batch_of([seen(n, start_ms + at) for n, at in enumerate(times)]))
+    assert learner.events_through_ms == start_ms + day_ms  # so many of several users are believed
+    learner.take(batch_of([seen(100 + n, start_ms + 100 + n) for n in range(JUMP)], len(times)))
+    assert learner.events_through_ms == start_ms + 100 + JUMP - 1
 
 
 def test_another_band_counts_from_the_restart_on(records):
