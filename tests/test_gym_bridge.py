@@ -26,6 +26,8 @@ from learner.replay import Batch
 from serving import policy_pb2 as pb
 from streaming.schemas import Codec
 from tests.corner_shop import ITEMS, PAGES, Anything, CornerShop, CornerStorefront
+from tests.news_stand import PAGES as STAND_PAGES
+from tests.news_stand import SLATE, NewsStand, NewsStandFront
 
 SMALL = Setup(
     AgentSettings(dim=8, hidden=16, batch_size=32, history_length=4),
@@ -193,23 +195,50 @@ def test_a_version_comes_with_each_whole_chunk():
 def test_real_processes_show_what_one_process_shows(tmp_path, logged):
     """By popularity first, then by each version in turn; epsilon's draws included."""
     users, setup = logged + (30 if logged else 70), replace(SMALL, epsilon=0.3, chunk=25)
-    shown, versions = {}, {}
+
+    def played(loop: Any) -> Copyist:
+        book = Copyist(loop)
+        visits = Visits(CornerShop(seed=2), CornerStorefront(), shop(book, setup, seed=2))
+        for user in range(users):
+            visits.play(user, Anything(seed=2) if user < logged else None)
+        return book
+
     with Lockstep(tmp_path) as lockstep:
-        for loop in (lockstep, InProcess()):
-            book = Copyist(loop)
-            visits = Visits(CornerShop(seed=2), CornerStorefront(), shop(book, setup, seed=2))
-            for user in range(users):
-                visits.play(user, Anything(seed=2) if user < logged else None)
-            shown[loop], versions[loop] = book.slates, book.versions
-    one, other = shown.values()
-    assert len(one) > 100
-    assert one == other, "items, propensities and values, to the last bit"
-    several, same = versions.values()
-    assert [v - several[0] for v in several] == [v - same[0] for v in same], (
-        "a learner skips what nobody asks for"
-    )
-    assert len(set(several)) > 2, "more than one version answered"
-    assert (several[0] == 0) == (logged == 0), "without a log, popularity comes first"
+        several = played(lockstep)
+    assert_alike(several, played(InProcess()))
+    assert len(several.slates) > 100
+    assert (several.versions[0] == 0) == (logged == 0), "without a log, popularity comes first"
+
+
+def test_real_processes_show_what_one_process_shows_where_nothing_comes_again(tmp_path):
+    """As RecSim's viewers are served: all that is known comes with each request, far ahead counts, and the last visit
+    leaves no trace."""
+    agent = replace(SMALL.agent, gamma=0.999, history_length=0)
+    learner = replace(SMALL.learner, min_replay=40)
+    setup = replace(SMALL, agent=agent, learner=learner, epsilon=0.3, chunk=25)
+    assert (agent.entries, agent.steps) == (160, 10)
+
+    def played(loop: Any) -> Copyist:
+        book, storefront = Copyist(loop), NewsStandFront()
+        visits = Visits(NewsStand(seed=2), storefront, made := Shop(book, storefront, setup, seed=2))
+        for user in range(5):
+            made.watched_only = user == 4
+            visits.play(user)
+        return book
+
+    with Lockstep(tmp_path) as lockstep:
+        several = played(lockstep)
+    assert_alike(several, played(InProcess()))
+    assert [len(slate) for slate in several.slates] == [SLATE] * 5 * STAND_PAGES
+    assert several.versions[0] == 0, "popularity comes first"
+
+
+def assert_alike(several: Copyist, one: Copyist) -> None:
+    """They were shown the same by the same versions, of which there was more than one."""
+    assert several.slates == one.slates, "items, propensities and values, to the last bit"
+    since = [[version - book.versions[0] for version in book.versions] for book in (several, one)]
+    assert since[0] == since[1], "a learner skips what nobody asks for"
+    assert len(set(several.versions)) > 2, "more than one version answered"
 
 
 class Copyist:
