@@ -449,11 +449,12 @@ def test_the_command_says_the_same_however_many_runs_go_at_once(capsys, tmp_path
     about = ["--preset", "evolution, short", "--agent", "random", "myopic"]
     keep, found = ["--keep", str(tmp_path / "kept")], tmp_path / "found"
     assert main([*about, "--seeds", "3", *keep]) == 0  # which was stopped then, say
+    assert capsys.readouterr().out.startswith("recsim, evolution, short, seed 3\n\n|")
     first = (tmp_path / "kept").read_text()
     (tmp_path / "kept").write_text(first + first.splitlines()[0][:99])  # in the middle of a row
-    capsys.readouterr()
     assert main([*about, "--seeds", "3", "4", "--jobs", "2", "--json", str(found), *keep]) == 0
     printed = capsys.readouterr().out
+    assert printed.startswith("recsim, evolution, short, seeds 3 4\n\n|")
     assert (tmp_path / "kept").read_text().startswith(first)
     assert (tmp_path / "kept").read_text().count("\n") == 4
     rows = json.loads(found.read_text())["rows"]

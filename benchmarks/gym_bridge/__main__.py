@@ -56,10 +56,11 @@ def mean_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def table(rows: Sequence[dict[str, Any]], seeds: int) -> Iterator[str]:
+def table(rows: Sequence[dict[str, Any]], seeds: Sequence[int]) -> Iterator[str]:
     """A Markdown table, a row for each agent."""
     world = world_of(rows[0]["preset"])
-    yield f"{rows[0]['world']}, {rows[0]['preset']}, {seeds} seed{'s' * (seeds > 1)}\n"
+    which = f"seed{'s' * (len(seeds) > 1)} {' '.join(map(str, seeds))}"
+    yield f"{rows[0]['world']}, {rows[0]['preset']}, {which}\n"
     headings = ("agent", "score", *world.HEADINGS, "CPU, ms")
     yield f"| {' | '.join(headings)} |"
     yield "|---" * len(headings) + "|"
@@ -138,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for each in runs:
             each.result()
     rows = [kept.rows[which] for which in wanted]
-    print("\n".join(table(rows, len(options.seeds))))
+    print("\n".join(table(rows, options.seeds)))
     means = [mean_of(mine) for mine in by_agent(rows).values()]
     record.append(options.json, "gym_bridge", sys.argv[1:], {**found, "rows": [*means, *rows]})
     return 0
