@@ -8,14 +8,15 @@ released after the first third of the decisions, the first hundred times that it
 policy chose to show it; its click-through rate there tells whether it was shown to the right people. Popularity, chance
 and an oracle that sees the shoppers' minds meet the same shoppers on the same days.
 
-Rates are of all those impressions together; intervals are 95 %, Student's t over seeds.
+Rates are of all those impressions together, those of all shops; intervals are 95 %, Student's t over shops.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,12 +27,18 @@ import torch
 from benchmarks import record
 from benchmarks.learning import SLOTS, Loop, LoopSettings, ShopCatalog
 from learner.agent import AgentSettings
-from simulator.figures import over_seeds
+from simulator.figures import Interval, over_seeds
 from simulator.policies import GreedyOracle, Popularity, Random, Recommender, play
 from simulator.shop import Shop, ShopSettings
 
 FIRST: Final = 100  # impressions of each new item
 SHOP: Final = ShopSettings(new_items=0.5)  # most of them come later than the run ends
+RATES: Final = {  # of which counts
+    "ctr_new": ("new_clicked", "new_shown"),
+    "ctr_others": ("others_clicked", "others_shown"),
+    "shown_100_times": ("new_full", "new_items"),
+    "impressions": ("new_shown", "new_items"),
+}
 
 
 class FirstImpressions:
@@ -55,16 +62,35 @@ class FirstImpressions:
                 self.clicked[item] += hit
 
     def figures(self, now_ms: int, release_ms: npt.NDArray[np.int64]) -> dict[str, float]:
-        """Of the items that are out by now."""
+        """Counts, and their RATES, of the items that are out by now; nan: of nothing."""
         out = self.new & (release_ms <= now_ms)
         shown = self.shown[out]
-        return {
+        counts = {
             "new_items": float(out.sum()),
-            "shown_100_times": float((shown == FIRST).mean()),
-            "impressions": float(shown.mean()),
-            "ctr_new": float(self.clicked[out].sum() / max(1, shown.sum())),
-            "ctr_others": float(self.others[1] / max(1, self.others[0])),
+            "new_full": float((shown == FIRST).sum()),
+            "new_shown": float(shown.sum()),
+            "new_clicked": float(self.clicked[out].sum()),
+            "others_shown": float(self.others[0]),
+            "others_clicked": float(self.others[1]),
         }
+        return counts | {rate: pooled([counts], rate).mean for rate in RATES}
+
+
+def pooled(shops: Sequence[Mapping[str, float]], rate: str) -> Interval:
+    """One of RATES, of all shops together; nan where there is nothing that it is of. Its interval is over the shops
+    that have some, of the ratio linearised: with as much in each shop, that of the mean of their rates.
+
+    >>> of_shop = [{"new_clicked": 5.0, "new_shown": 100.0}, {"new_clicked": 0.0, "new_shown": 0.0}]
+    >>> pooled(of_shop, "ctr_new")
+    Interval(mean=0.05, low=nan, high=nan)
+    """
+    part, whole = RATES[rate]
+    some = [(shop[part], shop[whole]) for shop in shops if shop[whole]]
+    if not some:
+        return Interval(math.nan, math.nan, math.nan)
+    total = sum(of for _, of in some)
+    ratio = sum(count for count, _ in some) / total
+    return over_seeds([ratio + len(some) * (count - ratio * of) / total for count, of in some])
 
 
 class NamesOnly(Loop):
@@ -131,17 +157,26 @@ def table(seeds: Sequence[dict[str, dict[str, float]]]) -> Iterator[str]:
     yield "| policy | CTR of new items, first 100 impressions | CTR of the others | shown 100 times | impressions |"
     yield "|---|---|---|---|---|"
     for name in seeds[0]:
+        shops = [seed[name] for seed in seeds]
         cells = [
-            f"{scale * mean:.{digits}f}" + (f" ± {scale * (high - low) / 2:.{digits}f}" if high > low else "")
-            for key, scale, digits in (
-                ("ctr_new", 100.0, 2),
-                ("ctr_others", 100.0, 2),
-                ("shown_100_times", 100.0, 0),
-                ("impressions", 1.0, 0),
-            )
-            for mean, low, high in [over_seeds([seed[name][key] for seed in seeds])]
+            cell(pooled(shops, "ctr_new"), 100.0, 2, " %"),
+            cell(pooled(shops, "ctr_others"), 100.0, 2, " %"),
+            cell(pooled(shops, "shown_100_times"), 100.0, 0, " %"),
+            cell(pooled(shops, "impressions"), 1.0, 0, ""),
         ]
-        yield f"| {name} | {cells[0]} % | {cells[1]} % | {cells[2]} % | {cells[3]} |"
+        yield f"| {' | '.join([name, *cells])} |"
+
+
+def cell(found: Interval, scale: float, digits: int, unit: str) -> str:
+    """
+    >>> cell(Interval(0.05, 0.04, 0.06), 100.0, 1, " %"), cell(Interval(math.nan, math.nan, math.nan), 1.0, 0, "")
+    ('5.0 ± 1.0 %', '-')
+    """
+    mean, low, high = found
+    if math.isnan(mean):
+        return "-"
+    interval = f" ± {scale * (high - low) / 2:.{digits}f}" if high > low else ""
+    return f"{scale * mean:.{digits}f}{interval}{unit}"
 
 
 def main() -> int:

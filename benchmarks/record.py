@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import shlex
@@ -41,7 +42,7 @@ def _git(*arguments: str) -> str:
 
 
 def append(file: Path | None, benchmark: str, arguments: Sequence[str], figures: Mapping[str, Any]) -> None:
-    """Append what was measured, and with what; None: don't."""
+    """Append what was measured, and with what; None: don't. What is not a finite number is null, as JSON has none."""
     if file is None:
         return
     about = {
@@ -53,4 +54,16 @@ def append(file: Path | None, benchmark: str, arguments: Sequence[str], figures:
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as lines:
-        lines.write(json.dumps(about | dict(figures)) + "\n")
+        lines.write(json.dumps(_finite(about | dict(figures)), allow_nan=False) + "\n")
+
+
+def _finite(found: Any) -> Any:
+    """
+    >>> _finite({"rows": [{"ctr": math.nan, "shown": 0.0}]})
+    {'rows': [{'ctr': None, 'shown': 0.0}]}
+    """
+    if isinstance(found, Mapping):
+        return {name: _finite(value) for name, value in found.items()}
+    if isinstance(found, list | tuple):
+        return [_finite(value) for value in found]
+    return None if isinstance(found, float) and not math.isfinite(found) else found

@@ -1,12 +1,16 @@
 """How new items are shown: what is counted, and what an agent is told of them."""
 
+import json
+import math
+
 import numpy as np
 import pytest
 
-from benchmarks import cold_start
-from benchmarks.cold_start import FirstImpressions, NamesOnly
+from benchmarks import cold_start, record
+from benchmarks.cold_start import FirstImpressions, NamesOnly, pooled, table
 from benchmarks.learning import Loop, LoopSettings
 from learner.agent import AgentSettings
+from simulator.figures import over_seeds
 from simulator.shop import CLICK, Shop, ShopSettings
 
 
@@ -18,10 +22,52 @@ def test_of_each_new_item_only_the_first_impressions_count(monkeypatch):
     seen.add(np.array([[1, 2]]), np.array([[True, False]]))  # item 1 for the third time
     assert seen.figures(100, release_ms) == {
         "new_items": 2.0,  # item 3 is not out yet
+        "new_full": 1.0,
+        "new_shown": 3.0,
+        "new_clicked": 1.0,
+        "others_shown": 1.0,
+        "others_clicked": 1.0,
         "shown_100_times": 0.5,
         "impressions": 1.5,
         "ctr_new": pytest.approx(1 / 3),
         "ctr_others": 1.0,
+    }
+
+
+def test_what_was_never_shown_has_no_rate_and_says_so(tmp_path):
+    figures = FirstImpressions(np.array([0, 50]), after_ms=10).figures(100, np.array([0, 50]))
+    assert math.isnan(figures["ctr_new"])
+    assert math.isnan(figures["ctr_others"])
+    assert figures["impressions"] == 0.0
+    assert list(table([{"popularity": figures}]))[2] == "| popularity | - | - | 0 % | 0 |"
+    record.append(tmp_path / "found", "cold_start", [], {"seeds": [figures]})
+    (written,) = json.loads((tmp_path / "found").read_text(), parse_constant=pytest.fail)["seeds"]
+    assert (written["ctr_new"], written["impressions"]) == (None, 0.0)
+
+
+def test_rates_are_of_the_impressions_of_all_shops_together():
+    shops = [counted(clicked=5, shown=100), counted(clicked=0, shown=0), counted(clicked=45, shown=300)]
+    mean, low, high = pooled(shops, "ctr_new")
+    assert mean == pytest.approx(50 / 400)
+    assert low < mean < high
+    assert "| features | 12.50 ± " in list(table([{"features": shop} for shop in shops]))[2]
+    assert pooled(shops[:2], "ctr_new").mean == pytest.approx(5 / 100)
+
+
+def test_with_as_many_impressions_in_each_shop_the_interval_is_that_of_their_rates():
+    shops = [counted(clicked, shown=10) for clicked in (1, 2, 3)]
+    assert pooled(shops, "ctr_new") == pytest.approx(over_seeds([0.1, 0.2, 0.3]))
+
+
+def counted(clicked: int, shown: int) -> dict[str, float]:
+    """Of a shop's two new items; the others do as well."""
+    return {
+        "new_items": 2.0,
+        "new_full": 0.0,
+        "new_shown": shown,
+        "new_clicked": clicked,
+        "others_shown": shown,
+        "others_clicked": clicked,
     }
 
 
