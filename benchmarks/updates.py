@@ -177,9 +177,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     print(f"updates: {error}", file=sys.stderr)
                     return 1
                 print(line(rows[-1]), flush=True)
-    print(f"\nof an update of ours, {rows[0]['items']:,} items, batches of {rows[0]['batch']}")
-    for stage, share in rows[0]["stages"].items():
-        print(f"{stage:>24} {100 * share:5.1f} %")
+    for row in rows:
+        print(f"\nof an update of ours, {row['items']:,} items, batches of {row['batch']:,}")
+        for stage, share in row["stages"].items():
+            print(f"{stage:>24} {100 * share:5.1f} %")
     record.append(
         options.json, "updates", arguments_without(options.torchrl), {"device": options.device, "rows": rows}
     )

@@ -114,14 +114,18 @@ def test_updates_are_measured_beside_the_eager_loop_and_stages_add_up(tmp_path, 
     monkeypatch.setattr(updates, "USERS", 100)
     monkeypatch.setattr(updates, "STORED", 400)
     kept = tmp_path / "updates.jsonl"
-    size = ["--items", "50", "--batches", "32", "--updates", "3", "--turns", "1"]
-    assert updates.main([*size, "--json", str(kept)]) == 0
-    (row,) = json.loads(kept.read_text())["rows"]
-    assert row["ours_per_s"] > 0
-    assert row["ratio_to_eager"] == pytest.approx(row["ours_per_s"] / row["eager_per_s"])
-    assert sum(row["stages"].values()) == pytest.approx(1)
-    assert min(row["stages"].values()) > 0
-    assert "TorchRL" in capsys.readouterr().out
+    sizes = ["--items", "50", "60", "--batches", "32", "--updates", "3", "--turns", "1"]
+    assert updates.main([*sizes, "--json", str(kept)]) == 0
+    rows, printed = json.loads(kept.read_text())["rows"], capsys.readouterr().out
+    assert [row["items"] for row in rows] == [50, 60]
+    for row in rows:
+        assert row["ours_per_s"] > 0
+        assert row["ratio_to_eager"] == pytest.approx(row["ours_per_s"] / row["eager_per_s"])
+        assert sum(row["stages"].values()) == pytest.approx(1)
+        assert min(row["stages"].values()) > 0
+        _, stages = printed.split(f"of an update of ours, {row['items']} items, batches of 32\n")
+        assert stages.startswith(f"{'sample':>24} {100 * row['stages']['sample']:5.1f} %\n")
+    assert "TorchRL" in printed
 
 
 def test_a_python_without_torchrl_is_named(tmp_path, monkeypatch, capsys):
