@@ -104,7 +104,6 @@ class Lockstep:
         policy = self._client.policy()
         if policy.policy_version:
             return all(position.next_offset >= whole for position in policy.positions)
-        # before the first update there is nothing to serve
         checkpoint = self._learner.meta()  # before the first update there is nothing to serve
         at = checkpoint.get("positions", {}).get("0", 0)
         return int(at) >= whole and int(checkpoint["updates"]) == 0
