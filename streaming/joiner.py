@@ -287,12 +287,12 @@ class Joiner:
         return dict(zip(COUNTERS, totals.tolist(), strict=True))
 
     def newest_ms(self) -> int:
-        """How far event time has come by the clock that is furthest, of those that more than a few records bear out; by
-        the one that is least far, where there are none of these. 0 before the first record.
+        """How far event time has come by the clock that is furthest, of those that cannot be put back any more; by the
+        one that is least far, where there are none of these. 0 before the first record.
         """
-        clocks = [t.clock[0] for t in self._tables.values() if t.clock["started"][0]]
-        settled = [int(c["high_ms"]) for c in clocks if c["settled"] >= JUMP]
-        return max(settled) if settled else min((int(c["high_ms"]) for c in clocks), default=0)
+        high_ms = {p: int(t.clock["high_ms"][0]) for p, t in self._tables.items() if t.clock["started"][0]}
+        sure = [at for partition, at in high_ms.items() if not self.may_be_put_back(partition)]
+        return max(sure) if sure else min(high_ms.values(), default=0)
 
     def users(self) -> int:
         """Users remembered."""
