@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
+from streaming.columns import Reason
+
 
 class Metrics:
     """One learner's metrics in a registry of their own, served by `serve`."""
@@ -21,6 +23,9 @@ class Metrics:
         self.dead_letters = counter(
             "learner_dead_letters", "Records that could not be used, by reason.", "reason"
         )
+        for reason in Reason:
+            if Reason.OK < reason <= Reason.LATE:
+                self.dead_letters.labels(reason.name)  # at 0: a series that begins at 1 has not risen
         self.transitions = counter("learner_transitions", "Transitions that entered replay.")
         self.amendments = counter("learner_amendments", "Rewards that came after their transition was made.")
         self.amendments_missed = gauge(

@@ -130,7 +130,25 @@ USERS_FORGOTTEN = Gauge(
 ITEMS_REFUSED = Gauge(
     "serving_view_items_refused",
     "Times that an item had no room within --max-items: it is the unknown item in histories.",
+    registry=REGISTRY,
 )
+
+
+def _at_zero() -> None:
+    """Let what alarms are on begin at 0: a series that begins at 1 has not risen."""
+    for rpc in ("Recommend", "BatchRecommend", "RecommendStream", "GetPolicy"):
+        REQUESTS.labels(rpc, "INTERNAL")
+    for strategy in ("LEARNED", "POPULARITY"):
+        ANSWERS.labels(strategy)
+    for fate in ("queued", "dropped", "lost", "unlogged"):
+        DECISIONS.labels(fate)
+    for reason in ("damaged", "probe", "store"):
+        WEIGHTS_REFUSED.labels(reason)
+    for kind in ("unavailable", "gap", "fault"):
+        VIEW_FAILURES.labels(kind)
+
+
+_at_zero()
 
 
 def expose(port: int, host: str) -> int:
