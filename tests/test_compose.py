@@ -300,6 +300,7 @@ def test_prometheus_finds_all_that_the_dashboard_shows(stack: Stack) -> None:
     for expression in (target["expr"] for panel in panels for target in panel["targets"]):
         asked(expression)  # refused if it is wrong
     eventually(lambda: asked("serving_policy_version > 0 and on () learner_policy_version > 0"))
+    eventually(lambda: asked("bellwether:learner_loss"))  # the rules are loaded
 
 
 def asked(expression: str) -> Sequence[dict[str, Any]]:

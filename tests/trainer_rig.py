@@ -34,7 +34,13 @@ class Rig:
     """
 
     def __init__(
-        self, folder: Path, disk: Disk | None = None, turn_s: float = 1.0, partitions: int = 1, **config: Any
+        self,
+        folder: Path,
+        disk: Disk | None = None,
+        turn_s: float = 1.0,
+        partitions: int = 1,
+        agent: AgentSettings = AGENT,
+        **config: Any,
     ) -> None:
         self.folder, self.turn_s = folder, turn_s
         self.now_s, self.wall_ms = 1000.0, 1_767_225_600_000
@@ -47,8 +53,8 @@ class Rig:
         self.written = 0
         self.learner = Learner(
             LearnerSettings(min_replay=20, replay_capacity=10_000, updates_high=0.5),
-            AGENT,
-            JoinSettings(gamma=AGENT.gamma, history_length=AGENT.entries),
+            agent,
+            JoinSettings(gamma=agent.gamma, history_length=agent.entries),
             Codec(),
             None,
         )
@@ -111,11 +117,11 @@ class Rig:
         record = {"recommendation_id": id, "user_id": user, "timestamp": timestamp_ms, "slate": slate}
         self.producer.send("events", user.encode(), Codec().encode_decision(record), self.wall_ms)
 
-    def click(self, id: str, user: str, timestamp_ms: int, item: str) -> None:
+    def click(self, id: str, user: str, timestamp_ms: int, item: str, name: str = "select_item") -> None:
         """A storefront's event that came of it."""
         event = {
             "event_id": f"click-{id}",
-            "name": "select_item",
+            "name": name,
             "user_id": user,
             "timestamp": timestamp_ms,
             "items": [{"item_id": item}],
