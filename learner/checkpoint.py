@@ -18,6 +18,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from enum import Enum
@@ -33,6 +34,7 @@ from learner.fence import Fence
 log = logging.getLogger(__name__)
 
 FORMAT: Final = "bellwether-checkpoint/1"
+_MANIFEST: Final = re.compile(r"checkpoint-(\d{8,})-(\d{12,})\.json")  # epoch, generation
 Arrays: TypeAlias = dict[str, npt.NDArray[Any]]
 
 
@@ -313,9 +315,9 @@ class Checkpoints:
     # --- reading
 
     def _generations(self) -> list[_Generation]:
-        """All manifests there are, oldest first."""
-        names = (path.stem.split("-") for path in self.directory.glob("checkpoint-*-*.json"))
-        return sorted(_Generation(int(epoch), int(number)) for _, epoch, number in names)
+        """All manifests there are, oldest first. Other files, as copies that somebody made of one, are none of ours."""
+        found = (_MANIFEST.fullmatch(path.name) for path in self.directory.glob("checkpoint-*.json"))
+        return sorted(_Generation(int(match[1]), int(match[2])) for match in found if match)
 
     def _manifest(self, generation: _Generation) -> dict[str, Any]:
         """A manifest, checked against its own hash. Raises: OSError, ValueError."""

@@ -150,6 +150,21 @@ def test_files_that_are_not_ours_stay(tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize(
+    "name", ["{}-copy.json", "checkpoint-old.json", "checkpoint-1-2.json", "checkpoint-a-b.json"]
+)
+def test_a_copy_of_a_manifest_under_another_name_is_none(tmp_path, name):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    save(checkpoints, 1)
+    (manifest,) = tmp_path.glob("checkpoint-*.json")
+    copy = tmp_path / name.format(manifest.stem)
+    copy.write_bytes(manifest.read_bytes())
+    for number in (2, 3):
+        save(checkpoints, number)
+    assert loaded(tmp_path) == 3
+    assert copy.exists()
+
+
 # --- damage ----------------------------------------------------------------------------------------------
 
 
