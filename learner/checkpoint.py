@@ -58,6 +58,10 @@ class CheckpointFailed(Exception):
     """A checkpoint could not be written; the last good one is intact."""
 
 
+class PartsGone(CheckpointFailed):
+    """Parts that were to be kept, or were written just now, are no longer there: the next one must keep none."""
+
+
 class CheckpointDamaged(Exception):
     """No generation can be read whole; the message names each file that is wrong."""
 
@@ -247,8 +251,8 @@ class Checkpoints:
 
         meta: JSON values (keys come back as strings). A part that is KEEP must be in the generation loaded or saved
         last.
-        Raises: CheckpointFailed on a full disk or any failing write; Fenced when a newer learner has taken over. In
-        either case the generation before stays the newest, and KEEP still refers to it.
+        Raises: CheckpointFailed on a full disk or any failing write; PartsGone; Fenced when a newer learner has taken
+        over. In any case the generation before stays the newest that counts, and KEEP still refers to it.
         """
         kept = [name for name, part in parts.items() if part is KEEP and name not in self._base]
         if kept:
@@ -278,10 +282,16 @@ class Checkpoints:
     def _write_part(self, part: Part) -> _File:
         data = encode(part)
         file = _File(hashlib.sha256(data).hexdigest(), len(data))
-        path = self._path(file)
-        if not (path.exists() and path.stat().st_size == file.size):
-            self._write(path, data)
+        if not self._has(file):
+            self._write(self._path(file), data)
         return file
+
+    def _has(self, file: _File) -> bool:
+        """Whether the part is there, as far as its size tells."""
+        try:
+            return self._path(file).stat().st_size == file.size
+        except FileNotFoundError:
+            return False
 
     def _write(self, path: Path, data: bytes) -> None:
         temporary = path.with_name(path.name + ".tmp")
@@ -303,6 +313,13 @@ class Checkpoints:
         text = json.dumps({"sha256": _digest(body), **body}, indent=1)
         if self._fence is not None:
             self._fence.check()  # writing the parts may have taken long
+        # a learner that was fenced between its last check and its deletions takes what nobody needed then
+        gone = [name for name, file in files.items() if not self._has(file)]
+        if gone:
+            raise PartsGone(
+                f"{len(gone)} parts of the checkpoint are gone from {self._parts} (as {gone[0]!r}): not written; "
+                "the next one writes all of them anew"
+            )
         path = self.directory / generation.name
         self._write(path, text.encode())
         try:
@@ -351,8 +368,13 @@ class Checkpoints:
     # --- deleting
 
     def _drop_old(self) -> None:
-        """Delete generations beyond `keep`, and the parts that only they had. A failure costs disk space only."""
+        """Delete generations beyond `keep`, and the parts that only they had. A failure costs disk space only.
+
+        Raises: Fenced.
+        """
         try:
+            if self._fence is not None:
+                self._fence.check()  # or parts that a successor keeps would go
             found = self._generations()
             dropped, kept = found[: -self._keep], found[-self._keep :]
             loose = self._hashes(dropped) - self._hashes(kept)

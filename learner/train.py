@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from learner.catalog_feed import CatalogFeed
-from learner.checkpoint import CheckpointFailed, Checkpoints, CheckpointWriter
+from learner.checkpoint import CheckpointFailed, Checkpoints, CheckpointWriter, PartsGone
 from learner.fence import Fence
 from learner.gaps import gaps_at
 from learner.intake import Arrivals, Intake, Source
@@ -379,6 +379,8 @@ class Trainer:
             if self._checkpoints.finished(timeout_s) is None:
                 return False
         except CheckpointFailed as error:
+            if isinstance(error, PartsGone):
+                self._safe = 0  # the next one is of everything
             self._metrics.checkpoint_failures.inc()
             self._bear(error)
             return False

@@ -24,6 +24,7 @@ from learner.checkpoint import (
     CheckpointWriter,
     Disk,
     Later,
+    PartsGone,
     decode,
     encode,
 )
@@ -445,6 +446,48 @@ def test_it_is_asked_again_before_the_manifest_is_written(tmp_path):
     with pytest.raises(Fenced):
         save(checkpoints, 1)
     assert loaded(tmp_path) == 0
+
+
+class Sleeper(Disk):
+    """That of a learner which sleeps before it gives a manifest its name, once, while `meanwhile` happens."""
+
+    def __init__(self, meanwhile):
+        self.meanwhile = meanwhile
+
+    def rename(self, source, target):
+        if target.suffix == ".json" and self.meanwhile is not None:
+            meanwhile, self.meanwhile = self.meanwhile, None
+            meanwhile()
+        super().rename(source, target)
+
+
+def test_a_learner_that_slept_while_it_was_replaced_deletes_nothing_that_its_successor_keeps(tmp_path):
+    old, new = Checkpoints(tmp_path, fence=Fence(tmp_path, "main"), keep=1), []
+    save(old, 1)
+
+    def take_over():
+        new.append(Checkpoints(tmp_path, fence=Fence(tmp_path, "main"), keep=1))
+        assert new[0].load().meta["number"] == 1
+
+    old._disk = Sleeper(take_over)
+    with pytest.raises(Fenced):
+        save(old, 2, fixed=np.arange(3))
+    save(new[0], 3, fixed=KEEP)
+    assert loaded(tmp_path) == 3
+
+
+def test_no_manifest_names_a_part_that_is_gone_and_one_that_keeps_none_heals_it(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 1)
+    before = files(tmp_path)
+    for name in before:
+        if name.startswith("parts/"):
+            damage(tmp_path / name, "gone")
+    with pytest.raises(PartsGone, match=r"1 parts .*'fixed'"):
+        save(checkpoints, 2, fixed=KEEP)
+    assert [name for name in files(tmp_path) if name.startswith("checkpoint-")] == before[:1]
+    save(checkpoints, 3)
+    assert loaded(tmp_path) == 3
 
 
 # --- in the background -----------------------------------------------------------------------------------

@@ -74,6 +74,18 @@ def test_0_never_gives_up(disk, tmp_path):
     rig.close()
 
 
+def test_where_parts_on_disk_are_gone_the_checkpoint_after_next_is_whole_again(tmp_path):
+    rig = Rig(tmp_path, turn_s=10.0, checkpoint_s=10.0)
+    rig.write(100)
+    rig.turns(5)
+    for part in (tmp_path / "data" / "learner" / "parts").iterdir():
+        part.unlink()
+    rig.turns(4)  # nothing is new: all of replay is to be kept
+    assert rig.metrics.checkpoint_failures._value.get() == 1
+    assert newest_meta(tmp_path)["positions"] == {"0": 100}
+    rig.close()
+
+
 @pytest.mark.parametrize("seconds", [0.5, -1, 604_801])
 def test_what_cannot_be_meant_is_refused(seconds):
     with pytest.raises(ValueError, match="give_up_after_s must be 0 or within"):
