@@ -246,6 +246,10 @@ class Checkpoints:
             )
         return None
 
+    def epoch(self) -> int:
+        """The highest epoch of all generations; a new learner must claim a higher one (`Fence(above=...)`)."""
+        return max((generation.epoch for generation in self._generations()), default=0)
+
     def save(self, parts: Mapping[str, Part | Keep], meta: Mapping[str, Any]) -> int:
         """Write the next generation and return its number; it is safe once this returns.
 

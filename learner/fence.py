@@ -23,7 +23,7 @@ class Fence:
     url: a directory, or any fsspec URL whose listings show every completed write (local disks, S3, GCS, Azure).
     name: of the learner; learners of different names do not know of each other.
     owner: who we are, for the message the other one gets; any text. above: epochs known to be taken elsewhere, as by
-    a learner whose data directory is gone but whose weights are still served.
+    a learner whose claims are gone but whose checkpoints or weights are not.
     Raises: OSError when the claim cannot be written.
     """
 

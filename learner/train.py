@@ -489,9 +489,10 @@ class Trainer:
 
 def open_store(config: TrainConfig, owner: str) -> tuple[Fence, Checkpoints, WeightStore]:
     """Claim the name, then open checkpoints and weight store under that claim. Raises: ValueError, OSError."""
-    above = WeightStore(config.weights).epoch()
-    fence = Fence(config.data_dir, config.name, owner, above)
     directory = Path(config.data_dir) / config.name
+    # claims may be lost, or not be in a backup, where what was written under them is not
+    above = max(Checkpoints(directory).epoch(), WeightStore(config.weights).epoch())
+    fence = Fence(config.data_dir, config.name, owner, above)
     checkpoints = Checkpoints(directory, fence=fence, keep=config.keep_checkpoints)
     return fence, checkpoints, WeightStore(config.weights, config.keep_versions, fence)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import uuid
 
 import pytest
 
 from learner.fence import Fence, Fenced
+from learner.train import TrainConfig, open_store
 
 
 @pytest.fixture(params=["directory", "memory"])
@@ -44,6 +46,20 @@ def test_a_fenced_learner_stays_fenced_after_its_successor_is_gone(url):
 def test_an_epoch_known_from_elsewhere_is_outbid(url):
     assert Fence(url, "main", above=7).epoch == 8
     assert Fence(url, "main", above=3).epoch == 9
+
+
+def test_a_learner_whose_claims_are_lost_outbids_its_own_checkpoints(tmp_path):
+    config = TrainConfig(
+        data_dir=str(tmp_path / "data"), weights=str(tmp_path / "weights"), keep_checkpoints=2
+    )
+    for number in (1, 2, 3):
+        _, checkpoints, _ = open_store(config, "before")
+        checkpoints.save({}, {"number": number})
+    shutil.rmtree(tmp_path / "data" / "fence")
+    fence, checkpoints, _ = open_store(config, "after")
+    assert fence.epoch == 4
+    checkpoints.save({}, {"number": 4})
+    assert checkpoints.load().meta == {"number": 4}
 
 
 def test_of_many_that_start_at_once_each_gets_its_own_epoch_and_one_goes_on(url):
