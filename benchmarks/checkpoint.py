@@ -29,12 +29,12 @@ import torch
 from benchmarks.ingest import traffic
 from benchmarks.processes import TOPIC, LearnerProcess
 from benchmarks.record import append, show
-from learner.__main__ import _prepared
+from learner.__main__ import _prepared, _resume
 from learner.agent import AgentSettings
 from learner.checkpoint import Checkpoints, Disk
 from learner.learner import Learner, LearnerSettings
 from learner.metrics import Metrics
-from learner.train import TrainConfig, Trainer, open_store
+from learner.train import TrainConfig, Trainer, claim, open_checkpoints
 from learner.watch import LogWatch
 from streaming.arena import Empty
 from streaming.join_settings import JoinSettings
@@ -86,10 +86,6 @@ class TimedCheckpoints:
         self.wall_s: list[float] = []
         self.bytes: list[int] = []
 
-    def load(self) -> Any:
-        """See Checkpoints."""
-        return self._checkpoints.load()
-
     def size(self) -> int:
         """Bytes of all parts of the newest one."""
         return sum(file.size for file in self._checkpoints._base.values())
@@ -119,24 +115,17 @@ class Bench:
             replay_capacity=options.transitions, updates_low=PER_TRANSITION, updates_high=PER_TRANSITION
         )
         join = JoinSettings(gamma=agent.gamma, history_length=agent.entries)
-        _, checkpoints, store = open_store(self.config, "benchmark")
+        checkpoints = open_checkpoints(self.config)
+        store = claim(self.config, "benchmark", checkpoints)
         checkpoints._disk = disk = CountingDisk()
         self.checkpoints = TimedCheckpoints(checkpoints, disk)
         watch = LogWatch(log, TOPIC, "catalog", "benchmark", 2.0)
         closing.callback(watch.close)
         self.learner = Learner(settings, agent, join, Codec(), PARTITIONS)
-        about = (log.identity(TOPIC), closing)
-        parts: Any = (
-            self.config,
-            self.learner,
-            log,
-            Codec(),
-            watch,
-            self.checkpoints,
-            store,
-            Metrics(),
-            *about,
-        )
+        topic_id = log.identity(TOPIC)
+        resumed = _resume(self.config, self.learner, checkpoints.load(), watch, topic_id)
+        written: Any = self.checkpoints
+        parts = (self.config, resumed, log, Codec(), watch, written, store, Metrics(), topic_id, closing)
         self.trainer: Trainer = _prepared(*parts)
         self.held_s: list[float] = []
         self.held_cpu_s: list[float] = []

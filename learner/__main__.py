@@ -14,6 +14,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from typing import NamedTuple
 
 import torch
 
@@ -37,7 +38,7 @@ from learner.prequential import Prequential
 from learner.progress import ProgressLine
 from learner.publishing import WeightPublisher
 from learner.replay import ReplayError
-from learner.train import TrainConfig, Trainer, offsets_to_start, open_store
+from learner.train import TrainConfig, Trainer, claim, offsets_to_start, open_checkpoints
 from learner.warm_up import warm_up
 from learner.watch import LogWatch
 from learner.weights import WeightsError, WeightStore
@@ -207,13 +208,26 @@ def _train(
         warm_up(settings, agent, join)
         if stop.is_set():
             return
-        _, checkpoints, store = open_store(config, f"{socket.gethostname()}, pid {os.getpid()}")
         topic_id = log.identity(config.topic)  # before anything else is asked of it
         watch = LogWatch(log, config.topic, config.catalog_topic, group_of(config), LOOK_S)
         closing.callback(watch.close)
-        learner = Learner(settings, agent, join, codec, lambda: len(watch.bounds), config.device)
+
+        def resume(loaded: Loaded | None) -> _Resumed:
+            learner = Learner(settings, agent, join, codec, lambda: len(watch.bounds), config.device)
+            return _resume(config, learner, loaded, watch, topic_id)
+
+        # before the name is claimed, too: what cannot go on from the checkpoint must not stop a learner that does
+        checkpoints = open_checkpoints(config)
+        resumed = checkpoints.read(resume)
+        if stop.is_set():
+            return
+        store = claim(config, f"{socket.gethostname()}, pid {os.getpid()}", checkpoints)
+        if checkpoints.overtaken():  # by the learner that went on until now
+            del resumed  # there may be no room for two
+            resumed = checkpoints.read(resume)
+        learner = resumed.learner
         trainer = _prepared(
-            config, learner, log, codec, watch, checkpoints, store, metrics, topic_id, closing
+            config, resumed, log, codec, watch, checkpoints, store, metrics, topic_id, closing
         )
         prequential = Prequential(learner.vocabulary, join.rewards)
         if config.prequential is not None:
@@ -244,9 +258,30 @@ def _await_topic(log: Log, config: TrainConfig, stop: threading.Event) -> bool:
     return True
 
 
+class _Resumed(NamedTuple):
+    """A learner that can go on where a checkpoint ends, or begin; nothing was written or claimed for it yet."""
+
+    learner: Learner
+    loaded: Loaded | None
+    since: int  # see Trainer
+    offsets: dict[int, int]  # to read from
+
+
+def _resume(
+    config: TrainConfig, learner: Learner, loaded: Loaded | None, watch: LogWatch, topic_id: str
+) -> _Resumed:
+    """The learner, which is new, as it was when the checkpoint was written.
+
+    Raises: CannotContinue, ReplayError: checkpoint, log and flags do not fit.
+    """
+    # asked now: the learner that wrote the checkpoint may have read on since we looked last
+    offsets = offsets_to_start(config, None if loaded is None else loaded.meta, watch.ask(), topic_id)
+    return _Resumed(learner, loaded, 0 if loaded is None else learner.restore(loaded.parts), offsets)
+
+
 def _prepared(
     config: TrainConfig,
-    learner: Learner,
+    resumed: _Resumed,
     log: Log,
     codec: Codec,
     watch: LogWatch,
@@ -256,11 +291,9 @@ def _prepared(
     topic_id: str,
     closing: ExitStack,
 ) -> Trainer:
-    """A trainer that goes on where the newest checkpoint ends, or begins."""
-    loaded = checkpoints.load()
+    """A trainer for what has resumed, and all that it works with."""
+    learner, loaded, since, offsets = resumed
     saved = None if loaded is None else loaded.meta
-    since = 0 if loaded is None else learner.restore(loaded.parts)
-    offsets = offsets_to_start(config, saved, watch.bounds, topic_id)
     _show_progress(log, config, offsets)
     learner.assign(offsets)
     logger.info("%s", _beginning(config, loaded))

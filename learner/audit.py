@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from learner.audit_report import MOST_NAMED, Difference, Differences, PartitionReport, Report, Version
-from learner.checkpoint import CheckpointDamaged, Checkpoints, Disk
+from learner.checkpoint import Checkpoints, Loaded
 from learner.journal import Journal
 from learner.learner import READABLE_FORMATS, join_states
 from learner.replay import Contents, Replay
@@ -38,7 +38,7 @@ from streaming.log import Bounds, Log, LogUnavailable, OffsetOutOfRange, replace
 from streaming.plain_joiner import PlainPartition, Transition
 from streaming.schemas import DEAD_LETTER, DECISION, EVENT, Codec, SchemaError
 
-TRIES: Final = 5  # to load a checkpoint, or to read a partition, while they move on
+TRIES: Final = 5  # to read a partition while its beginning moves on
 REWARD_TOLERANCE: Final = 1e-4  # relative: replay adds up numbers that travelled as float32
 MOST_WANTED: Final = 1_000_000  # rows whose letters are looked for at once
 SLOT_BITS: Final = 15  # of a key: offset << SLOT_BITS | slot
@@ -80,13 +80,6 @@ class AuditConfig:
 # --- the checkpoint --------------------------------------------------------------------------------------
 
 
-class _ReadOnly(Disk):
-    """A damaged part is the learner's to put aside."""
-
-    def rename(self, source: Path, target: Path) -> None:
-        """Leave it."""
-
-
 class Memory(NamedTuple):
     """What the audit needs of a checkpoint."""
 
@@ -104,20 +97,15 @@ def load_memory(directory: Path) -> Memory:
     """The newest whole checkpoint. Raises: NothingToAudit, CheckpointDamaged."""
     if not directory.is_dir():
         raise NothingToAudit(f"there is no {directory}; give the learner's --data-dir and --name")
-    for attempt in range(TRIES):
-        try:
-            loaded = Checkpoints(directory, disk=_ReadOnly()).load()
-            if loaded is None:
-                raise NothingToAudit(f"no checkpoint was ever completed in {directory}; wait for the first")
-            wanted = ("learner", "journal", "vocabulary", "joiner/", "replay/")
-            parts = {name: loaded.parts[name] for name in loaded.parts if name.startswith(wanted)}
-        except (FileNotFoundError, CheckpointDamaged):
-            if attempt == TRIES - 1:
-                raise
-            time.sleep(0.2)  # the learner has written newer ones meanwhile, and dropped this one
-            continue
+
+    def take(loaded: Loaded | None) -> Memory:
+        if loaded is None:
+            raise NothingToAudit(f"no checkpoint was ever completed in {directory}; wait for the first")
+        wanted = ("learner", "journal", "vocabulary", "joiner/", "replay/")
+        parts = {name: loaded.parts[name] for name in loaded.parts if name.startswith(wanted)}
         return _memory(loaded.generation, loaded.meta, parts)
-    raise AssertionError("unreachable")
+
+    return Checkpoints(directory).read(take)
 
 
 def checkpoint_of(config: AuditConfig) -> tuple[Memory, str, dict[int, int]]:

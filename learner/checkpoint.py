@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from enum import Enum
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -34,7 +34,9 @@ from learner.fence import Fence
 log = logging.getLogger(__name__)
 
 FORMAT: Final = "bellwether-checkpoint/1"
+TRIES: Final = 5  # to read a generation while a learner writes newer ones and drops it
 _MANIFEST: Final = re.compile(r"checkpoint-(\d{8,})-(\d{12,})\.json")  # epoch, generation
+T = TypeVar("T")
 Arrays: TypeAlias = dict[str, npt.NDArray[Any]]
 
 
@@ -202,7 +204,8 @@ class Checkpoints:
     """The generations in one directory; one thread at a time.
 
     fence: asked before anything is made visible or deleted; generations of a newer epoch outrank all older
-    ones. keep: generations kept, >= 1.
+    ones. It may be set once it is known that what is there can be gone on from: reading needs none. keep: generations
+    kept, >= 1.
     """
 
     def __init__(
@@ -212,27 +215,32 @@ class Checkpoints:
             raise ValueError(f"keep must be >= 1 generations, not {keep}")
         self.directory = Path(directory)
         self._parts = self.directory / "parts"
-        self._fence = fence
+        self.fence = fence
         self._keep = keep
         self._disk = disk or Disk()
         self._base: dict[str, _File] = {}
         self._last = 0
+        self._loaded: list[_Generation] = []  # the newest that was there when one was loaded
+        self._damaged: list[Path] = []  # parts found then, to be put aside
         self._swept = False
         self._parts.mkdir(parents=True, exist_ok=True)
 
     def load(self) -> Loaded | None:
-        """The newest generation that is whole; None where none was ever completed.
+        """The newest generation that is whole; None where none was ever completed. Nothing on disk is changed.
 
-        Every byte is checked against its hash before anything is returned. A damaged file is named in the log and
-        put aside as `*.damaged`, and the generation before is tried.
+        Every byte is checked against its hash before anything is returned. A damaged file is named in the log, the
+        generation before is tried, and the next `save` puts the file aside as `*.damaged`.
         Raises: CheckpointDamaged when there are generations and none is whole.
         """
         found = self._generations()
+        self._loaded, self._damaged = found[-1:], []
         troubles = []
         for generation in reversed(found):
             try:
                 meta, files = self._read(generation)
             except (OSError, ValueError) as error:
+                if not (self.directory / generation.name).exists():
+                    return self.load()  # dropped while it was read: there are newer ones
                 troubles.append(f"{generation.name}: {error}")
                 log.error("checkpoint %s is damaged, falling back: %s", generation.name, error)
                 continue
@@ -245,6 +253,20 @@ class Checkpoints:
                 "Restore the directory from a backup, or start with an empty --data-dir"
             )
         return None
+
+    def read(self, take: Callable[[Loaded | None], T]) -> T:
+        """What `take` makes of what `load` gives; of a newer one where a learner that runs drops it meanwhile.
+
+        Raises: as `load` and `take`; FileNotFoundError where TRIES in a row were dropped.
+        """
+        for _ in range(TRIES - 1):
+            with contextlib.suppress(FileNotFoundError):
+                return take(self.load())
+        return take(self.load())
+
+    def overtaken(self) -> bool:
+        """Whether somebody has written a generation since one was loaded."""
+        return self._generations()[-1:] != self._loaded
 
     def epoch(self) -> int:
         """The highest epoch of all generations; a new learner must claim a higher one (`Fence(above=...)`)."""
@@ -262,8 +284,9 @@ class Checkpoints:
         if kept:
             raise KeyError(f"part {kept[0]!r} is KEEP, but the last generation has no such part")
         try:
-            if self._fence is not None:
-                self._fence.check()
+            if self.fence is not None:
+                self.fence.check()
+            self._put_aside()
             self._sweep()
             files = {
                 name: self._base[name] if part is KEEP else self._write_part(part)
@@ -305,7 +328,7 @@ class Checkpoints:
 
     def _write_manifest(self, files: Mapping[str, _File], meta: Mapping[str, Any]) -> _Generation:
         self._last = max([self._last, *(g.generation for g in self._generations())])
-        generation = _Generation(self._fence.epoch if self._fence else 0, self._last + 1)
+        generation = _Generation(self.fence.epoch if self.fence else 0, self._last + 1)
         raw = {
             "format": FORMAT,
             "epoch": generation.epoch,
@@ -315,8 +338,8 @@ class Checkpoints:
         }
         body = json.loads(json.dumps(raw))  # as it will be read: keys are strings, in their order
         text = json.dumps({"sha256": _digest(body), **body}, indent=1)
-        if self._fence is not None:
-            self._fence.check()  # writing the parts may have taken long
+        if self.fence is not None:
+            self.fence.check()  # writing the parts may have taken long
         # a learner that was fenced between its last check and its deletions takes what nobody needed then
         gone = [name for name, file in files.items() if not self._has(file)]
         if gone:
@@ -359,8 +382,7 @@ class Checkpoints:
             with open(path, "rb") as stream:
                 actual = hashlib.file_digest(stream, "sha256").hexdigest()
             if actual != file.sha256:
-                # put aside, all of them: a later save of the same bytes must not take such a file for them
-                self._disk.rename(path, path.with_suffix(".damaged"))
+                self._damaged.append(path)
                 damaged.append(f"part {name!r}: {path.name} is not what its hash says")
         if damaged:
             raise ValueError("; ".join(damaged))
@@ -377,8 +399,8 @@ class Checkpoints:
         Raises: Fenced.
         """
         try:
-            if self._fence is not None:
-                self._fence.check()  # or parts that a successor keeps would go
+            if self.fence is not None:
+                self.fence.check()  # or parts that a successor keeps would go
             found = self._generations()
             dropped, kept = found[: -self._keep], found[-self._keep :]
             loose = self._hashes(dropped) - self._hashes(kept)
@@ -398,6 +420,13 @@ class Checkpoints:
                 continue  # damaged: what it names is swept at the next start
             hashes |= {file["sha256"] for file in parts.values()}
         return hashes
+
+    def _put_aside(self) -> None:
+        """Damaged parts, all of them: a save of the same bytes must not take such a file for them."""
+        while self._damaged:
+            if self._damaged[-1].exists():
+                self._disk.rename(self._damaged[-1], self._damaged[-1].with_suffix(".damaged"))
+            self._damaged.pop()
 
     def _sweep(self) -> None:
         """Once, before the first save: delete what a killed predecessor left half done."""

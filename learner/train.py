@@ -487,14 +487,17 @@ class Trainer:
             logger.error("%s", error)
 
 
-def open_store(config: TrainConfig, owner: str) -> tuple[Fence, Checkpoints, WeightStore]:
-    """Claim the name, then open checkpoints and weight store under that claim. Raises: ValueError, OSError."""
-    directory = Path(config.data_dir) / config.name
+def open_checkpoints(config: TrainConfig) -> Checkpoints:
+    """Those of the name, to be read until it is claimed. Raises: OSError."""
+    return Checkpoints(Path(config.data_dir) / config.name, keep=config.keep_checkpoints)
+
+
+def claim(config: TrainConfig, owner: str, checkpoints: Checkpoints) -> WeightStore:
+    """Claim the name: checkpoints and weights are written under that claim from now on. Raises: ValueError, OSError."""
     # claims may be lost, or not be in a backup, where what was written under them is not
-    above = max(Checkpoints(directory).epoch(), WeightStore(config.weights).epoch())
-    fence = Fence(config.data_dir, config.name, owner, above)
-    checkpoints = Checkpoints(directory, fence=fence, keep=config.keep_checkpoints)
-    return fence, checkpoints, WeightStore(config.weights, config.keep_versions, fence)
+    above = max(checkpoints.epoch(), WeightStore(config.weights).epoch())
+    checkpoints.fence = Fence(config.data_dir, config.name, owner, above)
+    return WeightStore(config.weights, config.keep_versions, checkpoints.fence)
 
 
 def offsets_to_start(

@@ -225,6 +225,22 @@ def test_saving_again_heals_all_damaged_parts_of_a_generation(tmp_path):
     assert len(new) == 2
 
 
+def test_reading_changes_nothing_on_disk_and_saving_puts_damaged_parts_aside(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 1)
+    before = set(files(tmp_path))
+    save(checkpoints, 2)
+    (part,) = (name for name in set(files(tmp_path)) - before if name.startswith("parts/"))
+    damage(tmp_path / part, "flip")
+    before = files(tmp_path)
+    again = Checkpoints(tmp_path)
+    assert again.load().meta["number"] == 1
+    assert files(tmp_path) == before
+    save(again, 3)
+    assert set(before) - set(files(tmp_path)) == {part}
+    assert (tmp_path / part).with_suffix(".damaged").exists()
+
+
 def test_when_every_generation_is_damaged_it_says_so_and_does_not_start_anew(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     save(checkpoints, 1)
@@ -427,10 +443,48 @@ def test_a_replaced_learner_cannot_save_and_what_it_wrote_does_not_count(tmp_pat
     with pytest.raises(Fenced):
         save(old, 4)
     # as if it had asked just before, and was late: its generation is higher, but of a lower epoch
-    old._fence.check = lambda: None
+    old.fence.check = lambda: None
     for number in (5, 6):
         save(old, number)
     assert loaded(tmp_path) == 10
+
+
+def test_a_generation_that_is_dropped_while_it_is_read_is_no_damage_and_a_newer_one_is_taken(
+    tmp_path, caplog
+):
+    running, taken = Checkpoints(tmp_path, keep=1), []
+    save(running, 1)
+
+    def take(found):
+        taken.append(found.meta["number"])
+        if taken == [1]:
+            save(running, 2)
+        return int(found.parts["state"]["number"])
+
+    class Racing(Checkpoints):
+        def _manifest(self, generation):
+            if generation.generation == 2 and len(taken) == 1:
+                save(running, 3)
+            return super()._manifest(generation)
+
+    assert Racing(tmp_path).read(take) == 3
+    assert taken == [1, 3]
+    assert "damaged" not in caplog.text
+
+
+def test_one_that_was_loaded_before_the_name_was_claimed_is_loaded_again_if_the_other_learner_went_on(
+    tmp_path,
+):
+    old, new = Checkpoints(tmp_path, fence=Fence(tmp_path, "main")), Checkpoints(tmp_path)
+    assert new.load() is None
+    assert not new.overtaken()
+    save(old, 1)
+    assert new.overtaken()
+    new.fence = Fence(tmp_path, "main")
+    assert new.load().meta["number"] == 1
+    assert not new.overtaken()
+    save(new, 2, fixed=KEEP)
+    assert loaded(tmp_path) == 2
 
 
 def test_it_is_asked_again_before_the_manifest_is_written(tmp_path):

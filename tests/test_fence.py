@@ -9,7 +9,7 @@ import uuid
 import pytest
 
 from learner.fence import Fence, Fenced
-from learner.train import TrainConfig, open_store
+from learner.train import TrainConfig, claim, open_checkpoints
 
 
 @pytest.fixture(params=["directory", "memory"])
@@ -53,12 +53,14 @@ def test_a_learner_whose_claims_are_lost_outbids_its_own_checkpoints(tmp_path):
         data_dir=str(tmp_path / "data"), weights=str(tmp_path / "weights"), keep_checkpoints=2
     )
     for number in (1, 2, 3):
-        _, checkpoints, _ = open_store(config, "before")
+        checkpoints = open_checkpoints(config)
+        claim(config, "before", checkpoints)
         checkpoints.save({}, {"number": number})
     shutil.rmtree(tmp_path / "data" / "fence")
-    fence, checkpoints, _ = open_store(config, "after")
-    assert fence.epoch == 4
+    checkpoints = open_checkpoints(config)
+    claim(config, "after", checkpoints)
     checkpoints.save({}, {"number": 4})
+    assert checkpoints.epoch() == 4
     assert checkpoints.load().meta == {"number": 4}
 
 

@@ -154,6 +154,23 @@ def test_a_second_start_that_finds_its_metrics_port_taken_does_not_stop_the_firs
     assert not (tmp_path / "data" / "fence").exists()
 
 
+def test_a_second_start_that_cannot_go_on_from_the_checkpoint_does_not_stop_the_first(shop_url, tmp_path):
+    first = start(tmp_path, shop_url, "--checkpoint-s", "0.2")
+    try:
+        await_line(first, "no checkpoint of")
+        give_up = time.monotonic() + 60
+        while Checkpoints(tmp_path / "data" / "learner").load() is None and time.monotonic() < give_up:
+            time.sleep(0.1)
+        status, said = finish(start(tmp_path, shop_url, "--history-length", "16"))
+        assert status == 1
+        assert "start with --history-length 8" in said.splitlines()[-1]
+        time.sleep(1.0)
+    finally:
+        first.send_signal(signal.SIGTERM)
+    status, said = finish(first)
+    assert status == 0, said
+
+
 def test_it_catches_up_with_either_log_and_dead_letters_what_it_cannot_read(log_url, tmp_path):
     log = open_log(log_url)
     topic = f"events-{tmp_path.name}"
