@@ -422,9 +422,9 @@ class Trainer:
         self._show()
 
     def _take_up_partitions(self) -> None:
-        """Those that were added to the topic meanwhile, from their first record on."""
+        """Those that were added to the topic meanwhile, from 0 on: what retention has taken of them is a gap."""
         position, source = self._source.position(), self._source
-        added = {p: bounds.low for p, bounds in self._watch.bounds.items() if p not in position}
+        added = {p: 0 for p in self._watch.bounds if p not in position}
         if added and self._until is None and isinstance(source, Arrivals):
             logger.info("partitions %s were added to %s: reading them too", sorted(added), self._config.topic)
             self._learner.assign(added)
@@ -505,6 +505,8 @@ def offsets_to_start(
 ) -> dict[int, int]:
     """Where to read each partition from: the checkpoint's offsets, else the beginning (or, as told, the end).
 
+    A partition that the checkpoint does not know was added since, and is read from 0 on: where retention has taken
+    its first records, that is a gap.
     topic_id: the topic's identity; empty: not known, as in checkpoints of before it was kept.
     Raises: CannotContinue when the checkpoint is of another topic, or ahead of what the log ever held.
     """
@@ -524,5 +526,6 @@ def offsets_to_start(
                 f"the checkpoint was read to offset {offset} of {config.topic}/{p}, which {holds}: another log, "
                 f"or the topic was recreated. {_BEGIN_ANEW}"
             )
-    first = saved is None and config.start == "latest"
-    return {p: known.get(p, b.high if first else b.low) for p, b in sorted(bounds.items())}
+    if saved is not None:
+        return {p: known.get(p, 0) for p in sorted(bounds)}
+    return {p: b.high if config.start == "latest" else b.low for p, b in sorted(bounds.items())}

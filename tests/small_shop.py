@@ -48,19 +48,18 @@ class Shop:
     def expire(self) -> None:
         """All that is there grows older than the retention, and goes."""
         if isinstance(self.log, SqliteLog):
-            path = self.url.removeprefix("sqlite:///")
-            later = SqliteLog(self.url, path, clock=lambda: time.time() + 10 * DAY_S)
-            with later._using() as db:
-                db.execute("UPDATE topics SET retention_ms = ?", (DAY_S * 1000,))
-            later.expire(self.topic)
-            later.close()
+            expire(self.url, self.topic)
         else:
             self._keep_for("1")
             give_up = time.monotonic() + 30
-            while self.log.bounds(self.topic)[0].low < self.written and time.monotonic() < give_up:
+            while self._holds_any() and time.monotonic() < give_up:
                 time.sleep(0.1)
             self._keep_for("604800000")
-        assert self.log.bounds(self.topic)[0] == (self.written, self.written)
+        assert not self._holds_any()
+        assert sum(bounds.high for bounds in self.log.bounds(self.topic).values()) == self.written
+
+    def _holds_any(self) -> bool:
+        return any(bounds.low < bounds.high for bounds in self.log.bounds(self.topic).values())
 
     def begin_anew(self) -> None:
         """The topic is deleted, and made anew by the same name, empty."""
@@ -77,6 +76,15 @@ class Shop:
 
     def flags(self, *more: str) -> tuple[str, ...]:
         return ("--topic", self.topic, *QUICK, *more)
+
+
+def expire(url: str, topic: str) -> None:
+    """All that a SQLite log has of a topic grows older than the retention, and goes."""
+    later = SqliteLog(url, url.removeprefix("sqlite:///"), clock=lambda: time.time() + 10 * DAY_S)
+    with later._using() as db:
+        db.execute("UPDATE topics SET retention_ms = ?", (DAY_S * 1000,))
+    later.expire(topic)
+    later.close()
 
 
 def admin_of(log: Log) -> AdminClient:

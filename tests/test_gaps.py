@@ -14,12 +14,13 @@ from learner.audit_report import as_json, as_text
 from learner.gaps import gaps_at
 from learner.journal import Gap
 from learner.learner import CannotContinue
-from learner.train import TrainConfig
+from learner.train import TrainConfig, offsets_to_start
 from streaming.log import Bounds, Log
 from streaming.schemas import Codec
 from tests.learner_process import await_line, finish, start
-from tests.small_shop import Shop, await_offset, learn
+from tests.small_shop import Shop, await_offset, expire, learn
 from tests.test_learner_process import newest
+from tests.trainer_rig import Rig
 
 # --- what is a gap ---------------------------------------------------------------------------------------
 
@@ -44,6 +45,13 @@ def test_a_log_that_ends_before_the_position_is_never_stepped_into(on_gap):
 
 def test_where_every_position_is_there_is_no_gap():
     assert gaps_at("events", {0: 50, 1: 90}, {0: Bounds(50, 90), 1: Bounds(0, 90)}, "stop") == {}
+
+
+def test_a_partition_that_the_checkpoint_does_not_know_is_read_from_0_on():
+    saved, bounds = {"topic": "events", "positions": {"0": 20}}, {0: Bounds(0, 90), 1: Bounds(50, 90)}
+    assert offsets_to_start(TrainConfig(), saved, bounds) == {0: 20, 1: 0}
+    assert offsets_to_start(TrainConfig(start="latest"), saved, bounds) == {0: 20, 1: 0}
+    assert offsets_to_start(TrainConfig(), None, bounds) == {0: 0, 1: 50}  # nothing was missed: it begins
 
 
 def test_a_deterministic_learner_cannot_be_told_to_step_over_gaps():
@@ -144,6 +152,37 @@ def test_a_gap_that_opens_under_a_running_learner_stops_it_by_default(shop, tmp_
     assert status == 1
     assert "--on-gap earliest" in said.splitlines()[-1]
     assert "Traceback" not in said
+
+
+def test_a_gap_in_a_partition_that_was_added_while_the_learner_was_down_is_one(shop, tmp_path):
+    shop.write(100)
+    assert learn(tmp_path, shop.url, *shop.flags("--until-caught-up"))[0] == 0
+    shop.log.create_topic(shop.topic, 2)
+    shop.write(60)
+    shop.expire()
+    gone = shop.log.bounds(shop.topic)[1].low
+    shop.write(80)
+    status, said = learn(tmp_path, shop.url, *shop.flags("--until-caught-up"))
+    assert status == 1
+    assert "(and those of 1 more partitions)" in said.splitlines()[-1]
+    status, said = learn(tmp_path, shop.url, *shop.flags("--until-caught-up", "--on-gap", "earliest"))
+    assert status == 0, said
+    assert f"{shop.topic}/1: offsets 0 to {gone - 1} ({gone} of them) were gone before they were read" in said
+    assert newest(tmp_path).meta["joined"]["events"] == 180
+    assert audited(tmp_path, shop.log).partitions[1].gaps == [Gap(0, gone)]
+
+
+def test_a_gap_in_a_partition_that_was_added_under_a_running_learner_is_one(tmp_path):
+    rig = Rig(tmp_path, on_gap="earliest")
+    rig.write(50)
+    rig.turns(3)
+    rig.log.create_topic("events", 2)
+    rig.write(60)
+    expire(rig.log.url, "events")
+    ends = {p: bounds.high for p, bounds in rig.log.bounds("events").items()}
+    rig.turns(5)
+    assert rig.learner.journal.gaps == {0: [Gap(50, ends[0])], 1: [Gap(0, ends[1])]}
+    rig.close()
 
 
 def test_what_on_gap_latest_leaves_out_is_no_difference_though_the_log_has_it(tmp_path):
