@@ -53,6 +53,9 @@ RETRY_S: Final = 0.5  # between two tries to reach what cannot be reached
 LETTERS_S: Final = 1.0  # that a checkpoint waits for dead letters, and training with it
 LETTERS_RETRY_S: Final = 5.0  # until it tries again
 ANY_NUMBER: Final = 1 << 62
+_NO_LAST: Final = (
+    "ended without a last checkpoint; the one before is intact, and a new start goes on from there"
+)
 _BEGIN_ANEW: Final = "Point --log at the old one, or start with an empty --data-dir"
 
 
@@ -189,8 +192,8 @@ class Trainer:
         """Until `stop`, or the end of what is to be read; then a last version and a last checkpoint.
 
         tell: called each turn with the time. Raises: LogError where the log is at fault for good (missing topics,
-        refused letters); CannotContinue at a gap; CheckpointFailed where that lasted too long; Fenced; WeightsError
-        when training has diverged.
+        refused letters); CannotContinue at a gap; CheckpointFailed where that lasted too long, or the last one failed;
+        Fenced; WeightsError when training has diverged.
         """
         while not stop.is_set() and not self._finished():
             self._read()
@@ -464,7 +467,7 @@ class Trainer:
             metrics.foretold_scale.set(float(learner.agent.online.stack.weights[1]))
 
     def _end(self) -> None:
-        """A last version and a last checkpoint, waited for."""
+        """A last version and a last checkpoint, waited for. Raises: CheckpointFailed where there is no last one."""
         while self._publisher.busy:
             self._settle_publishing()
         self._start_publishing()
@@ -472,12 +475,12 @@ class Trainer:
             self._settle_publishing()
         while self._checkpoints.busy:
             self._collect(60.0)
-        if self._intake.whole:
-            self._start_checkpoint(30.0)
-            if self._checkpoints.busy and not self._collect(600.0):
-                raise CheckpointFailed("the last checkpoint was not written; the one before is intact")
-        else:
-            logger.warning("no last checkpoint, records wait to be dealt with; the one before is intact")
+        if not self._intake.whole:
+            raise CheckpointFailed(f"records or dead letters of theirs wait: {_NO_LAST}")
+        if not self._start_checkpoint(30.0):
+            raise CheckpointFailed(f"dead letters could not be written: {_NO_LAST}")
+        if not self._collect(600.0):
+            raise CheckpointFailed(f"it could not be written: {_NO_LAST}")
         self._show()
 
     def _settle_publishing(self) -> None:

@@ -13,7 +13,7 @@ import pytest
 from learner.checkpoint import CheckpointFailed, Disk
 from learner.train import TrainConfig
 from streaming.dead_letters import dlq_topic
-from streaming.log import LogError
+from streaming.log import LogError, LogUnavailable
 from tests.learner_process import await_line, finish, start
 from tests.small_shop import Shop, await_offset, delete_topic, learn, newest_meta
 from tests.trainer_rig import Rig
@@ -149,4 +149,44 @@ def test_a_letter_that_was_refused_for_good_is_never_forgotten_by_a_checkpoint(d
     with pytest.raises(LogError, match="could not be written"):
         rig.turns(4)
     assert newest_meta(tmp_path)["positions"] == {"0": 51}
+    rig.close()
+
+
+class Away:
+    """A producer whose log cannot be reached any more."""
+
+    def __init__(self, takes):
+        self.takes = takes  # into its queue
+
+    def send(self, *_):
+        if not self.takes:
+            raise LogUnavailable("cannot be reached")
+
+    def flush(self, timeout_s=30.0):
+        raise LogUnavailable("cannot be reached")
+
+
+@pytest.mark.parametrize("takes", [True, False])
+def test_where_letters_keep_it_from_a_last_checkpoint_it_does_not_end_well(disk, tmp_path, takes):
+    rig = Rig(tmp_path, disk, checkpoint_s=10.0)
+    rig.write(50)
+    rig.turns(12)
+    rig.producer.send("events", b"nobody", b"no record")
+    rig.producer.flush()
+    rig.letters._producer = Away(takes)
+    rig.turns(4)
+    assert rig.reader.position() == {0: 51}
+    with pytest.raises(CheckpointFailed, match="ended without a last checkpoint; the one before is intact"):
+        rig.end()
+    assert newest_meta(tmp_path)["positions"] == {"0": 50}
+    rig.letters._producer = rig.producer
+    rig.close()
+
+
+def test_a_disk_that_takes_no_last_checkpoint_is_no_good_end_either(disk, tmp_path):
+    rig = rig_on(disk, tmp_path)
+    rig.write(50)
+    rig.turns(1)
+    with pytest.raises(CheckpointFailed, match="could not be written: ended without a last checkpoint"):
+        rig.end()
     rig.close()

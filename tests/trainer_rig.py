@@ -148,6 +148,10 @@ class Rig:
         self.trainer._end = lambda: None  # type: ignore[method-assign]  # it goes on in the next call
         self.trainer.run(stop, tell)
 
+    def end(self) -> None:
+        """End it as SIGTERM does."""
+        type(self.trainer)._end(self.trainer)
+
     def _settle(self) -> None:
         """What runs beside the turns gets done within one."""
         for running in (self.checkpoints._running, self.publisher._running):
