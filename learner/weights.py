@@ -196,9 +196,7 @@ class WeightStore:
 
     def _manifests(self) -> list[tuple[int, int, str]]:
         """(version, epoch, name) of all manifests, ascending: of one version's, the last one counts."""
-        # formats before 4 have no epoch in the name
-        found = (re.fullmatch(r"v(\d+)(?:-(\d+))?\.json", name) for name in self._blobs.names())
-        return sorted((int(match[1]), int(match[2] or 0), match[0]) for match in found if match)
+        return _manifests_in(self._blobs.names())
 
     def _get(self, version: int, name: str) -> bytes:
         try:
@@ -254,9 +252,10 @@ class WeightStore:
         data = safetensors.numpy.save(arrays)
         sha256 = hashlib.sha256(data).hexdigest()
         self._blobs.write(f"{sha256}.safetensors", data)
-        chunks = self._write_vocabulary(vocabulary)
+        there = self._blobs.names()  # one listing for both
+        chunks = self._write_vocabulary(vocabulary, set(there))
         self._check()  # the upload may have taken long
-        version = max([self._last, *self.versions()]) + 1
+        version = max([self._last, *(version for version, _, _ in _manifests_in(there))]) + 1
         manifest = Manifest(
             **{f.name: getattr(meta, f.name) for f in fields(Meta)},
             version=version,
@@ -337,28 +336,25 @@ class WeightStore:
                 self._blobs.remove(name)
         self._opened = True
 
-    def _write_vocabulary(self, vocabulary: Vocabulary) -> tuple[str, ...]:
-        """Write the chunks that are new since last time; returns the hashes of all, in order."""
+    def _write_vocabulary(self, vocabulary: Vocabulary, there: set[str]) -> tuple[str, ...]:
+        """Write the chunks that are not there; returns the hashes of all, in order.
+
+        A learner that was replaced may have deleted what it had no more use for, just after we had come to use it.
+        """
         while self._chunks and len(self._chunks[-1].items) < CHUNK:
             self._chunks.pop()
         for i, chunk in enumerate(self._chunks):
             if len(vocabulary) < (i + 1) * CHUNK or vocabulary.item_id((i + 1) * CHUNK) != chunk.items[-1]:
                 raise WeightsError("the vocabulary is not the one published before; open the store anew")
-        written = self._written()
         items = vocabulary.item_ids(len(self._chunks) * CHUNK + 1)
         for start in range(0, len(items), CHUNK):
             ids = items[start : start + CHUNK]
-            data = json.dumps(ids, ensure_ascii=False, separators=(",", ":")).encode()
-            chunk = _Chunk(hashlib.sha256(data).hexdigest(), ids)
+            self._chunks.append(_Chunk(hashlib.sha256(_chunk_json(ids)).hexdigest(), ids))
+        for chunk in self._chunks:
             name = f"vocabulary-{chunk.sha256}.json"
-            if name not in written:
-                self._blobs.write(name, data)
-            self._chunks.append(chunk)
+            if name not in there:
+                self._blobs.write(name, _chunk_json(chunk.items))
         return tuple(chunk.sha256 for chunk in self._chunks)
-
-    def _written(self) -> set[str]:
-        """Names of all files of the versions that are there."""
-        return {name for manifest in self._published.values() for name in _files(manifest)}
 
     def _drop_old(self) -> None:
         """Delete versions beyond `keep` that no label names, then the files that only they had."""
@@ -368,7 +364,7 @@ class WeightStore:
         files = {name for manifest in manifests for name in _files(manifest)}
         for manifest in manifests:  # before the files: who finds one must find its files
             self._blobs.remove(_manifest_name(manifest.version, manifest.epoch))
-        for name in files - self._written():
+        for name in files - {name for manifest in self._published.values() for name in _files(manifest)}:
             self._blobs.remove(name)
 
 
@@ -384,6 +380,17 @@ class _Chunk(NamedTuple):
 
 def _manifest_name(version: int, epoch: int) -> str:
     return f"v{version:08d}-{epoch:08d}.json"
+
+
+def _manifests_in(names: list[str]) -> list[tuple[int, int, str]]:
+    """(version, epoch, name) of the manifests among these names, ascending."""
+    # formats before 4 have no epoch in the name
+    found = (re.fullmatch(r"v(\d+)(?:-(\d+))?\.json", name) for name in names)
+    return sorted((int(match[1]), int(match[2] or 0), match[0]) for match in found if match)
+
+
+def _chunk_json(items: list[str]) -> bytes:
+    return json.dumps(items, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def _files(manifest: Manifest) -> list[str]:

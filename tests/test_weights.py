@@ -242,7 +242,7 @@ def test_a_replaced_learner_cannot_publish_and_is_not_followed(url, tmp_path):
 
 
 class Sleeper:
-    """The blobs of a learner that sleeps, once, before it writes what begins so, while `meanwhile` happens."""
+    """The blobs of a learner that sleeps, once, before it writes or removes what begins so; `meanwhile` happens."""
 
     def __init__(self, store, begins, meanwhile):
         self._blobs, self._begins, self._meanwhile = store._blobs, begins, meanwhile
@@ -252,10 +252,17 @@ class Sleeper:
         return getattr(self._blobs, name)
 
     def write(self, name, data):
+        self._sleep_before(name)
+        self._blobs.write(name, data)
+
+    def remove(self, name):
+        self._sleep_before(name)
+        self._blobs.remove(name)
+
+    def _sleep_before(self, name):
         if self._meanwhile and name.startswith(self._begins):
             meanwhile, self._meanwhile = self._meanwhile, None
             meanwhile()
-        self._blobs.write(name, data)
 
 
 @pytest.mark.parametrize("begins", ["v0", "labels/"])
@@ -287,6 +294,25 @@ def test_what_a_learner_writes_that_slept_while_it_was_replaced_is_used_by_nobod
     third = WeightStore(url, keep=2, fence=Fence(tmp_path / "data", "main"))
     newest = third.publish(tensors(300), Meta(), vocabulary)
     assert third.versions() == [last.version, newest.version]
+
+
+def test_a_vocabulary_file_that_a_replaced_learner_deletes_is_there_again_in_the_next_version(url, tmp_path):
+    old, new = WeightStore(url, keep=1, fence=Fence(tmp_path / "data", "main")), []
+    grown = items("a", "b")
+    old.publish(tensors(1), Meta(), grown)
+    grown.intern("c")  # the file of "a" and "b" is of no use to it any more
+    vocabulary = items("a", "b")  # of the checkpoint that its successor goes on from
+
+    def take_over():
+        new.append(WeightStore(url, fence=Fence(tmp_path / "data", "main")))
+        new[0].publish(tensors(2), Meta(), vocabulary)
+
+    Sleeper(old, "v0", lambda: Sleeper(old, "v0", take_over))  # the second time before it removes a manifest
+    old.publish(tensors(3), Meta(), grown)
+    with pytest.raises(WeightsMissing, match="vocabulary-"):
+        WeightStore(url).load(WeightStore(url).latest())
+    new[0].publish(tensors(4), Meta(), vocabulary)
+    assert WeightStore(url).load(WeightStore(url).latest()).vocabulary == ["a", "b"]
 
 
 def test_a_label_that_was_set_by_hand_stays_whoever_publishes(url, tmp_path):
