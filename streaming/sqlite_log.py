@@ -6,7 +6,7 @@ file is in WAL mode, so readers and the writer of the moment do not wait for eac
 processes take turns. It must lie on a local disk: WAL needs shared memory.
 
 A committed record survives the death of any process. `sqlite:///log.db?synchronous=full` makes it survive power
-loss as well, for an fsync per commit.
+loss as well, for an fsync per commit; without, the last ones may go, and their offsets are given again.
 """
 
 from __future__ import annotations
