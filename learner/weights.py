@@ -61,7 +61,7 @@ class Meta:
     positions: Mapping[int, int] = field(
         default_factory=dict
     )  # partition -> next offset of `events` to be read
-    events_through_ms: int = 0  # event time: the newest event that is in these weights, 0: none
+    events_through_ms: int = 0  # event time that these weights have come to, by clocks beyond doubt, 0: none
     transitions: int = 0  # inserted into replay so far
     updates: int = 0  # gradient updates so far
     settings: Mapping[str, Any] = field(
