@@ -112,7 +112,7 @@ def test_a_write_that_fails_is_tried_again_and_neither_lost_nor_doubled(cluster,
 
 
 def test_of_many_records_that_are_lost_one_line_tells(cluster, mock_log, topic, caplog):
-    with closing(open_log(cluster.url, {"delivery.timeout.ms": "1000"})) as log:
+    with closing(open_log(cluster.url, {"delivery.timeout.ms": "5000"})) as log:
         producer = log.producer()
         producer.send(topic, b"user", b"0")
         producer.flush()
