@@ -476,8 +476,7 @@ def load(state: Mapping[str, Array], settings: JoinSettings, out: Out) -> Tables
         raise ValueError(f"the state has {users} users, max_users is {settings.max_users}; raise it")
     t = new_tables(settings, out)
     for name in CLOCK.names or ():
-        if f"clock.{name}" in state:  # some were added since
-            t.clock[name] = state[f"clock.{name}"]
+        t.clock[name] = state.get(f"clock.{name}", 0)  # some were added since
     t.counters[: len(state["counters"])] = state["counters"]  # counters may have been added since
     t = t._replace(
         users=_load_fields(state, "users", USER, users, t.users),
