@@ -157,7 +157,7 @@ def test_an_alarm_is_seen_to_fire(name: str) -> None:
 
 @pytest.mark.skipif(
     shutil.which("promtool") is None,
-    reason="!!! ALARMS WERE NOT TRIED: no promtool command (it comes with Prometheus)",
+    reason="!!! ALARMS WERE NOT TRIED: no promtool on PATH; it comes with Prometheus, not from PyPI",
 )
 @pytest.mark.parametrize(
     "arguments",
