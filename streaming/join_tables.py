@@ -522,10 +522,10 @@ def _in_windows(t: Tables) -> Tables:
 def _hasten(t: Tables) -> None:
     """Let users be due when they are by the settings as they are now, where that is earlier than by those before."""
     timers = t.timers[: t.clock["timers"][0]]
-    users = t.users[timers["user"]]
-    visits = (users["open_decision"] != NONE) | (users["open_organic"] != NONE)
+    who = timers["user"]
+    visits = (t.users["open_decision"][who] != NONE) | (t.users["open_organic"][who] != NONE)
     idle_ms = np.where(visits & (not t.rules.chained), t.rules.gap_ms, t.rules.ttl_ms)
-    due_s = (users["touched_ms"] + idle_ms) // 1000 + 1
+    due_s = (t.users["touched_ms"][who] + idle_ms) // 1000 + 1
     if (due_s >= timers["due_s"]).all():
         return
     timers["due_s"] = np.minimum(due_s, timers["due_s"])
