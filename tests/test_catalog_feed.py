@@ -110,6 +110,21 @@ def test_a_catalog_made_anew_is_read_from_its_beginning(stock):
     assert stock.on_offer() == ["b"]
 
 
+def test_what_waited_is_let_go_with_a_catalog_that_is_deleted(stock):
+    stock.create()
+    stock.feed.catch_up()
+    stock.registry.down = True
+    stock.write("a", framed=True)
+    stock.follow()
+    delete_topic(stock.log, "catalog")
+    stock.feed.close()
+    stock.registry.down = False
+    stock.create()
+    stock.write("b")
+    stock.follow()
+    assert stock.on_offer() == ["b"]
+
+
 def test_a_catalog_made_anew_between_two_looks_is_read_from_its_beginning(stock):
     stock.create()
     stock.write("a")
