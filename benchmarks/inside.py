@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 
 from benchmarks import record
-from benchmarks.learning import SLOTS, Loop, LoopSettings, changed, check_changes, histories
+from benchmarks.learning import SLOTS, Loop, LoopSettings, changed, check_changes
 from learner.agent import AgentSettings
 from learner.networks import score_all
 from learner.policy import state_tensors
@@ -99,7 +99,7 @@ def of_turn(shop: Shop, planner: PlanningOracle, loop: Loop, turn: Turn) -> dict
 def learnt(loop: Loop, turn: Turn) -> tuple[Floats, Floats]:
     """p and m + γ g by the network that is served, each [B, N]."""
     agent = loop.agent
-    state = state_tensors(histories(turn, agent.settings.entries))
+    state = state_tensors(loop.states(turn))
     keys = agent.all_keys(agent.target)
     queries = agent.target.queries(state, keys)
     log_odds = score_all(*agent.target.choice(queries, keys), keys.category)

@@ -39,11 +39,12 @@ from learner.weights import Manifest, Weights
 from simulator.feed import Feed
 from simulator.figures import figures, over_seeds, same_visits
 from simulator.policies import play
-from simulator.shop import HOUR_MS, PURCHASE, Outcome, Shop, ShopSettings, Turn, Visits
+from simulator.shop import HOUR_MS, PURCHASE, VIEW, Outcome, Shop, ShopSettings, Turn, Visits
 from streaming.interning import hash_string
 from streaming.joiner import Joined, Joiner, JoinSettings
 
 SLOTS = 6
+UNTOLD = ("", "deeds", "ages", "repeats")
 NAMES = ("random", "popularity", "greedy oracle", "history oracle", "planning oracle")
 
 
@@ -99,6 +100,11 @@ class LoopSettings:
     chosen_share: float = field(
         default=0.25, metadata={"help": "least share of a batch in which something was chosen from a slate"}
     )
+    untold: str = field(default="", metadata={"help": "what histories leave out: deeds, ages or repeats"})
+
+    def __post_init__(self) -> None:
+        if self.untold not in UNTOLD:
+            raise ValueError(f"untold={self.untold}: must be one of {', '.join(filter(None, UNTOLD))}")
 
 
 class Loop:
@@ -142,6 +148,10 @@ class Loop:
         self.cpu_s += time.process_time() - began
         return turn, outcome
 
+    def states(self, turn: Turn) -> Histories:
+        """The turn's histories, as the agent is told of them."""
+        return told(histories(turn, self.agent.settings.entries), self.settings.untold)
+
     def policy(self) -> Policy:
         """The newest weights, by the way that they take to a server."""
         tensors = {name: tensor.numpy() for name, tensor in self.agent.tensors().items()}
@@ -162,7 +172,7 @@ class Loop:
         """[B, 6] rows of the catalog and their propensities; what was bought lately is left out, as at a server."""
         self._version += 1
         policy, past = self.policy(), turn.history
-        states = histories(turn, self.agent.settings.entries)
+        states = self.states(turn)
         eligible = np.repeat(np.append(False, turn.available)[None], len(turn.shopper), axis=0)
         b, h = np.nonzero(past.name == PURCHASE)
         eligible[b, past.item[b, h] + 1] = False
@@ -176,6 +186,9 @@ class Loop:
 
     def _take(self, joined: Joined) -> None:
         """What the joiner made of a turn."""
+        states = joined.states
+        seen = told(Histories(*(getattr(states, name) for name in Histories._fields)), self.settings.untold)
+        joined = joined._replace(states=states._replace(**seen._asdict()))
         self.agent.meet(joined.transitions.action)
         self.agent.foretell(joined)
         self._replay.insert(joined)
@@ -202,6 +215,26 @@ def histories(turn: Turn, length: int) -> Histories:
     whole = Histories(past.item + np.int32(1), past.name, (age_s * real).astype(np.float32), past.value)
     more = max(0, length - past.item.shape[1])
     return Histories(*(np.pad(column[:, :length], ((0, 0), (0, more))) for column in whole))
+
+
+def told(histories: Histories, untold: str) -> Histories:
+    """Without what was done (all are views, of no price), how long ago, or how often: each item's newest entry alone.
+
+    >>> told(Histories(*np.array([[[7, 8, 7, 0]], [[2, 3, 1, 0]], [[5, 60, 70, 0]], [[0, 9, 0, 0]]])), "repeats").item
+    array([[7, 8, 0, 0]])
+    """
+    if untold == "deeds":
+        name = np.where(histories.name > 0, VIEW, 0).astype(histories.name.dtype)
+        return histories._replace(name=name, value=np.zeros_like(histories.value))
+    if untold == "ages":
+        return histories._replace(age_s=np.zeros_like(histories.age_s))
+    if untold == "repeats":
+        item = histories.item
+        same = np.tril(item[:, :, None] == item[:, None, :], -1).any(axis=2)  # as a newer entry
+        kept = np.argsort(same | (item == 0), axis=1, kind="stable")
+        real = np.take_along_axis(~same & (item > 0), kept, axis=1)
+        return Histories(*(np.take_along_axis(column, kept, axis=1) * real for column in histories))
+    return histories
 
 
 class Learnt(NamedTuple):
