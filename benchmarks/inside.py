@@ -6,6 +6,9 @@ An agent learns as in benchmarks.learning; then its two factors, the probability
 one, are held against the shop's own: probability from the shopper's mind, gain from the planning oracle. The score
 of a ranking is the expected reward of its best six, change of the rest of the visit included; mixing learnt and true
 factors shows which of them holds the agent back. Means over seeds.
+
+Beside them: what it shows users of whom nothing is known, whose history is empty (`unknown`), best sellers, and the one
+slate that is best for all of them together (`best_for_all`).
 """
 
 from __future__ import annotations
@@ -24,8 +27,9 @@ from benchmarks.learning import SLOTS, Loop, LoopSettings, changed, check_change
 from learner.agent import AgentSettings
 from learner.networks import score_all
 from learner.policy import state_tensors
-from simulator.policies import HistoryOracle, PlanningOracle, infer_minds, top, worth
-from simulator.shop import Floats, Shop, ShopSettings, Turn
+from learner.replay import Histories
+from simulator.policies import HistoryOracle, PlanningOracle, Popularity, infer_minds, top, worth
+from simulator.shop import Floats, Rows, Shop, ShopSettings, Turn
 
 TURNS = 24  # of shoppers that are looked into
 LIKELY = 50  # items of each state whose gains are compared
@@ -53,28 +57,38 @@ def look(seed: int, decisions: int, settings: list[str]) -> dict[str, float]:
     shop = Shop(ShopSettings(), seed)
     planner = PlanningOracle(Shop(ShopSettings(), seed), SLOTS)
     loop = Loop(shop, changed(AgentSettings(), settings), changed(LoopSettings(), settings), seed)
+    best_sellers = Popularity(len(shop.item_ids))
     served = 0
     while served < decisions:
-        turn, _ = loop.turn()
+        turn, outcome = loop.turn()
+        best_sellers.observe(turn.events)
+        best_sellers.observe(outcome.events)
         served += len(turn.shopper)
     figures = defaultdict(list)
     for _ in range(TURNS):
         turn = shop.next_turn()
-        for name, value in of_turn(shop, planner, loop, turn).items():
+        slates = best_sellers.recommend(shop, turn, SLOTS)
+        for name, value in of_turn(shop, planner, loop, turn, slates).items():
             figures[name].append(value)
         shop.show(turn, HistoryOracle(planner).recommend(shop, turn, SLOTS))
     return {name: float(np.mean(values)) for name, values in figures.items()}
 
 
-def of_turn(shop: Shop, planner: PlanningOracle, loop: Loop, turn: Turn) -> dict[str, float]:
-    """The agent beside the truth, for the shoppers of one turn."""
+def of_turn(
+    shop: Shop, planner: PlanningOracle, loop: Loop, turn: Turn, best_sellers: Rows
+) -> dict[str, float]:
+    """The agent beside the truth, for the shoppers of one turn. best_sellers: [B, SLOTS] rows of the catalog."""
     minds = shop.minds(turn.shopper)
     true_p = shop.click_probability(minds)
     true_gain = planner.score(shop, minds) / true_p
-    p, gain = learnt(loop, turn)
+    p, gain = learnt(loop, loop.states(turn))
+    nothing = Histories(*(np.zeros_like(column[:1]) for column in loop.states(turn)))
+    p_unknown, gain_unknown = learnt(loop, nothing)
 
     def score(ranking: Floats) -> float:
-        slate = top(ranking, turn.available, SLOTS)
+        return worth_of(top(np.broadcast_to(ranking, p.shape), turn.available, SLOTS))
+
+    def worth_of(slate: Rows) -> float:
         earned = np.take_along_axis(true_p * true_gain, slate, axis=1)
         return float((earned * shop.look(SLOTS)).sum(axis=1).mean())
 
@@ -85,6 +99,9 @@ def of_turn(shop: Shop, planner: PlanningOracle, loop: Loop, turn: Turn) -> dict
         "true_p_learnt_gain": score(true_p * gain),
         "true_p_true_gain": score(true_p * true_gain),
         "learnt_p_alone": score(p),
+        "unknown": score(p_unknown * gain_unknown),
+        "best_sellers": worth_of(best_sellers),
+        "best_for_all": score((true_p * true_gain).mean(axis=0, keepdims=True)),
         "at_random": score(np.random.default_rng(len(p)).random(p.shape)),
         "reward_alone": score(true_p * worth(shop, minds.stage)),
         "history_rule": score(planner.score(shop, infer_minds(shop, turn))),
@@ -96,10 +113,10 @@ def of_turn(shop: Shop, planner: PlanningOracle, loop: Loop, turn: Turn) -> dict
 
 
 @torch.no_grad()
-def learnt(loop: Loop, turn: Turn) -> tuple[Floats, Floats]:
+def learnt(loop: Loop, histories: Histories) -> tuple[Floats, Floats]:
     """p and m + γ g by the network that is served, each [B, N]."""
     agent = loop.agent
-    state = state_tensors(loop.states(turn))
+    state = state_tensors(histories)
     keys = agent.all_keys(agent.target)
     queries = agent.target.queries(state, keys)
     log_odds = score_all(*agent.target.choice(queries, keys), keys.category)
