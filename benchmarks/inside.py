@@ -1,6 +1,6 @@
 """What does the agent know of the simulated shop: of clicks, of what they are worth, of what they lead to?
 
-    python -m benchmarks.inside [--seeds 1 2] [--decisions 130000] [--set gamma=0.9 ...] [--json FILE]
+    python -m benchmarks.inside [--seeds 1 2] [--decisions 130000] [--items 1000] [--set gamma=0.9 ...] [--json FILE]
 
 An agent learns as in benchmarks.learning; then its two factors, the probability p of a click and the gain m + γ g of
 one, are held against the shop's own: probability from the shopper's mind, gain from the planning oracle. The score
@@ -32,6 +32,7 @@ from simulator.policies import HistoryOracle, PlanningOracle, Popularity, infer_
 from simulator.shop import Floats, Rows, Shop, ShopSettings, Turn
 
 TURNS = 24  # of shoppers that are looked into
+PLANNED = 16_000  # pages of each round of the oracle's planning, in a shop of the usual size
 LIKELY = 50  # items of each state whose gains are compared
 
 
@@ -39,6 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2], help="shops [1 2]")
     parser.add_argument("--decisions", type=int, default=130_000, help="learnt from [130000]")
+    parser.add_argument("--items", type=int, default=ShopSettings.items, help="in the shop [1000]")
     parser.add_argument(
         "--set", nargs="*", default=[], help="NAME=VALUE of the agent or of the loop around it"
     )
@@ -46,16 +48,19 @@ def main() -> None:
     options = parser.parse_args()
     check_changes(parser, options.set, AgentSettings(), LoopSettings())
     torch.set_num_threads(1)
-    seeds = [look(seed, options.decisions, options.set) for seed in options.seeds]
+    seeds = [look(seed, options.decisions, options.set, options.items) for seed in options.seeds]
     mean = {name: float(np.mean([seed[name] for seed in seeds])) for name in seeds[0]}
     record.show(mean)
     record.append(options.json, "inside", sys.argv[1:], {**mean, "seeds": seeds})
 
 
-def look(seed: int, decisions: int, settings: list[str]) -> dict[str, float]:
+def look(seed: int, decisions: int, settings: list[str], items: int = ShopSettings.items) -> dict[str, float]:
     """One seed's figures."""
-    shop = Shop(ShopSettings(), seed)
-    planner = PlanningOracle(Shop(ShopSettings(), seed), SLOTS)
+    world = ShopSettings(items=items)
+    shop = Shop(world, seed)
+    # it looks at every item for each page that it plans from, and learns of visits, not of items
+    pages = min(PLANNED, max(PLANNED // 8, PLANNED * ShopSettings.items // items))
+    planner = PlanningOracle(Shop(world, seed), SLOTS, decisions=pages)
     loop = Loop(shop, changed(AgentSettings(), settings), changed(LoopSettings(), settings), seed)
     best_sellers = Popularity(len(shop.item_ids))
     served = 0
