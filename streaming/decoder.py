@@ -13,8 +13,6 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from streaming import interning, pinned
-from streaming import jit as jit_module
 from streaming.columns import Columns, Kind, Reason
 from streaming.interning import (
     MISSING,
@@ -31,7 +29,7 @@ from streaming.interning import (
     map_get,
     map_of,
 )
-from streaming.jit import digest, jit, part
+from streaming.jit import jit, part
 from streaming.log import RecordBatch
 from streaming.pinned import pin
 from streaming.plan import Op, Plan, Rule, SchemaMismatch, compile_plan, joined
@@ -399,8 +397,8 @@ _ONES: Final = np.uint64(0x0101010101010101)
 _ALL: Final = np.uint64(0xFFFFFFFFFFFFFFFF)
 
 
-@part
-def _decode(
+@jit
+def _decode_rows(
     batch: _Source,
     plans: _Programs,
     codes: HashMap,
@@ -725,8 +723,8 @@ def _append(
     spans.length[i] = registers[_ITEM + 2]
 
 
-@part
-def _intern(
+@jit
+def _intern_rows(
     batch: _Source,
     columns: Columns,
     item_spans: _Spans,
@@ -817,34 +815,3 @@ def _murmur2(data: npt.NDArray[np.uint8], start: int, end: int) -> int:
         h = ((h ^ tail) * m) & mask
     h = ((h ^ (h >> np.uint64(13))) * m) & mask
     return int((h ^ (h >> np.uint64(15))) & np.uint64(0x7FFFFFFF))
-
-
-def _compiled(digest: int) -> tuple[Callable[..., int], Callable[..., int]]:
-    """The two loops, cached on disk as long as nothing that they are made of changes."""
-
-    def decode_rows(
-        batch: _Source,
-        plans: _Programs,
-        codes: HashMap,
-        partitions: int,
-        columns: Columns,
-        items: _Spans,
-        history: _Spans,
-        work: _Scratch,
-        first: int,
-    ) -> int:
-        if digest:
-            first = _decode(batch, plans, codes, partitions, columns, items, history, work, first)
-        return first
-
-    def intern_rows(
-        batch: _Source, columns: Columns, items: _Spans, history: _Spans, vocabulary: Tables, first: int
-    ) -> int:
-        if digest:
-            first = _intern(batch, columns, items, history, vocabulary, first)
-        return first
-
-    return jit(decode_rows), jit(intern_rows)
-
-
-_decode_rows, _intern_rows = _compiled(digest(interning, jit_module, pinned))

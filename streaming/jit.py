@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable
+import functools
+import hashlib
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any, TypeVar, cast
 
-from numba import njit, types
+import numpy as np
+from numba import extending, njit, types
+from numba.core.caching import FunctionCache
 
 F = TypeVar("F", bound=Callable[..., Any])
+Intrinsic: Any = getattr(extending, "_Intrinsic")  # noqa: B009
 
 
 def jit(function: F) -> F:
     """`function` compiled by numba at its first call; typed as the plain function that it reads as.
 
-    It releases the GIL, is cached on disk, and divides as numpy does (no ZeroDivisionError, no checks).
+    It releases the GIL, is cached on disk until something changes that it is made of, and divides as numpy does (no
+    ZeroDivisionError, no checks).
     """
-    return cast(F, njit(nogil=True, cache=True, error_model="numpy")(function))
+    dispatcher: Any = njit(nogil=True, error_model="numpy")(function)
+    dispatcher._cache = cast(Any, _Cache)(function)
+    return cast(F, dispatcher)
 
 
 def part(function: F) -> F:
@@ -39,10 +47,46 @@ def _wide(kind: types.Type) -> types.Type:
     return types.int64 if isinstance(kind, types.Integer) and kind != types.uint64 else kind
 
 
-def digest(*modules: ModuleType) -> int:
-    """A number, never 0, that changes with the source of these modules.
+class _Cache(FunctionCache):
+    """numba's looks at the age of a function's own file only, and would go on with constants and pieces from others
+    as they once were."""
 
-    numba's cache looks at the age of a function's own file only. A loop that is made of pieces from other files
-    takes this number as a closed-over value, which is part of the cache's key, and so notices when they change.
-    """
-    return zlib.crc32(b"".join(Path(str(module.__file__)).read_bytes() for module in modules)) | 1
+    def _index_key(self, sig: Any, codegen: Any) -> tuple[Any, ...]:
+        return (*cast(Any, super())._index_key(sig, codegen), made_of(self._py_func))
+
+
+def made_of(function: Callable[..., Any]) -> str:
+    """A digest of all that is compiled into this function from elsewhere: the constants that it reads, the files of
+    the pieces that it calls, and likewise what these read and call."""
+    found, seen, left = set(), set(), [cast(FunctionType, function)]
+    while left:
+        each = left.pop()
+        if each in seen:
+            continue
+        seen.add(each)
+        for name, value in _read_by(each):
+            piece = getattr(value, "py_func", None)
+            if piece is not None:
+                left.append(piece)
+            if piece is not None or isinstance(value, Intrinsic):
+                found.add(_content(sys.modules[value.__module__].__file__))
+            elif isinstance(value, np.ndarray):
+                found.add(f"{name} {value.dtype} {value.shape} {value.tobytes().hex()}")
+            elif isinstance(value, int | float | str | bytes | tuple | np.generic):
+                found.add(f"{name} {value!r}")
+    return hashlib.sha256("\n".join(sorted(found)).encode()).hexdigest()
+
+
+def _read_by(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    """What a function reads of its module, and of modules that this has imported, by name."""
+    names, known = function.__code__.co_names, function.__globals__
+    places = [known, *(vars(known[name]) for name in names if isinstance(known.get(name), ModuleType))]
+    for name in names:
+        for place in places:
+            if name in place:
+                yield name, place[name]
+
+
+@functools.cache
+def _content(file: str) -> str:
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()

@@ -14,21 +14,11 @@ from typing import Any, Final, get_args, get_type_hints
 import numpy as np
 import numpy.typing as npt
 
-from streaming import (
-    interning,
-    jit,
-    join_clock,
-    join_deeds,
-    join_settings,
-    join_steps,
-    join_tables,
-    pinned,
-    rewards,
-)
+from streaming import join_settings
 from streaming.arena import Empty
 from streaming.columns import Columns, Kind, Reason
 from streaming.interning import combine
-from streaming.jit import part
+from streaming.jit import jit, part
 from streaming.join_clock import advance, follow, is_known, is_late, newer_ids, remember
 from streaming.join_deeds import do_due, due_s, take_decision, take_event
 from streaming.join_settings import COUNTERS, FIRST_MS, JUMP, LAST_MS, WAITS_PER_USER, JoinSettings
@@ -165,50 +155,39 @@ def take(t: Tables, columns: Columns, i: int) -> None:
         take_event(t, columns, i)
 
 
-def _compiled(digest: int) -> Callable[..., tuple[int, int]]:
-    """The loop, cached on disk as long as nothing that it is made of changes."""
+@jit
+def _run(
+    tables: Tables, records: Columns, rows: npt.NDArray[np.int64], begin: int, watermark_ms: int
+) -> tuple[int, int]:
+    """Take the records rows[begin:], then advance (watermark_ms NONE: do not).
 
-    def run(
-        tables: Tables, records: Columns, rows: npt.NDArray[np.int64], begin: int, watermark_ms: int
-    ) -> tuple[int, int]:
-        """Take the records rows[begin:], then advance (watermark_ms NONE: do not).
-
-        Returns how far it came and which table is too short to go on, or DONE.
-        """
-        t, columns = pin(tables), pin(records)
-        c = t.clock[0]
-        for at in range(begin, len(rows) if digest else 0):
-            i = rows[at]
-            if c.stage == SCREEN:
-                if not is_welcome(t, columns, i):
-                    continue
-                follow(t, columns.user[i], columns.timestamp_ms[i])
-                c.stage = DUE
-            if c.stage == DUE:
-                short = all_due(t)
-                if short != DONE:
-                    return at, short
-                c.stage = TAKE
-            lines = columns.item_bounds[i + 1] - columns.item_bounds[i]
-            decided = columns.kind[i] == DECISION
-            short = room(t, lines if decided else 0, 0 if decided else lines)
+    Returns how far it came and which table is too short to go on, or DONE.
+    """
+    t, columns = pin(tables), pin(records)
+    c = t.clock[0]
+    for at in range(begin, len(rows)):
+        i = rows[at]
+        if c.stage == SCREEN:
+            if not is_welcome(t, columns, i):
+                continue
+            follow(t, columns.user[i], columns.timestamp_ms[i])
+            c.stage = DUE
+        if c.stage == DUE:
+            short = all_due(t)
             if short != DONE:
                 return at, short
-            take(t, columns, i)
-            c.stage = SCREEN
-        if watermark_ms != NONE:
-            advance(t, watermark_ms)
-            return len(rows), all_due(t)
-        return len(rows), DONE
-
-    return jit.jit(run)
-
-
-_run: Final = _compiled(
-    jit.digest(
-        interning, jit, join_clock, join_deeds, join_settings, join_steps, join_tables, pinned, rewards
-    )
-)
+            c.stage = TAKE
+        lines = columns.item_bounds[i + 1] - columns.item_bounds[i]
+        decided = columns.kind[i] == DECISION
+        short = room(t, lines if decided else 0, 0 if decided else lines)
+        if short != DONE:
+            return at, short
+        take(t, columns, i)
+        c.stage = SCREEN
+    if watermark_ms != NONE:
+        advance(t, watermark_ms)
+        return len(rows), all_due(t)
+    return len(rows), DONE
 
 
 # --- the joiner ------------------------------------------------------------------------------------------
