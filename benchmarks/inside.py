@@ -8,7 +8,7 @@ of a ranking is the expected reward of its best six, change of the rest of the v
 factors shows which of them holds the agent back. Means over seeds.
 
 Beside them: what it shows users of whom nothing is known, whose history is empty (`unknown`), best sellers, and the one
-slate that is best for all of them together (`best_for_all`).
+slate that is best for all who ask at the same moment (`best_for_all`).
 """
 
 from __future__ import annotations
@@ -86,8 +86,9 @@ def of_turn(
     minds = shop.minds(turn.shopper)
     true_p = shop.click_probability(minds)
     true_gain = planner.score(shop, minds) / true_p
-    p, gain = learnt(loop, loop.states(turn))
-    nothing = Histories(*(np.zeros_like(column[:1]) for column in loop.states(turn)))
+    states = loop.states(turn)
+    p, gain = learnt(loop, states)
+    nothing = Histories(*(np.zeros_like(column[:1]) for column in states))
     p_unknown, gain_unknown = learnt(loop, nothing)
 
     def score(ranking: Floats) -> float:

@@ -14,14 +14,21 @@ from typing import Any, Final, get_args, get_type_hints
 import numpy as np
 import numpy.typing as npt
 
-from streaming import join_settings
 from streaming.arena import Empty
 from streaming.columns import Columns, Kind, Reason
 from streaming.interning import combine
 from streaming.jit import jit, part
 from streaming.join_clock import advance, follow, is_known, is_late, newer_ids, remember
 from streaming.join_deeds import do_due, due_s, take_decision, take_event
-from streaming.join_settings import COUNTERS, FIRST_MS, JUMP, LAST_MS, WAITS_PER_USER, JoinSettings
+from streaming.join_settings import (
+    COUNTERS,
+    FIRST_MS,
+    JUMP,
+    LAST_MS,
+    STEPS_PER_USER,
+    WAITS_PER_USER,
+    JoinSettings,
+)
 from streaming.join_tables import (
     DONE,
     IDS,
@@ -99,7 +106,7 @@ def room(t: Tables, slots: int, lines: int) -> int:
     c.need = slots + lines + MOST_TRANSITIONS
     if len(out.transitions) - out.counts[1] < c.need:
         return OUT_TRANSITIONS
-    c.need = 2 * (join_settings.STEPS_PER_USER * slots + lines + WAITS_PER_USER + 1)
+    c.need = 2 * (STEPS_PER_USER * slots + lines + WAITS_PER_USER + 1)
     if len(out.amendments) - out.counts[2] < c.need:
         return OUT_AMENDMENTS
     return DONE
