@@ -60,6 +60,10 @@ class Metrics:
         self.updates_per_transition = gauge(
             "learner_updates_per_transition", "Gradient steps for each transition, since the first start."
         )
+        self.updates_left = gauge(
+            "learner_updates_left",
+            "Gradient steps that the band allows and that were not made yet; growing: too little CPU for training.",
+        )
         self.stalled = gauge("learner_stalled", "1 while the pacing band holds this side up.", "side")
         self.catalog_refused = gauge(
             "learner_catalog_refused", "Catalog records that could not be used; see the log."

@@ -101,7 +101,11 @@ class Band:
         return (updates - limits.updates) / counted if counted > 0 else math.nan
 
     def reason(self, transitions: int, updates: int) -> str:
-        """Which side waits, why, and which flag changes that; empty where neither does."""
+        """Which side waits or is far behind, why, and which flag changes that; empty where all goes on as it should.
+
+        >>> Band(low=0.0, high=0.01, min_replay=100).reason(transitions=50_100, updates=200)
+        'training is 300 updates behind: 0.004 updates per transition, --updates-high allows 0.01'
+        """
         if transitions < self.min_replay:
             return f"training waits for {self.min_replay - transitions} more transitions (--min-replay)"
         ratio = self.ratio(transitions, updates)
@@ -110,6 +114,9 @@ class Band:
             return f"training waits for new transitions{at}, the band ends at {self.high:g}"
         if not self.may_ingest(transitions, updates):
             return f"reading waits for training{at}, the band begins at {self.low:g}"
+        limits, left = self._limits, self.updates_left(transitions, updates)
+        if left > updates - limits.updates:  # fewer than half of those that data allow
+            return f"training is {left:,} updates behind{at}, --updates-high allows {limits.high:g}"
         return ""
 
     def state(self) -> dict[str, int]:

@@ -458,6 +458,7 @@ class Trainer:
         metrics.items.set(len(learner.vocabulary))
         metrics.items_refused.set(learner.vocabulary.refused)
         metrics.updates_per_transition.set(learner.agent.updates / max(1, learner.replay.inserted))
+        metrics.updates_left.set(learner.updates_left)
         metrics.stalled.labels("reading").set(not learner.may_read)
         metrics.stalled.labels("training").set(learner.updates_left == 0)
         if last is not None:

@@ -568,6 +568,7 @@ class Loop:
             learnt_from=observer.learnt_from,
             transitions=int(counters.get("learner_transitions_total", 0)),
             updates=int(counters.get("learner_updates_total", 0)),
+            updates_left=int(counters.get("learner_updates_left", 0)),
             policy_version=observer.policy.policy_version,
             cpu_s=cpu_s,
             wall_s=self._clock.now_s(),

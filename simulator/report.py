@@ -18,6 +18,7 @@ from simulator.shop import HOUR_MS, Visits
 
 NAMES: Final = ("random", "popularity", "learned", "oracle")
 _POINTS: Final = 24  # of the learning curve
+_STARVED: Final = 0.9  # a learner that makes less than this share of its updates has too little CPU
 _COLOURS: Final = {"random": "#9a9a9a", "popularity": "#d1801f", "learned": "#1f5fbf", "oracle": "#3c8d4f"}
 Json = dict[str, Any]
 
@@ -38,6 +39,7 @@ class Findings(NamedTuple):
     learnt_from: int  # of these, as the last weights served said
     transitions: int
     updates: int
+    updates_left: int  # that the learner's settings allow besides, and that it had no time for
     policy_version: int
     cpu_s: Mapping[str, float]  # by process
     wall_s: float
@@ -69,6 +71,7 @@ def report(found: Findings) -> Json:
         "freshness_s": found.freshness._asdict(),
         "transitions": found.transitions,
         "updates": found.updates,
+        "updates_left": found.updates_left,
         "policy_version": found.policy_version,
         "records": found.records,
         "learnt_from": found.learnt_from,
@@ -209,12 +212,14 @@ def _counts(made: Json) -> list[str]:
 def _caveats(made: Json) -> list[str]:
     if len(made["seeds"]) > 1:
         return [
+            *_starved(made["runs"]),
             "  - Each seed is another shop with other goods and people, and another training run; intervals are over",
             "    seeds (Student's t), so they cover both. Each seed's own report lies in its folder.",
             "  - The shop is made up (docs/simulator.md): this is evidence about the learner, not about your shop.",
         ]
     learning = made["while_learning"]
     return [
+        *_starved([made]),
         "  - All four served the same seeded shop since it opened, each its own copy, to the same shoppers at the same",
         "    times with the same luck; differences are taken visit by visit. Intervals are over shoppers.",
         "  - `learned` answered over gRPC with whatever weights were newest, and had seen none of these visits before.",
@@ -224,6 +229,18 @@ def _caveats(made: Json) -> list[str]:
         "  - The oracle reads the shoppers' minds and plans; no learner could. It is strong, not a proven optimum.",
         "  - This is one training run in one shop; `python -m simulator.demo --seeds 1,2,3` plays several.",
         "  - The shop is made up (docs/simulator.md): this is evidence about the learner, not about your shop.",
+    ]
+
+
+def _starved(runs: Sequence[Json]) -> list[str]:
+    """What to know of learners that had too little CPU: where a machine is slow, learning is what gives way."""
+    share = min(run["updates"] / max(1, run["updates"] + run["updates_left"]) for run in runs)
+    if share >= _STARVED:
+        return []
+    return [
+        f"  - The learner was starved of CPU: it made {100 * share:.0f} % of the updates that its settings allow"
+        f"{' (worst seed)' if len(runs) > 1 else ''}. What it",
+        "    learnt says as much about this machine as about learning: give it a faster one, or a lower --rate.",
     ]
 
 

@@ -95,6 +95,16 @@ def test_values_that_ran_away_show_in_mean_q(shop):
     assert metric(rig, "mean_q") > 10 * before
 
 
+def test_updates_that_nobody_had_time_for_are_counted(shop):
+    rig = shop(turns=3)
+    assert metric(rig, "updates_left") == rig.learner.updates_left < 5  # it makes all that it may
+    behind = rig.learner.band
+    behind.adjust(behind.low, 1e6, rig.learner.worth - 1, rig.learner.agent.updates)
+    rig.trainer._show()
+    assert metric(rig, "updates_left") == pytest.approx(1e6, abs=1)
+    assert "updates behind" in rig.trainer.totals().waiting
+
+
 def test_a_loss_that_is_nan_shows_until_the_next_update_which_ends_the_learner(shop):
     rig = shop(turns=3)
     with torch.no_grad():

@@ -33,6 +33,15 @@ def test_training_waits_at_the_upper_end_and_reading_at_the_lower():
     assert band.reason(110, 10) == ""
 
 
+def test_training_is_behind_where_fewer_than_half_of_the_updates_were_made():
+    band = Band(0.0, 1.0, min_replay=100)
+    assert band.reason(200, 50) == ""
+    assert band.reason(200, 49).startswith("training is 51 updates behind")
+    band.adjust(0.0, 1.0, transitions=200, updates=49)  # nothing is owed for what was before
+    assert band.reason(300, 99) == ""
+    assert band.reason(300, 98).startswith("training is 51 updates behind")
+
+
 @given(bounds, st.integers(1, 1000), st.integers(0, 10**6), st.integers(0, 10**6))
 def test_one_side_at_least_may_always_go_on(band, min_replay, transitions, updates):
     paced = Band(*band, min_replay)

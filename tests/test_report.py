@@ -61,6 +61,7 @@ def found(seed=1, **changes):
         "learnt_from": 900,
         "transitions": 2400,
         "updates": 240,
+        "updates_left": 3,
         "policy_version": 17,
         "cpu_s": {"simulator": 1.0, "serving": 2.0, "learner": 3.0},
         "wall_s": 60.0,
@@ -210,6 +211,17 @@ def test_words_name_every_policy_with_its_figures():
     assert f"gap closed: {made['gap_closed']:.2f}" in text
     assert "p50 0.80 s, p99 1.90 s" in text
     assert max(map(len, text.splitlines())) <= 120
+    assert "starved" not in text
+
+
+@pytest.mark.parametrize(("updates_left", "share"), [(60, "80 %"), (2160, "10 %")])
+def test_words_say_where_a_slow_machine_left_no_time_to_learn(updates_left, share):
+    starved = report.report(found(2, updates_left=updates_left))
+    several = report.summary([report.report(found()), starved])
+    for made, whose in ((starved, ""), (several, " (worst seed)")):
+        text = report.words(made, "folder")
+        assert f"{share} of the updates that its settings allow{whose}. " in text
+        assert max(map(len, text.splitlines())) <= 120
 
 
 @pytest.mark.parametrize("seeds", [(1,), (1, 2, 3)])
