@@ -174,12 +174,14 @@ class Decoder:
         """Learn the writer schemas of these rows where there are any; True if one was."""
         frames = [frame_of(batch, int(row)) for row in rows]
         learned = False
-        for prefix in dict.fromkeys(frames):
-            writer = None if prefix is None or prefix in self._frames else self._codec.resolve(prefix)
-            if prefix is not None and writer is not None:
-                learned |= self._learn(prefix, writer)
-        if learned:
-            self._programs = self._compiled()
+        try:
+            for prefix in dict.fromkeys(frames):
+                writer = None if prefix is None or prefix in self._frames else self._codec.resolve(prefix)
+                if prefix is not None and writer is not None:
+                    learned |= self._learn(prefix, writer)
+        finally:  # those that were learnt stay so, where another cannot be asked for now
+            if learned:
+                self._programs = self._compiled()
         return learned
 
     def _learn(self, prefix: bytes, writer: Any) -> bool:

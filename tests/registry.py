@@ -18,6 +18,7 @@ class FakeRegistry:
         self.requests: list[tuple[str, str]] = []
         self.headers: list[dict[str, str]] = []
         self.failures: list[int] = []  # HTTP statuses to answer next, instead of the truth
+        self.away: set[int] = set()  # ids that it cannot tell of now
         self.refuse: str | None = None  # why every new version is refused
 
     def add(self, schema: dict[str, Any], subject: str = "elsewhere") -> int:
@@ -34,6 +35,8 @@ class FakeRegistry:
             return self.failures.pop(0), {"message": "as the test wants it"}
         match [method, *path.strip("/").split("/")]:
             case ["GET", "schemas", "ids", number]:
+                if int(number) in self.away:
+                    return 503, {"message": "as the test wants it"}
                 if 0 < int(number) <= len(self.schemas):
                     return 200, {"schema": self.schemas[int(number) - 1]}
                 return 404, {"error_code": 40403, "message": "Schema not found"}
