@@ -87,7 +87,9 @@ def reset(t: Tables, high_ms: int) -> None:
     c.high_ms = high_ms
     c.watermark_ms = high_ms - t.rules.delay_ms
     c.target_ms = c.watermark_ms
-    c.epoch = high_ms // t.rules.dedup_ms
+    # where the next window has begun already it does not begin again: what was put aside for it would be forgotten
+    epoch = high_ms // t.rules.dedup_ms
+    c.epoch = min(max(c.epoch, epoch), epoch + 1)
     c.others_ms = high_ms
     for sequence in range(c.steps_head, c.steps_tail):
         step = t.steps[sequence & (len(t.steps) - 1)]

@@ -370,7 +370,8 @@ class PlainPartition:
         self.behind.clear()
         self.jumped = None
         self.high_ms, self.watermark_ms = high_ms, high_ms - self.delay_ms
-        self.epoch = high_ms // self.dedup_ms
+        epoch = high_ms // self.dedup_ms
+        self.epoch = min(max(self.epoch, epoch), epoch + 1)  # a window that has begun does not begin again
         self.others_ms = high_ms
         for step in self.steps:
             step.kept_from_ms = min(step.kept_from_ms, self.watermark_ms)

@@ -593,6 +593,23 @@ def test_a_jump_that_is_put_back_has_forgotten_no_id():
     assert (learner.reward(0), learner.count("duplicates")) == (10, 2)
 
 
+def test_who_leads_past_midnight_and_is_put_back_has_forgotten_no_id():
+    midnight = DAY - ms(0) // 1000 % DAY
+    learner = Learner().push(*crowd(midnight - 5000), decision("r1", 7, at=midnight - 3000))
+    learner.push(event("purchase", 7, at=midnight - 2999, id="once"), decision("r2", 7, at=midnight - 2998))
+    learner.push(*[event("search", at=midnight + at, user="mallory") for at in range(-2900, 7200, 600)])
+    learner.push(*crowd(midnight - 2000, count=JUMP))
+    assert learner.count("clock_resets") == 1
+    learner.push(*crowd(midnight - 30, count=60))
+    learner.push(event("purchase", 7, at=midnight - 2999, id="once"))
+    assert (learner.reward(50), learner.count("duplicates")) == (10, 1)
+    learner.push(*[event("search", at=midnight + at, user=f"user{at % 7}") for at in range(0, 2 * DAY, 1700)])
+    learner.push(
+        event("search", at=midnight + 2 * DAY, user="once more", id="once")
+    )  # a window later, it is anew
+    assert learner.count("duplicates") == 1
+
+
 def test_clocks_are_doubted_until_they_settle_and_while_they_may_be_put_back():
     learner = Learner().push(*crowd(0, count=JUMP - 1))
     assert learner.joiner.may_be_put_back(0)
