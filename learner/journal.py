@@ -15,12 +15,13 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from streaming.join_settings import JoinSettings
+from streaming.join_settings import JoinSettings, to_ms
 from streaming.rewards import Reward, RewardTable
 
 MOST_TIMES: Final = (
     1 << 16
-)  # times kept of a partition: 24 bytes each, and each is a silence of --idle-s or more
+)  # times kept of a partition: 32 bytes each, and each is a silence of --idle-s to --max-jump-s
+NOT_QUIET: Final = -1
 MOST_UNKNOWN: Final = 4096  # frames of no known schema that are remembered, and times when they became known
 MOST_GAPS: Final = 100  # newest gaps of a partition that are kept; all are counted
 
@@ -60,6 +61,7 @@ class _Time(NamedTuple):
     number: int  # in the order in which things were told
     offset: int
     watermark_ms: int
+    since_ms: int = NOT_QUIET  # how far event time had come before, where it only went on
 
 
 class _Change(NamedTuple):
@@ -107,14 +109,29 @@ class Journal:
             if not rooms or rooms[-1].items != items:
                 rooms.append(Room(offset, items))
 
-    def let_pass(self, partition: int, offset: int, watermark_ms: int) -> None:
-        """Event time passed up to watermark_ms in this partition, after the records before `offset`."""
+    def let_pass(self, partition: int, offset: int, watermark_ms: int, since_ms: int | None = None) -> None:
+        """Event time passed up to watermark_ms in this partition, after the records before `offset`.
+
+        since_ms: how far it had come before, if it only went on (see joiner.Clock); None: if more came of it.
+        """
         times = self._times[partition]
-        if times and times[-1].offset == offset and times[-1].number > self._changes[partition][-1].number:
-            times.pop()  # with no record in between, the last word is as good as all of them
+        since_ms = NOT_QUIET if since_ms is None else since_ms
+        if since_ms != NOT_QUIET and self._goes_on(partition, offset, watermark_ms):
+            before = times.pop()
+            watermark_ms, since_ms = max(watermark_ms, before.watermark_ms), before.since_ms
         if len(times) >= self._most_times:
             self.whole_from[partition] = times.popleft().offset
-        times.append(_Time(self._next(), offset, watermark_ms))
+        times.append(_Time(self._next(), offset, watermark_ms, since_ms))
+
+    def _goes_on(self, partition: int, offset: int, watermark_ms: int) -> bool:
+        """Whether the newest word on a partition's time is not needed before this one, up to which time only went on:
+        neither record nor settings came in between, and from before it to here is no jump."""
+        times, changes = self._times[partition], self._changes[partition]
+        if not times or times[-1].since_ms == NOT_QUIET:
+            return False
+        jump_ms = to_ms(self._settings[-1].max_jump_s)
+        after = times[-1].offset == offset and times[-1].number > changes[-1].number
+        return after and watermark_ms - times[-1].since_ms <= jump_ms
 
     def step_over(self, partition: int, start: int, end: int) -> None:
         """Reading goes on at `end`, without the offsets from `start` on, which came next."""
@@ -171,7 +188,7 @@ class Journal:
             "rooms": {str(p): _table(rooms, 2) for p, rooms in self.rooms.items()},
             "unknown": [[each.frame.hex(), *each[1:]] for p in self.began for each in self.unknown(p)],
             "settings": [asdict(settings) for settings in self._settings],
-            "times": {str(p): _table(times) for p, times in self._times.items()},
+            "times": {str(p): _table(times, 4) for p, times in self._times.items()},
             "changes": {str(p): _table(changes) for p, changes in self._changes.items()},
             "number": self._number,
         }

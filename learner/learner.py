@@ -210,8 +210,11 @@ class Learner:
         """
         inserted = 0
         for partition, at_ms in sorted(due_ms.items()):
-            self.journal.let_pass(partition, positions[partition], at_ms)
+            before = self.joiner.clock(partition)
             inserted += self._remember(self.joiner.advance(partition, at_ms))
+            only_went_on = self.joiner.clock(partition)._replace(through_ms=before.through_ms) == before
+            since_ms = before.through_ms if only_went_on else None
+            self.journal.let_pass(partition, positions[partition], at_ms, since_ms)
         return inserted
 
     def take_catalog(self, batch: RecordBatch) -> Rejects:

@@ -9,7 +9,7 @@ depend on how the records were cut into pushes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final, get_args, get_type_hints
+from typing import Any, Final, NamedTuple, get_args, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
@@ -57,7 +57,7 @@ from streaming.join_tables import (
 from streaming.pinned import pin
 from streaming.transitions import Joined, Rejects
 
-__all__ = ["JoinSettings", "Joiner", "JoinerError"]
+__all__ = ["Clock", "JoinSettings", "Joiner", "JoinerError"]
 
 EVENT: Final = int(Kind.EVENT)
 DECISION: Final = int(Kind.DECISION)
@@ -200,6 +200,16 @@ def _run(
 # --- the joiner ------------------------------------------------------------------------------------------
 
 
+class Clock(NamedTuple):
+    """A partition's clock. Where `Joiner.advance` changes nothing of it but `through_ms`, event time just went on: two
+    such words, one after the other, are the same as the second alone, as long as that is no jump."""
+
+    through_ms: int  # event time that counts as complete
+    window: tuple[int, ...]  # of ids that were seen
+    jumped: tuple[int, ...]  # from where to where, and what could make it jump
+    lately: bool  # so that it may be put back
+
+
 class Joiner:
     """Owns the join state of its partitions, which never touch one another. Used by one thread at a time.
 
@@ -258,12 +268,18 @@ class Joiner:
         clock = self._of(partition).clock
         return int(clock["watermark_ms"][0]) if clock["started"][0] else None
 
+    def clock(self, partition: int) -> Clock:
+        """How a partition's clock stands."""
+        tables = self._of(partition)
+        c, delay_ms = tables.clock[0], tables.rules.delay_ms
+        jumped = tuple(int(c[name]) for name in ("jumped", "jumped_from_ms", "jumped_to_ms", "ahead_count"))
+        window = (int(c["started"]), int(c["epoch"]), int(c["newer"]))
+        return Clock(int(c["high_ms"]) - delay_ms, window, jumped, _jumped_lately(tables))
+
     def may_be_put_back(self, partition: int) -> bool:
         """Whether the partition's clock, as far as it is, is not yet beyond doubt: see join_clock.disputes."""
         tables = self._of(partition)
-        c, rules = tables.clock, tables.rules
-        lately = c["jumped"] != 0 and c["high_ms"] < c["jumped_to_ms"] + rules.jump_ms + rules.late_ms
-        return bool(lately or c["settled"][0] < JUMP)
+        return _jumped_lately(tables) or bool(tables.clock["settled"][0] < JUMP)
 
     def counters(self) -> dict[str, int]:
         """What was counted in the partitions held, since each began (restarts included); see COUNTERS."""
@@ -363,6 +379,12 @@ def _behaved(columns: Columns) -> Columns:
             for a, dtype in zip(arrays, _DTYPES, strict=True)
         )
     )
+
+
+def _jumped_lately(tables: Tables) -> bool:
+    """join_clock.jumped_lately, for who has arrays in place of the loop's records."""
+    c, rules = tables.clock, tables.rules
+    return bool(c["jumped"][0] and c["high_ms"][0] < c["jumped_to_ms"][0] + rules.jump_ms + rules.late_ms)
 
 
 def _by_partition(partition: npt.NDArray[np.int32]) -> list[tuple[int, npt.NDArray[np.int64]]]:

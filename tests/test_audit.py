@@ -234,6 +234,20 @@ def test_time_that_passed_in_an_idle_partition_is_told_again(shop, tmp_path):
     assert report.clean, as_text(report)
 
 
+@pytest.mark.parametrize("seconds", [10, 6 * 3600])
+def test_a_long_silence_is_told_again_in_steps_as_large_as_they_were(shop, tmp_path, seconds):
+    # what a storefront had kept comes then: the clock is put back where it jumped, and not where it just went on
+    batch, join = records(shop), replace(JOIN, max_jump_s=4 * 3600)  # in the log itself is no jump then
+    learner = taught(rows(batch, 0, 500), join=join)
+    since_ms = learner.joiner.watermark_ms(0)
+    for passed in range(seconds, 6 * 3600 + 1, seconds):
+        learner.advance({0: since_ms + passed * 1000}, ends(rows(batch, 0, 500)))
+    learner.take(rows(batch, 500, len(batch)))
+    assert learner.joiner.counters()["clock_resets"] == (1 if seconds > join.max_jump_s else 0)
+    report = audit_of(learner, tmp_path, shop, ends(batch))
+    assert report.clean, as_text(report)
+
+
 def test_time_that_passed_and_was_not_noted_is_found_out(shop, tmp_path):
     def forget(parts):
         parts["journal"]["times"]["0"] = np.zeros((0, 3), np.int64)

@@ -44,11 +44,36 @@ def test_times_and_settings_stay_in_order_even_at_one_offset(journal):
     assert restored(journal).told(0) == told
 
 
-def test_of_times_with_no_record_in_between_the_last_stays(journal):
+def test_of_times_that_only_went_on_with_no_record_in_between_the_last_stays(journal):
     for at_ms in (1000, 2000, 3000):
-        journal.let_pass(1, 7, at_ms)
-    journal.let_pass(1, 8, 4000)
+        journal.let_pass(1, 7, at_ms, since_ms=at_ms - 1000)
+    journal.let_pass(1, 8, 4000, since_ms=3000)
     assert journal.told(1)[1:] == [Told(7, 3000, None), Told(8, 4000, None)]
+
+
+def test_of_a_long_silence_there_is_a_word_for_each_stretch_that_is_no_jump(journal):
+    hour_ms = 3_600_000
+    for at_ms in range(1000, 5 * hour_ms // 2 + 1, 1000):
+        journal.let_pass(1, 7, at_ms, since_ms=at_ms - 1000)
+    told = [Told(7, at_ms, None) for at_ms in (hour_ms, 2 * hour_ms, 5 * hour_ms // 2)]
+    assert journal.told(1)[1:] == restored(journal).told(1)[1:] == told
+
+
+def test_times_that_changed_more_than_how_far_it_is_all_stay(journal):
+    journal.let_pass(1, 7, 1000, since_ms=0)
+    journal.let_pass(1, 7, 2000)
+    journal.let_pass(1, 7, 3000, since_ms=2000)
+    assert journal.told(1)[1:] == [Told(7, at_ms, None) for at_ms in (1000, 2000, 3000)]
+
+
+def test_times_of_a_journal_of_before_all_stay(journal):
+    journal.let_pass(1, 7, 1000, since_ms=0)
+    state = journal.state()
+    state["times"] = {partition: table[:, :3] for partition, table in state["times"].items()}
+    other = Journal()
+    other.restore(decode(encode(state)))
+    other.let_pass(1, 7, 2000, since_ms=1000)
+    assert other.told(1)[1:] == [Told(7, 1000, None), Told(7, 2000, None)]
 
 
 def test_a_partition_added_later_begins_with_what_holds_then(journal):
