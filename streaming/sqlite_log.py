@@ -413,7 +413,8 @@ class SqliteReader:
                         found[partition] += rows
                         left -= len(rows)
         finally:
-            db.execute("COMMIT")
+            if db.in_transaction:  # an I/O error has ended it
+                db.execute("COMMIT")
         self._next = next_offset
         return [(partition, rows) for partition, rows in found.items() if rows]
 
@@ -675,7 +676,8 @@ def _transaction(db: sqlite3.Connection) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        db.execute("ROLLBACK")
+        if db.in_transaction:  # some errors have ended it
+            db.execute("ROLLBACK")
         raise
     db.execute("COMMIT")
 
