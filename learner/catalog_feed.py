@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from streaming.columns import Reason
-from streaming.log import Bounds, Log, Reader, RecordBatch, TopicReplaced, UnknownTopic
+from streaming.log import Bounds, Log, OffsetOutOfRange, Reader, RecordBatch, TopicReplaced, UnknownTopic
 from streaming.schemas import RegistryUnavailable
 from streaming.transitions import Rejects
 
@@ -44,7 +44,8 @@ class CatalogFeed:
     def follow(self, bounds: Mapping[int, Bounds]) -> None:
         """Take in what came since, without waiting. bounds: of the topic; empty where it is not there.
 
-        A catalog that was deleted and made anew is read from its beginning; what the old one said stays until then.
+        A catalog that was deleted and made anew, or of which retention took what was not read yet, is read from its
+        beginning; what is known of it stays until then.
         """
         waited = self._parked is not None
         try:
@@ -52,8 +53,8 @@ class CatalogFeed:
         except RegistryUnavailable as error:
             if not waited:
                 logger.warning("the catalog waits: %s", error)
-        except (TopicReplaced, UnknownTopic):
-            self.close()
+        except (OffsetOutOfRange, TopicReplaced, UnknownTopic):
+            self.close()  # the next look begins with the oldest record that there is
             raise
         else:
             if waited:

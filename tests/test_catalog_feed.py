@@ -7,9 +7,9 @@ import pytest
 from learner.catalog_feed import CatalogFeed
 from streaming.catalog import Catalog
 from streaming.interning import Vocabulary
-from streaming.log import TopicReplaced, UnknownTopic, open_log
+from streaming.log import OffsetOutOfRange, TopicReplaced, UnknownTopic, open_log
 from streaming.schemas import ITEM, Codec
-from tests.small_shop import delete_topic
+from tests.small_shop import delete_topic, expire
 from tests.test_decoder import Schemas
 
 
@@ -137,6 +137,21 @@ def test_a_catalog_made_anew_between_two_looks_is_read_from_its_beginning(stock)
         stock.follow()
     stock.follow()
     assert stock.on_offer() == ["b"]
+
+
+def test_a_catalog_of_which_retention_took_what_was_not_read_yet_is_read_from_what_is_left(stock):
+    stock.create()
+    stock.write("a")
+    stock.feed.catch_up()
+    stock.write("b")
+    expire(stock.log.url, "catalog")
+    stock.write("c")
+    with pytest.raises(OffsetOutOfRange):
+        stock.follow()
+    stock.follow()
+    stock.write("d")
+    stock.follow()
+    assert stock.on_offer() == ["a", "c", "d"]
 
 
 def test_a_record_that_cannot_be_used_is_counted_and_named(stock, caplog):
