@@ -649,9 +649,11 @@ class Agent:
     def _look_unit(self, batch: Batch) -> None:
         """Take in what a choice earns on average, in reward units: one unit of all that the network says and learns of
         value, so that no setting knows a shop's currency. Where it moves, what was learnt is restated in it (as in
-        PopArt: van Hasselt et al. 2016, proposition 1).
+        PopArt: van Hasselt et al. 2016, proposition 1). What is absurd, as a price of a billion, moves it little.
         """
         earned = np.abs(batch.slate_reward) * (batch.slate > 0)
+        if self._unit_looks:
+            earned = np.minimum(earned, ABSURD * self.unit)
         each = (earned > 0) * (batch.weight / np.maximum(1, np.count_nonzero(batch.slate, axis=1)))[:, None]
         if not each.any():
             return
@@ -684,6 +686,7 @@ class Agent:
         if self._aided and bool(total > 0):
             self._unaided_looks[which] += 1
             share = 1 / min(self._unaided_looks[which], UNAIDED_MEMORY)
+            left_over = left_over.clamp(-ABSURD, ABSURD)
             self._unaided[which].lerp_((left_over * weight).sum() / total, share)
         return self._unaided[which : which + 1]
 
@@ -1156,6 +1159,8 @@ IN_PLACE: Final = (
 LEAST_SHARE: Final = 0.01  # of β, that ρ counts from
 LEAST_RATE: Final = 1 / 16  # of what heads of value moved by at first
 MEETINGS: Final = 3  # with an item that a vector describes, before its id has a row of its own
+# units: more than this counts as this where means are taken; elsewhere losses are linear there
+ABSURD: Final = 1000.0
 UNIT_MEMORY: Final = 1000  # updates over which what a choice earns is a mean
 _CACHED: Final = 1 << 18  # numbers in one matrix over all items
 OFFER_MEMORY: Final = 1000  # decisions over which what is on offer is a mean

@@ -122,6 +122,27 @@ def test_no_single_record_makes_what_is_learnt_overflow():
     assert last.loss < 100
 
 
+def test_one_absurd_reward_does_not_drown_what_is_learnt_and_a_new_currency_gets_through():
+    def earning(seed, better=7.0, **odd):
+        """Items of the upper half earn so much; an odd one in one slot."""
+        made = batch(seed)
+        made.slate_reward[:] = np.where(made.slate > 5, better, 1.0) * (made.slate_reward > 0)
+        made.slate_reward[0, 0] = odd.get("slot", made.slate_reward[0, 0])
+        made.slot_reward[:] = made.reward[:] = made.slate_reward[:, 0]
+        return made
+
+    agent = new_agent()
+    for seed in range(300):
+        agent.update(earning(seed))
+    before = agent.unit
+    for seed in range(300, 320):  # it may be drawn more than once
+        agent.update(earning(seed, slot=1e8) if seed % 10 == 0 else earning(seed))
+    assert before < agent.unit < 2 * before
+    for seed in range(320, 900):
+        agent.update(earning(seed, better=7e6))
+    assert agent.unit > 1e6
+
+
 def test_growing_keeps_what_was_learnt():
     agent = trained(range(4))
     before = agent.tensors()
