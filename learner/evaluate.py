@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -64,12 +64,12 @@ def _evaluate(log: Log, codec: Codec, config: EvaluateConfig, join: JoinSettings
     bounds, identity = log.bounds(config.topic), log.identity(config.topic)
     vocabulary = Vocabulary()
     catalog = read_catalog(log, codec, config.catalog_topic, vocabulary)
-    policies = load_policies(config, vocabulary)
+    versions = load_policies(config, vocabulary)
     decoder = Decoder(codec, vocabulary)
     evaluation = Evaluation(config, join, {p: bound.low for p, bound in bounds.items()})
     for batch in read(log, config.topic, bounds, identity):
         evaluation.join(decoder.decode(batch))
-    evaluation.joined(targets_of(config, policies, vocabulary, catalog, join.rewards), vocabulary, catalog)
+    evaluation.joined(targets_of(config, versions, vocabulary, catalog), vocabulary, catalog)
     for batch in read(log, config.topic, bounds, identity):
         evaluation.judge(decoder.decode(batch), partial(candidates_of, codec, batch))
     return evaluation.report()
@@ -117,12 +117,19 @@ def candidates_of(codec: Codec, batch: RecordBatch, row: int) -> list[Candidate]
     return [Candidate(**candidate) for candidate in decision["candidates"]]
 
 
-def load_policies(config: EvaluateConfig, vocabulary: Vocabulary) -> dict[str, Policy]:
+class Version(NamedTuple):
+    """One version of the weights, to be judged."""
+
+    policy: Policy
+    read_to: Mapping[int, int]  # partition -> offset: what its learner had read lies before
+
+
+def load_policies(config: EvaluateConfig, vocabulary: Vocabulary) -> dict[str, Version]:
     """The versions asked for, by name; their items get ids. Raises: WeightsError, PolicyDamaged."""
     wanted = [name for name in config.policies if name.startswith("weights")]
-    policies: dict[str, Policy] = {}
+    versions: dict[str, Version] = {}
     if not wanted:
-        return policies
+        return versions
     store = WeightStore(config.weights)
     for name in wanted:
         number = name.partition(":")[2]
@@ -135,25 +142,27 @@ def load_policies(config: EvaluateConfig, vocabulary: Vocabulary) -> dict[str, P
         weights = store.load(version)
         policy = Policy.from_weights(weights, config.network)
         policy.check()
-        policies[f"weights:{version}"] = policy
+        versions[f"weights:{version}"] = Version(policy, weights.manifest.positions)
         vocabulary.intern_all(weights.vocabulary)
-    return policies
+    return versions
 
 
 def targets_of(
     config: EvaluateConfig,
-    policies: Mapping[str, Policy],
+    versions: Mapping[str, Version],
     vocabulary: Vocabulary,
     catalog: Catalog,
-    rewards: RewardTable,
 ) -> list[Target]:
     """The policies asked for, but logging. vocabulary: complete."""
     targets: list[Target] = []
     if "uniform" in config.policies:
         targets.append(Uniform())
     if "popularity" in config.policies:
-        targets.append(Popularity(len(vocabulary), rewards, config.popularity_half_life, config.epsilon))
+        # a server counts deeds by the default rewards, whatever the learner's are
+        targets.append(
+            Popularity(len(vocabulary), RewardTable(), config.popularity_half_life, config.epsilon)
+        )
     known = padded(catalog.known | catalog.gone, len(vocabulary) + 1)
-    for name, policy in policies.items():
-        targets.append(Learned(name, policy, vocabulary, known, config.epsilon))
+    for name, (policy, read_to) in versions.items():
+        targets.append(Learned(name, policy, vocabulary, known, config.epsilon, read_to))
     return targets

@@ -186,6 +186,7 @@ class LeftOut:
     repeated_or_late: int = 0  # the learner does not count them either
     other_times: int = 0  # not within --since and --until
     other_users: int = 0  # of users that --users-share leaves out
+    learnt_from: int = 0  # by a version that is judged, with --unseen
     not_explored: int = 0  # every propensity is 1: nothing is known of what was not shown
     not_a_candidate: int = 0  # something was shown that is not among the candidates that the decision carries
 
@@ -207,6 +208,9 @@ class Report:
     could_show: (
         float | None
     )  # items that the propensities say could be shown, per item that we think could be
+    has_read: dict[str, int] = field(
+        default_factory=dict
+    )  # by version: how many of them its learner had read before it
     left_out: LeftOut = field(default_factory=LeftOut)
     policies: list[PolicyReport] = field(default_factory=list)
     took_s: float = 0.0
@@ -224,6 +228,12 @@ class Report:
                 f"the propensities say that {self.could_show:.2f} times as many items could be shown as the catalog "
                 "(or the weights) and the histories say: it has changed since, or requests excluded items"
             )
+        for name, count in self.has_read.items():
+            if count:
+                found.append(
+                    f"{name}: it was learnt from {count:,} of these {self.decisions:,} decisions, which makes its "
+                    "estimates too high; judge those that are later (--unseen), by an older version if there are none"
+                )
         for policy in self.policies:
             found += _doubts(policy)
         return found
@@ -306,6 +316,7 @@ _CAUSES: Final = {
     "repeated_or_late": "repeated or late",
     "other_times": "at other times",
     "other_users": "of other users",
+    "learnt_from": "learnt from",
     "not_explored": "not explored (every propensity is 1)",
     "not_a_candidate": "of an item that is no candidate",
 }

@@ -101,6 +101,11 @@ class EvaluateConfig:
         metavar="TIME",
     )
     until: int | None = _setting(None, "and before this one", parse=moment_ms, metavar="TIME")
+    unseen: bool = _setting(
+        False,
+        "judge only decisions that none of the versions judged has read: what was learnt from them makes estimates too "
+        "high",
+    )
     users_share: float = _setting(
         1.0,
         "judge decisions of this share of users, drawn by their hash: large logs take less time; > 0, <= 1",
@@ -156,6 +161,10 @@ class Evaluation:
         self._targets: list[Target] = []
         self._accounts: dict[str, Account] = {}
         self._reference: int | None = None  # number of the target whose Q the reward model reads
+        self._versions: list[Learned] = []
+        self._has_read: dict[
+            str, int
+        ] = {}  # decisions judged that the learner of a version had read before it
         self._history_length = HISTORY
         self._vocabulary = Vocabulary()
         self._on_offer: Mask = np.zeros(1, np.bool_)
@@ -184,6 +193,8 @@ class Evaluation:
         self._accounts |= {target.name: Account(self._config, target.epsilon) for target in targets}
         learned = [i for i, target in enumerate(targets) if isinstance(target, Learned)]
         self._reference = learned[0] if learned else None
+        self._versions = [target for target in targets if isinstance(target, Learned)]
+        self._has_read = {version.name: 0 for version in self._versions}
         self._history_length = max(
             [HISTORY, *(t.policy.history_length for t in targets if isinstance(t, Learned))]
         )
@@ -240,6 +251,12 @@ class Evaluation:
         drawn = _mixed(columns.user[rows]) % np.uint64(1_000_000) < self._config.users_share * 1e6
         self._left_out.other_users += int((~drawn).sum())
         rows = rows[drawn]
+        if self._config.unseen:
+            known = np.zeros(len(rows), np.bool_)
+            for version in self._versions:
+                known |= version.has_read(columns, rows)
+            self._left_out.learnt_from += int(known.sum())
+            rows = rows[~known]
         shown, item, propensity = slates(columns, rows, self._config.slots)
         explored = ((propensity < 1.0) & shown).any(axis=1)
         self._left_out.not_explored += int((~explored).sum())
@@ -253,6 +270,8 @@ class Evaluation:
             return
         self._judged += len(rows)
         self._slots += int(judged.shown.sum())
+        for version in self._versions:
+            self._has_read[version.name] += int(version.has_read(columns, rows).sum())
         self._unsettled += int(self._outcomes.unsettled(columns, rows).sum())
         when = columns.timestamp_ms[rows]
         self._from_ms = min(self._from_ms, int(when.min()))
@@ -280,8 +299,9 @@ class Evaluation:
             self._accounts[LOGGING].add(as_served, group)
         for target, of_items in zip(self._targets, scores, strict=True):
             eligible = could & target.allows(contexts)
-            _set(eligible, place)
-            judged = judge(of_items, eligible, value, model.effect, place, uniform, target.epsilon)
+            _set(eligible, np.where(target.knows(contexts)[place], place, -1))  # it was on offer then
+            drawn = uniform * fewer(could, eligible, place)
+            judged = judge(of_items, eligible, value, model.effect, place, drawn, target.epsilon)
             self._accounts[target.name].add(
                 as_rounds(given.slate, judged, decisions.propensity, shown, decisions.reward), group
             )
@@ -331,6 +351,7 @@ class Evaluation:
             to_ms=self._to_ms,
             unsettled=self._unsettled,
             could_show=told / assumed if assumed else None,
+            has_read=self._has_read,
             left_out=self._left_out,
             policies=[account.report(name) for name, account in self._accounts.items()],
         )
@@ -353,6 +374,11 @@ class Evaluation:
             return (
                 f"none of {left_out.not_explored:,} decisions was explored: every propensity is 1, so that nothing is "
                 "known of what was not shown; serve with --epsilon above 0"
+            )
+        if left_out.learnt_from:
+            return (
+                f"none of {left_out.learnt_from:,} decisions is unseen: all were read by the learner of the versions "
+                "judged; judge an older one (--policies weights:VERSION), or let the log grow"
             )
         return (
             f"none of {decisions:,} decisions in {topic!r} is within --since and --until "
@@ -414,6 +440,17 @@ def uniform_chance(propensity: Floats, epsilon: Floats, left: Ints) -> tuple[Flo
     nearer = np.where(apart[1] < apart[0], found[1], found[0])
     told: Mask = np.isfinite(apart.min(axis=0))
     return np.where(told, np.minimum(nearer, 1.0), assumed), told
+
+
+def fewer(could: Mask, eligible: Mask, place: Ints) -> Floats:
+    """[D, K] how many times as probable each one item is, in a uniform draw, where not all that was left could be shown
+    by a target. could, eligible: [D, M] what could be shown, and by the target; place: [D, K] what was, -1: no slot."""
+    rows = np.arange(len(place))[:, None]
+    shown = place >= 0
+    taken = np.stack((shown, shown & eligible[rows, np.maximum(place, 0)])).astype(np.int64)
+    before = np.cumsum(taken, axis=2) - taken
+    left, theirs = np.stack((could.sum(axis=1), eligible.sum(axis=1)))[:, :, None] - before
+    return np.maximum(left, 1) / np.maximum(theirs, 1)
 
 
 def slates(columns: Columns, rows: Ints, slots: int) -> tuple[Mask, Ints, Floats]:

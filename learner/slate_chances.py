@@ -84,11 +84,13 @@ def judge(
 ) -> Judged:
     """The target policy is ε-greedy by `scores`; the model's reward of item a in slot k is value[a] + effect[k].
 
-    scores, value: [B, M]; eligible: [B, M], is used up; slates: [B, K] items, -1: no slot; all of them eligible.
-    effect: [K]. uniform: [B, K] probability of each one item, in a uniform draw from those left.
+    scores, value: [B, M]; eligible: [B, M] what the target might show, is used up; slates: [B, K] items, -1: no slot.
+    effect: [K]. uniform: [B, K] probability of each one eligible item, in a uniform draw from those left. What stands
+    in a slot and is not eligible has no chance. Where fewer items are eligible than there are slots, the target leaves
+    the last ones empty. Of slots behind one that the target could not have filled so, `onward` is not told (0).
     """
-    slots = (slates >= 0).sum(axis=1)
     items = eligible.sum(axis=1)
+    slots = np.minimum((slates >= 0).sum(axis=1), items)  # that the target fills
     pairs, which = np.unique(np.stack((items, slots), axis=1), axis=0, return_inverse=True)
     width = slates.shape[1]
     tables = np.stack([chance_table(int(n), int(k), width, epsilon) for n, k in pairs])
@@ -125,21 +127,29 @@ def _judge(
                 left += 1
                 worth += value[b, i]
         slots = int((slates[b] >= 0).sum())
+        fills = min(slots, left)
+        possible = True  # what stands in the slots before: the target might have filled them so
         for k in range(slots):
             best, rank, ahead, top = -1, 0, 0.0, 0.0
             for item in order[b]:
-                if item < 0 or rank == slots - k:
+                if item < 0 or (best >= 0 and rank >= fills - k):
                     break
                 if eligible[b, item]:
-                    best = item if rank == 0 else best
-                    ahead += tables[b, k, rank] * value[b, item]
-                    top += value[b, item]
+                    best = item if best < 0 else best
+                    if rank < fills - k:
+                        ahead += tables[b, k, rank] * value[b, item]
+                        top += value[b, item]
                     rank += 1
             item = slates[b, k]
-            chance[b, k] = epsilon * uniform[b, k] + (1.0 - epsilon) * (item == best)
             own[b, k] = effect[k] + value[b, item]
-            here[b, k] = effect[k] + epsilon * worth / left + (1.0 - epsilon) * value[b, best]
-            onward[b, k] = effect[k:slots].sum() + ahead + tables[b, k, -1] * (worth - top)
-            eligible[b, item] = False
-            worth -= value[b, item]
-            left -= 1
+            if left > 0:
+                here[b, k] = effect[k] + epsilon * worth / left + (1.0 - epsilon) * value[b, best]
+                if possible:
+                    onward[b, k] = effect[k:fills].sum() + ahead + tables[b, k, -1] * (worth - top)
+            if eligible[b, item]:
+                chance[b, k] = epsilon * uniform[b, k] + (1.0 - epsilon) * (item == best)
+                eligible[b, item] = False
+                worth -= value[b, item]
+                left -= 1
+            else:
+                possible = False

@@ -10,7 +10,7 @@ weights:VERSION    one version of the weight store
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple, Protocol
 
 import numpy as np
@@ -66,7 +66,10 @@ class Target(Protocol):
         """[B, M] of the items; the higher, the sooner shown."""
 
     def allows(self, contexts: Contexts) -> Mask:
-        """[M] of the items: those that this policy might show at all."""
+        """[M] of the items: those that this policy might show at all, by what it knows of what is on offer."""
+
+    def knows(self, contexts: Contexts) -> Mask:
+        """[M] of the items: those that it could show where they are on offer."""
 
 
 class Uniform:
@@ -83,6 +86,9 @@ class Uniform:
 
     def allows(self, contexts: Contexts) -> Mask:
         return np.ones(len(contexts.items), np.bool_)
+
+    def knows(self, contexts: Contexts) -> Mask:
+        return self.allows(contexts)
 
 
 class Popularity:
@@ -116,19 +122,36 @@ class Popularity:
     def allows(self, contexts: Contexts) -> Mask:
         return np.ones(len(contexts.items), np.bool_)
 
+    def knows(self, contexts: Contexts) -> Mask:
+        return self.allows(contexts)
+
 
 class Learned:
     """One version of the weights."""
 
     def __init__(
-        self, name: str, policy: Policy, vocabulary: Vocabulary, known: Mask, epsilon: float
+        self,
+        name: str,
+        policy: Policy,
+        vocabulary: Vocabulary,
+        known: Mask,
+        epsilon: float,
+        read_to: Mapping[int, int] | None = None,
     ) -> None:
         """vocabulary: the log's, complete. known: [N] what the catalog's topic tells of by itself, so that the weights
-        are not asked whether it may be shown."""
+        are not asked whether it may be shown. read_to: partition -> offset, before which lies what these weights
+        were learnt from; None: that is another log."""
         self.name, self.epsilon, self.policy = name, epsilon, policy
+        self._read_to = dict(read_to or {})
         item_ids = vocabulary.item_ids()
         self._theirs = np.append(0, policy.ids(item_ids))  # [N] by the log's id; 0: unknown to the policy
         self._allowed = (self._theirs > 0) & (known | policy.on_offer[self._theirs])
+
+    def has_read(self, columns: Columns, rows: npt.NDArray[np.integer]) -> Mask:
+        """[R] which of these records the learner of these weights had read."""
+        ends = [self._read_to.get(partition, 0) for partition in columns.partition[rows].tolist()]
+        before: Mask = columns.offset[rows] < np.array(ends, np.int64)
+        return before
 
     def observe(self, columns: Columns) -> None:
         """Frozen."""
@@ -146,6 +169,11 @@ class Learned:
         if contexts.candidates is not None:
             return np.ones(len(contexts.items), np.bool_)
         return self._allowed[contexts.items]
+
+    def knows(self, contexts: Contexts) -> Mask:
+        if contexts.candidates is not None:
+            return self.allows(contexts)
+        return self._theirs[contexts.items] > 0
 
     def _translated(self, states: Histories) -> Histories:
         """The states in the policy's ids and at its length."""

@@ -292,6 +292,75 @@ def test_a_chosen_version_is_judged_beside_the_newest(front, store):
     assert found[0].largest > 2
 
 
+def positions(front: Storefront) -> dict[int, int]:
+    """Where the log ends now."""
+    front.producer.flush()
+    return {partition: bounds.high for partition, bounds in front.log.bounds(front.topic).items()}
+
+
+def test_decisions_that_a_version_was_learnt_from_are_told_and_left_out_where_that_is_asked_for(front, store):
+    policy = Policy.from_weights(store.load(publish(store, ITEMS)))
+    for seed, decisions in (
+        (1, 40),
+        (2, 20),
+        (3, 60),
+    ):  # versions 2, 3 and 4 know what was decided before them
+        serve(front, policy, decisions, 0.3)
+        publish(store, ITEMS, seed, positions=positions(front))
+    serve(front, policy, 30, 0.3)
+    config = {"weights": store.url, "policies": ("weights:1", "weights:3", "weights:2")}
+    report = front.report(**config)
+    assert report.decisions == 150
+    assert report.has_read == {"weights:1": 0, "weights:3": 60, "weights:2": 40}
+    notes = "\n".join(report.notes())
+    assert "weights:3: it was learnt from 60 of these 150 decisions" in notes
+    assert "weights:1: it was learnt" not in notes
+    assert as_json(report)["has_read"]["weights:2"] == 40
+
+    unseen = front.report(**config, unseen=True)
+    assert (unseen.decisions, unseen.left_out.learnt_from) == (90, 60)
+    assert not [note for note in unseen.notes() if "learnt from" in note]
+    assert "left out: 60 learnt from" in as_text(unseen)
+
+    publish(store, ITEMS, 4, positions=positions(front))
+    with pytest.raises(NothingToEvaluate, match=r"none of 150 decisions is unseen.*judge an older one"):
+        front.report(weights=store.url, policies=("weights",), unseen=True)
+    assert front.report(policies=("uniform",), unseen=True).decisions == 150
+
+
+def test_items_that_a_version_does_not_know_are_none_that_it_could_have_shown(front, store):
+    """What it draws at random it draws from those that it knows."""
+    whole = Policy.from_weights(store.load(publish(store, ITEMS)))
+    few = WeightStore(f"{store.url}-few")
+    publish(few, ITEMS[:3])
+    rng = np.random.default_rng(3)
+    for n in range(900):
+        item = ITEMS[rng.integers(len(ITEMS))]
+        name = front.decide([(item, 1 / len(ITEMS))], f"user-{n}", 1.0)
+        if item in ITEMS[:3]:
+            front.deed("select_item", item, name, f"user-{n}")
+    assert len(whole.on_offer) == len(ITEMS) + 1
+    found = estimates(front.report(policies=("weights",), weights=few.url, epsilon=0.5), "weights")
+    for method in ("SNIPS", "DR", "SNDR"):  # whatever it shows is clicked
+        assert found[method] == pytest.approx(1.0, abs=0.05)
+    assert found["IPS"] == pytest.approx(1.0, abs=0.2)
+
+
+def test_popularity_counts_as_a_server_does_whatever_the_learners_rewards_are(front):
+    for _ in range(60):
+        front.deed("select_item", "b", "")
+    for _ in range(300):
+        front.deed("view_item", "a", "")
+    for n in range(200):
+        name = front.decide([("ab"[n % 2], 0.5)], epsilon=1.0)
+        if n % 2:
+            front.deed("view_item", "b", name)
+    front.producer.flush()
+    config = EvaluateConfig(topic=front.topic, policies=("popularity",), epsilon=0.0)
+    report = evaluate(front.log, front.codec, config, JoinSettings(rewards=RewardTable.parse("view_item=1")))
+    assert estimates(report, "popularity")["SNIPS"] == pytest.approx(1.0)  # it shows b
+
+
 def test_items_out_of_stock_are_none_that_a_policy_would_show(front, store):
     policy = Policy.from_weights(store.load(publish(store, ITEMS)))
     front.log.create_topic("catalog", 1, compacted=True)

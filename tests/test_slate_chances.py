@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from learner.evaluation import fewer
 from learner.exploration import epsilon_greedy_slate
 from learner.slate_chances import chance_table, judge, shown_chances
 
@@ -67,30 +68,36 @@ def test_a_table_holds_what_is_left_at_each_slot():
     st.integers(1, 4),
     st.sampled_from([0.0, 0.2, 0.7, 1.0]),
     st.lists(st.booleans(), min_size=6, max_size=6),
+    st.lists(st.booleans(), min_size=6, max_size=6),
     st.integers(0, 2**32 - 1),
 )
-def test_a_logged_slate_is_judged_as_the_enumeration_does(m, slots, epsilon, mask, seed):
+def test_a_logged_slate_is_judged_as_the_enumeration_does(m, slots, epsilon, mask, known, seed):
     rng = np.random.default_rng(seed)
-    items = [i for i in range(m) if mask[i]] or [0]
-    slots = min(slots, len(items))
-    slate = rng.permutation(items)[:slots].tolist()
+    could = [i for i in range(m) if mask[i]] or [0]  # be shown; and by the target:
+    items = [i for i in could if known[i]] if rng.random() < 0.5 else could
+    slots = min(slots, len(could))
+    slate = rng.permutation(could)[:slots].tolist()
     scores, value, effect = rng.integers(-2, 3, m), rng.normal(size=m), rng.normal(size=5)
     eligible = np.isin(np.arange(m), items)[None]
     padded = np.full((1, 5), -1)
     padded[0, :slots] = slate
-    left = 1.0 / (len(items) - np.arange(slots))
-    uniform = np.pad(left, (0, 5 - slots))[None]
+    all_of_them = np.isin(np.arange(m), could)[None]
+    uniform = np.pad(1.0 / (len(could) - np.arange(slots)), (0, 5 - slots))[None]
+    uniform = uniform * fewer(all_of_them, eligible, padded)
     found = judge(scores[None].astype(float), eligible, value[None], effect, padded, uniform, epsilon)
 
     def earns(k, i):
         return effect[k] + value[i]
 
+    fills = min(slots, len(items))
     for k, item in enumerate(slate):
         before = slate[:k]
-        chance = chances([i for i in items if i not in before], scores, epsilon)
-        assert found.chance[0, k] == pytest.approx(chance[item])
+        left = [i for i in items if i not in before]
+        chance = chances(left, scores, epsilon) if left else {}
+        assert found.chance[0, k] == pytest.approx(chance.get(item, 0.0))
         assert found.own[0, k] == pytest.approx(earns(k, item))
         assert found.here[0, k] == pytest.approx(sum(p * earns(k, i) for i, p in chance.items()))
-        wanted = onward(items, scores, epsilon, slots, earns, tuple(before))
+        possible = set(before) <= set(items)
+        wanted = onward(items, scores, epsilon, fills, earns, tuple(before)) if possible and left else 0.0
         assert found.onward[0, k] == pytest.approx(wanted)
     assert not any(column[0, slots:].any() for column in found)
