@@ -131,9 +131,9 @@ def log_of(world: World, early: Policy, late: Policy, seed: int, runs: int, hour
         _deal_out(feed.columns(turn, slates, propensity, outcome, 1, world.epsilon), out)
         decisions += len(turn.shopper)
         turn = shop.next_turn(LIMIT)
-    _deal_out(feed.columns(*_what_is_yet_to_come(shop, turn, world.slots)), out)
+    _deal_out(feed.columns(*what_is_yet_to_come(shop, turn, world.slots)), out)
     truth = {key: value / asked for key, value in earned.items()}
-    return Logged([_in_batches(run) for run in out], truth, decisions)
+    return Logged([in_batches(run) for run in out], truth, decisions)
 
 
 def can_be_shown(shop: Shop, turn: Turn) -> npt.NDArray[np.bool_]:
@@ -187,7 +187,7 @@ def _truth(
     return found
 
 
-def _what_is_yet_to_come(shop: Shop, turn: Turn, slots: int) -> tuple[Turn, Any, Any, Outcome]:
+def what_is_yet_to_come(shop: Shop, turn: Turn, slots: int) -> tuple[Turn, Any, Any, Outcome]:
     """The events before this turn, and all purchases and refunds that are resolved upon; no decision."""
     nobody, none = slice(0, 0), np.zeros((0, slots))
     rest = shop.rest()
@@ -209,7 +209,7 @@ def _deal_out(columns: Columns, runs: list[list[Columns]]) -> None:
         runs[run].append(_picked(columns, np.sort(order[edges[run] : edges[run + 1]])))
 
 
-def _in_batches(run: list[Columns]) -> list[Columns]:
+def in_batches(run: list[Columns]) -> list[Columns]:
     """The same rows, cut as `learner.evaluate.read` cuts a log."""
     together = Columns(
         **{

@@ -40,6 +40,7 @@ from simulator.feed import Feed
 from simulator.figures import figures, over_seeds, same_visits
 from simulator.policies import play
 from simulator.shop import HOUR_MS, PURCHASE, VIEW, Outcome, Shop, ShopSettings, Turn, Visits
+from streaming.columns import Columns
 from streaming.interning import hash_string
 from streaming.joiner import Joined, Joiner, JoinSettings
 
@@ -114,7 +115,7 @@ class Loop:
         self.settings = loop
         self.agent = Agent(agent, seed=seed)
         self.updates_s = self.cpu_s = 0.0
-        self._shop, self._feed = shop, Feed(shop)
+        self._shop, self.feed = shop, Feed(shop)
         self._joiner = Joiner(JoinSettings(gamma=agent.gamma, history_length=agent.entries), [0])
         self._replay = Replay(loop.capacity, agent.entries, alpha=loop.alpha, chosen_share=loop.chosen_share)
         self._band = Band(0.0, loop.updates_per_transition, loop.min_replay, loop.updates_young)
@@ -124,6 +125,7 @@ class Loop:
         self._version = 0
         self._hour = -1
         self.slates = np.zeros((0, SLOTS), np.int32)  # shown last, rows of the catalog
+        self.columns: Columns | None = None  # and the records of that turn
 
     def catalog(self) -> ShopCatalog:
         """What the agent is told of the items."""
@@ -142,7 +144,8 @@ class Loop:
         self.cpu_s += time.process_time() - began
         outcome = self._shop.show(turn, slates)
         began = time.process_time()
-        columns = self._feed.columns(turn, slates, propensity, outcome, self._version, self.settings.epsilon)
+        columns = self.feed.columns(turn, slates, propensity, outcome, self._version, self.settings.epsilon)
+        self.columns = columns
         self._take(self._joiner.push(columns))
         self._learn()
         self.cpu_s += time.process_time() - began
