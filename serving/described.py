@@ -24,11 +24,11 @@ class Described:
         self._lock = threading.Lock()
 
     def note(self, shown: Iterable[Candidate]) -> None:
-        """Items that a request described; those of which it said nothing are left out."""
+        """Items that a request described; those of which it said nothing stay as they were."""
         with self._lock:
             for candidate in shown:
-                self._items.pop(candidate.item_id, None)
                 if candidate.says_something:
+                    self._items.pop(candidate.item_id, None)  # the newest last
                     vector = np.asarray(candidate.vector, np.float32)  # a tenth of a list's memory
                     self._items[candidate.item_id] = candidate._replace(vector=vector)
             while len(self._items) > self._most:

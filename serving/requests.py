@@ -22,6 +22,7 @@ MAX_HISTORY: Final = 1000
 MAX_CANDIDATES: Final = 10_000
 MAX_EXCLUDED: Final = 10_000
 MAX_PRICE: Final = 1e9
+MAX_MESSAGE_BYTES: Final = 64 << 20  # 1000 requests, or 10000 candidates with vectors; and what answers them
 MAX_BATCH: Final = 1000
 MIN_TIMESTAMP_MS: Final = 946_684_800_000  # 2000-01-01
 MAX_TIMESTAMP_MS: Final = 4_102_444_800_000  # 2100-01-01

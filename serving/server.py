@@ -25,6 +25,7 @@ from learner.weights import store_url
 from serving import metrics
 from serving.decisions import DecisionWriter
 from serving.ranking import Ranker
+from serving.requests import MAX_MESSAGE_BYTES
 from serving.service import SERVICE, Service, Streams
 from serving.view import Follower, View, ViewConfig, compile_view
 from serving.weights import WeightsFollower
@@ -33,8 +34,8 @@ from streaming.schemas import Codec
 
 logger = logging.getLogger(__name__)
 
-MAX_MESSAGE_BYTES: Final = 64 << 20  # 1000 requests, or 10000 candidates with vectors
 _WAITING: Final = 16  # calls for each thread: who would wait longer than that had better hear of it at once
+_LEAVE_S: Final = 5.0  # longest wait for a thread that only reads
 _HEALTH_SERVICES: Final = ("", SERVICE)
 
 
@@ -226,13 +227,15 @@ class PolicyServer:
             self._decisions.begin_drain()
         self._service.draining = True
         self._server.stop(self._config.drain_s).wait()
-        self._weights.stop()
-        if self._follower is not None:
-            self._follower.stop()
-        if self._decisions is not None:
-            self._decisions.close(max(self._config.drain_s, 1.0))
-        if self._log is not None:
-            self._log.close()
+        try:
+            if self._decisions is not None:
+                self._decisions.close(max(self._config.drain_s, 1.0))
+        finally:  # these may hang in a store or a log that does not answer: they can be left behind
+            self._weights.stop(_LEAVE_S)
+            if self._follower is not None:
+                self._follower.stop(_LEAVE_S)
+            if self._log is not None:
+                self._log.close()
 
     def _register(self) -> None:
         """Ask the schema registry, where there is one, now: what is wrong with it is said at the start."""

@@ -21,7 +21,7 @@ from serving import policy_pb2 as pb
 from serving.batching import Batcher, DeadlinePassed
 from serving.decisions import DecisionWriter, Encoded
 from serving.ranking import Answer, Query, Ranker
-from serving.requests import Invalid, check_batch, check_recommend, parse
+from serving.requests import MAX_MESSAGE_BYTES, Invalid, check_batch, check_recommend, parse
 from serving.variety import Variety
 from serving.view import View
 from serving.weights import Served, WeightsFollower
@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 SERVICE: Final = "bellwether.v1.Policy"
 _MAX_BATCH: Final = 64  # beyond it a matrix product gains nothing and the first one in waits for the last
+_FIELD_BYTES: Final = 8  # of one answer among several, beside itself
 
 Response = TypeVar("Response")
 
@@ -106,11 +107,20 @@ class Service:
         """Answers to checked requests, in their order; each has left its decision record in the log's queue.
 
         Taken by cuts of one batch: what ranking needs of a request is larger than the request.
-        deadline_s: on time.monotonic's clock. Raises: DeadlinePassed; then no decision is left.
+        deadline_s: on time.monotonic's clock. Raises: DeadlinePassed; Invalid where the answers together are too large
+        to be sent. Then no decision is left.
         """
         settled: list[tuple[pb.RecommendResponse, Encoded | None]] = []
+        size = 0
         for start in range(0, len(requests), _MAX_BATCH):
-            settled += self._settled(requests[start : start + _MAX_BATCH], deadline_s)
+            cut = self._settled(requests[start : start + _MAX_BATCH], deadline_s)
+            size += sum(response.ByteSize() + _FIELD_BYTES for response, _ in cut)
+            if size > MAX_MESSAGE_BYTES:
+                raise Invalid(
+                    f"requests: their answers are over {MAX_MESSAGE_BYTES:,} bytes; send fewer at a time, or ask for "
+                    "smaller slates"
+                )
+            settled += cut
         for _, decision in settled:
             if decision is not None and self._decisions is not None:
                 self._decisions.write(decision)

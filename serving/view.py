@@ -234,13 +234,14 @@ class Follower:
         self._thread.start()
         return self._caught_up.wait(warm_up_s)
 
-    def stop(self) -> None:
-        """End the thread; harmless twice."""
+    def stop(self, timeout_s: float | None = None) -> None:
+        """End the thread, or leave it behind after that time, where the log does not answer; harmless twice."""
         self._stop.set()
         if self._thread.is_alive():
-            self._thread.join()
-        for tail in self._tails:
-            tail.close()
+            self._thread.join(timeout_s)
+        if not self._thread.is_alive():
+            for tail in self._tails:
+                tail.close()
 
     def _run(self) -> None:
         while not self._stop.is_set():
@@ -258,13 +259,15 @@ class Follower:
         try:
             self._turn()
         except OffsetOutOfRange as error:
-            metrics.VIEW_FAILURES.labels("gap").inc()
-            logger.warning("own view: %s; going on at what the log still holds", error)
-            self._skip_gaps()
+            self._skip_gaps(error)
         except LogError as error:
-            metrics.VIEW_FAILURES.labels("unavailable").inc()
-            self._complain(str(error))
-            self._stop.wait(_RETRY_S)
+            self._unavailable(error)
+
+    def _unavailable(self, error: LogError) -> None:
+        metrics.VIEW_FAILURES.labels("unavailable").inc()
+        self._complain(str(error))
+        self._stop.wait(_RETRY_S)
+        self._busy_s = self._clock()
 
     def _complain(self, trouble: str, fault: Exception | None = None) -> None:
         """Once, and now and then while it lasts: it is tried every second. fault: one that nobody foresaw."""
@@ -275,29 +278,34 @@ class Follower:
 
     def _turn(self) -> None:
         now = self._clock()
-        for tail in self._tails:
-            tail.look(now)
+        opened = [tail.look(now) for tail in self._tails]
         events, catalog = self._tails
         # catalog first: an item out of stock must not be recommended because its events were read before
         read = catalog.poll() + events.poll()
-        if read:
-            self._busy_s = now
+        if read or any(opened):
+            self._busy_s = self._clock()
         metrics.USERS.set(self._view.users.known)
         metrics.USERS_FORGOTTEN.set(self._view.users.forgotten)
         metrics.ITEMS_REFUSED.set(self._view.vocabulary.refused)
-        quiet = now - self._busy_s >= _QUIET_S
+        # what a server waits for may never come, as where a registry is away; but a reader may be slow to begin, too
+        quiet = self._clock() - self._busy_s >= _QUIET_S and all(tail.has_begun() for tail in self._tails)
         if quiet or all(tail.caught_up() for tail in self._tails):
             self._caught_up.set()
         if read < _POLL_RECORDS:
             # record by record, as they come, the reading would cost more than the answers do
             self._stop.wait(_REST_S)
 
-    def _skip_gaps(self) -> None:
+    def _skip_gaps(self, error: OffsetOutOfRange) -> None:
         try:
-            for tail in self._tails:
-                tail.skip_gap()
-        except LogError:  # unreachable just now: the next poll says so again
-            self._stop.wait(_RETRY_S)
+            skipped = [tail.skip_gap() for tail in self._tails]
+        except LogError as unavailable:  # just now: the next poll says so again
+            self._unavailable(unavailable)
+            return
+        if any(skipped):
+            metrics.VIEW_FAILURES.labels("gap").inc()
+            logger.warning("own view: %s; going on at what the log still holds", error)
+        else:
+            self._unavailable(error)  # the log does hold it, so it is asked again
 
 
 class _Tail:
@@ -312,28 +320,31 @@ class _Tail:
         self._absorb = absorb
         self._reader: Reader | None = None
         self._parked: RecordBatch | None = None  # read, not absorbed yet
-        self._goal: dict[int, int] = {}  # where each partition ended at the start
+        self._start: dict[int, int] = {}  # where reading of each partition began,
+        self._goal: dict[int, int] = {}  # and where it ended then
         self._looked_s = float("-inf")
 
-    def look(self, now_s: float) -> None:
-        """Now and then: open the topic when it is there, take up partitions added since, measure the lag."""
+    def look(self, now_s: float) -> bool:
+        """Now and then: open the topic when it is there, take up partitions added since, measure the lag. True: it was
+        opened."""
         if now_s - self._looked_s < (_LOOK_S if self._reader else _LOOK_FOR_TOPIC_S):
-            return
+            return False
         self._looked_s = now_s
         try:
             bounds = self._log.bounds(self._topic)
         except UnknownTopic:
-            return
+            return False
         if self._reader is None:
+            self._start = {p: self._first(b.low, b.high) for p, b in bounds.items()}
             self._goal = {p: b.high for p, b in bounds.items()}
-            start = {p: self._first(b.low, b.high) for p, b in bounds.items()}
-            self._reader = self._log.reader(self._topic, start, keys=self._backlog is None)
-            return
+            self._reader = self._log.reader(self._topic, self._start, keys=self._backlog is None)
+            return True
         position = self._reader.position()
         if bounds.keys() - position.keys():
             self._reader.assign({p: position.get(p, b.low) for p, b in bounds.items()})
         if self._backlog is not None:
             metrics.VIEW_LAG.set(sum(max(0, b.high - position.get(p, b.low)) for p, b in bounds.items()))
+        return False
 
     def poll(self) -> int:
         """Absorb what is there; returns the number of records."""
@@ -364,12 +375,25 @@ class _Tail:
         position = self._reader.position()
         return all(position.get(p, 0) >= high for p, high in self._goal.items())
 
-    def skip_gap(self) -> None:
-        """Move every partition whose position retention has overtaken to what is still there."""
-        if self._reader is not None:
-            position, bounds = self._reader.position(), self._log.bounds(self._topic)
-            gone = {p: b.low for p, b in bounds.items() if not b.low <= position.get(p, b.low) <= b.high}
-            self._reader.seek(gone)
+    def has_begun(self) -> bool:
+        """Whether every partition that held something at the start has given some of it, or is held up."""
+        if self._reader is None or self._parked:
+            return True
+        position = self._reader.position()
+        begun = (
+            self._start[p] == high or position.get(p, high) > self._start[p] for p, high in self._goal.items()
+        )
+        return all(begun)
+
+    def skip_gap(self) -> bool:
+        """Move every partition whose position retention has overtaken to what is still there, and ask for all anew.
+        True: there was one."""
+        if self._reader is None:
+            return False
+        position, bounds = self._reader.position(), self._log.bounds(self._topic)
+        within = {p: b.low <= position[p] <= b.high for p, b in bounds.items() if p in position}
+        self._reader.seek({p: position[p] if inside else bounds[p].low for p, inside in within.items()})
+        return not all(within.values())
 
     def close(self) -> None:
         if self._reader is not None:

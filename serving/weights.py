@@ -65,11 +65,11 @@ class WeightsFollower:
         self.look()
         self._thread.start()
 
-    def stop(self) -> None:
-        """End the thread; harmless twice."""
+    def stop(self, timeout_s: float | None = None) -> None:
+        """End the thread, or leave it behind after that time, where the store does not answer; harmless twice."""
         self._stop.set()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(timeout_s)
 
     def look(self) -> None:
         """Ask the store once; swap if its label names another version. Never raises for what a store may do."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -135,3 +136,24 @@ def test_whatever_a_stores_driver_raises_a_good_version_is_tried_again(flaky, en
     assert (refusals("damaged") - damaged, refusals("store") - store) == (0, 3)
     assert caplog.text.count("RuntimeError: SlowDown") == 1
     assert "Traceback" not in caplog.text
+
+
+def test_a_store_that_does_not_answer_is_left_behind_at_the_end(tmp_path):
+    follower, asked, answer = (
+        WeightsFollower(str(tmp_path), "stable", "target", 0.01),
+        threading.Event(),
+        threading.Event(),
+    )
+    follower.start()
+
+    def silent(label):
+        asked.set()
+        answer.wait(60)
+
+    follower._store.latest = silent
+    assert asked.wait(10)
+    began = time.monotonic()
+    follower.stop(0.2)
+    assert time.monotonic() - began < 5
+    answer.set()
+    follower.stop()

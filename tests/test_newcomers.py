@@ -107,6 +107,7 @@ def test_what_was_described_last_counts_and_what_was_longest_ago_goes_first():
     described = Described(2)
     described.note([Candidate("a", price=0.0), Candidate("b", category="x"), Candidate("bare")])
     described.note([Candidate("a", vector=[1.0, 2.0])])
+    described.note([Candidate("a")])  # says nothing, and takes nothing away
     described.note([Candidate("c", brand="y")])
     assert described.get("b") is None
     assert described.get("bare") is None

@@ -133,6 +133,36 @@ def test_a_large_batch_is_taken_by_cuts_and_its_vectors_take_no_more_memory_than
     assert peak < 130 * 100 * 256 * 4
 
 
+def test_answers_too_large_to_be_sent_together_are_refused_and_leave_no_decision(tmp_path, monkeypatch):
+    publish(WeightStore(tmp_path), ["a" * 900, "b" * 900])
+    decisions = Decisions()
+    service = service_of(tmp_path, decisions=decisions)
+    monkeypatch.setattr("serving.service.MAX_MESSAGE_BYTES", 200_000)
+    requests = [pb.RecommendRequest(user_id=f"u{i}", timestamp_ms=NOW_MS) for i in range(130)]
+    answer = pb.BatchRecommendResponse(responses=service.recommend(requests[:100]))
+    assert answer.ByteSize() <= 200_000
+    assert len(decisions.written) == 100
+    with stub_of(service) as stub, pytest.raises(grpc.RpcError) as refused:
+        stub.BatchRecommend(pb.BatchRecommendRequest(requests=requests))
+    assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "answers are over 200,000 bytes" in refused.value.details()
+    assert len(decisions.written) == 100
+
+
+class Decisions:
+    """Keeps what is written."""
+
+    def __init__(self) -> None:
+        self.written: list[Any] = []
+
+    def encoded(self, decision: Any) -> Any:
+        return decision
+
+    def write(self, decision: Any) -> bool:
+        self.written.append(decision)
+        return True
+
+
 def test_thompsons_draws_take_no_more_memory_for_many_users_than_for_few(tmp_path):
     items = [f"item-{i}" for i in range(5000)]
     publish(WeightStore(tmp_path), items)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import closing
+from typing import Any
+
+import pytest
 
 from serving.metrics import VIEW_FAILURES
 from serving.view import Follower, View, ViewConfig
 from streaming.chunks import batch_of
-from streaming.log import RecordBatch, open_log
+from streaming.log import Bounds, Log, LogUnavailable, OffsetOutOfRange, Reader, RecordBatch, open_log
 from streaming.schemas import Codec
 from tests.serving_process import eventually
 
@@ -80,3 +85,84 @@ def test_a_fault_is_said_and_counted_and_the_view_goes_on_with_what_comes_next(t
             follower.stop()
     assert VIEW_FAILURES.labels("fault")._value.get() == before + 1
     assert "own view: ZeroDivisionError('a bug'); retrying\nTraceback" in caplog.text
+
+
+class Slow:
+    """A log whose readers give nothing at first, as a consumer that was assigned a moment ago."""
+
+    def __init__(self, log: Log, looks: int) -> None:
+        self._log, self._looks = log, looks
+
+    def bounds(self, topic: str) -> dict[int, Bounds]:
+        return self._log.bounds(topic)
+
+    def reader(self, topic: str, offsets: Mapping[int, int], *, keys: bool = False) -> SlowReader:
+        return SlowReader(self._log.reader(topic, offsets, keys=keys), self._looks)
+
+
+class SlowReader:
+    def __init__(self, reader: Reader, looks: int) -> None:
+        self._reader, self._looks = reader, looks
+
+    def poll(self, max_records: int, timeout_s: float) -> RecordBatch:
+        self._looks -= 1
+        return self._reader.poll(max_records, timeout_s) if self._looks < 0 else batch_of([])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reader, name)
+
+
+@pytest.mark.parametrize("away", [0, 3])
+def test_a_log_that_is_slow_to_begin_is_not_taken_for_one_that_was_read(tmp_path, away) -> None:
+    clock = itertools.count(0, 100)  # seconds from one look at it to the next
+    with closing(open_log(f"sqlite:///{tmp_path}/log.db")) as log, closing(log.producer()) as producer:
+        log.create_topic("events", 1)
+        producer.send("events", b"u", event(1))
+        producer.flush()
+        slow, view = Slow(log, looks=4), View(ViewConfig(max_users=10), CODEC)
+        bounds, asked = slow.bounds, itertools.count()
+
+        def refused(topic: str) -> dict[int, Bounds]:
+            if next(asked) < away:
+                raise LogUnavailable("away")
+            return bounds(topic)
+
+        slow.bounds = refused
+        follower = Follower(slow, view, ViewConfig(max_users=10), lambda: float(next(clock)))
+        try:
+            assert follower.start(30)
+            assert [entry.item_id for entry in view.history("u")] == ["item-1"]
+        finally:
+            follower.stop()
+
+
+class Passing(SlowReader):
+    """Says once that what it is asked for is out of range, until it is asked anew."""
+
+    broken = True
+
+    def poll(self, max_records: int, timeout_s: float) -> RecordBatch:
+        if self.broken:
+            raise OffsetOutOfRange("events/0: offset 0 is out of range")
+        return self._reader.poll(max_records, timeout_s)
+
+    def seek(self, offsets: Mapping[int, int]) -> None:
+        self.broken &= 0 not in offsets
+        self._reader.seek(offsets)
+
+
+def test_an_offset_that_is_out_of_range_and_is_there_all_the_same_is_asked_for_again(tmp_path) -> None:
+    with closing(open_log(f"sqlite:///{tmp_path}/log.db")) as log, closing(log.producer()) as producer:
+        log.create_topic("events", 1)
+        producer.send("events", b"u", event(1))
+        producer.flush()
+        slow, view = Slow(log, 0), View(ViewConfig(max_users=10), CODEC)
+        slow.reader = lambda topic, offsets, keys: Passing(log.reader(topic, offsets, keys=keys), 0)
+        gaps = VIEW_FAILURES.labels("gap")._value.get()
+        follower = Follower(slow, view, ViewConfig(max_users=10), time.monotonic)
+        try:
+            assert follower.start(30)
+            assert [entry.item_id for entry in view.history("u")] == ["item-1"]
+        finally:
+            follower.stop()
+        assert VIEW_FAILURES.labels("gap")._value.get() == gaps  # nothing was passed over
