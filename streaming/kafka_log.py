@@ -312,11 +312,15 @@ class _Group:
 class KafkaProducer:
     """Hands records to librdkafka, whose own threads send them; one of ours collects what was refused.
 
-    A record that cannot be delivered within `delivery.timeout.ms` (5 minutes) has failed.
+    A record that cannot be delivered within `delivery.timeout.ms` (5 minutes) has failed. Where librdkafka's client
+    cannot go on (a fatal error: brokers and it are no longer of one mind on what was sent), another takes its place:
+    what was on its way has failed, too.
     """
 
     def __init__(self, make: Callable[[Callable[..., None]], Producer], log: KafkaLog) -> None:
+        self._make = make
         self._producer = make(self._refused)
+        self._renewing = threading.Lock()
         self._log = log
         self._topics: set[str] = set()
         self._failed = self._failed_told = 0
@@ -334,20 +338,29 @@ class KafkaProducer:
             if not self._log.partitions(topic):
                 raise no_topic(topic)
             self._topics.add(topic)
+        producer = self._producer
         try:
-            self._producer.produce(topic, value, key, timestamp=timestamp_ms or 0)
+            producer.produce(topic, value, key, timestamp=timestamp_ms or 0)
         except BufferError:
             raise LogFull(
-                f"{len(self._producer):,} records wait to be sent to {self._log.url}; flush or wait"
+                f"{len(producer):,} records wait to be sent to {self._log.url}; flush or wait"
             ) from None
         except KafkaException as error:
+            if _is_fatal(error):
+                self._renew(producer, error)
+                raise LogUnavailable("the Kafka client was made anew; try again") from error
             if error.args[0].code() == KafkaError.MSG_SIZE_TOO_LARGE:
                 size = len(key) + len(value or b"")
                 raise LogError(f"record of {size:,} bytes for {topic!r} is over message.max.bytes") from error
             raise translated(error.args[0], topic) from error
 
     def flush(self, timeout_s: float = 30.0) -> int:
-        left = int(self._producer.flush(timeout_s))
+        producer = self._producer
+        try:
+            left = int(producer.flush(timeout_s))
+        except KafkaException as error:
+            self._renew(producer, error)
+            left = int(self._producer.flush(timeout_s))
         lost, self._failed_told = self._failed - self._failed_told, self._failed
         refusals, self._refusals = self._refusals, 0
         if lost:
@@ -374,14 +387,35 @@ class KafkaProducer:
 
     def _serve(self) -> None:
         while not self._closed.is_set():
-            self._producer.poll(0.1)
+            producer = self._producer
+            try:
+                producer.poll(0.1)
+            except KafkaException as error:
+                self._renew(producer, error)
             self._losses.tell()
+
+    def _renew(self, producer: Producer, error: KafkaException) -> None:
+        """Another client in place of this one, which cannot go on; what it still had has failed."""
+        with self._renewing:
+            if self._producer is not producer:
+                return  # another thread was first
+            logger.error("the Kafka client cannot go on and is made anew: %s", error.args[0].str())
+            producer.purge()
+            deadline = time.monotonic() + _REQUEST_S
+            while len(producer) and time.monotonic() < deadline:
+                with contextlib.suppress(KafkaException):
+                    producer.poll(0.1)  # it tells what has failed
+            self._producer = self._make(self._refused)
 
     def _refused(self, error: KafkaError | None, message: Message) -> None:
         if error is not None:
             self._failed += 1
             self._refusals += not isinstance(translated(error), LogUnavailable)
             self._losses.note(message.topic() or "", error.str())
+
+
+def _is_fatal(error: KafkaException) -> bool:
+    return bool(error.args[0].fatal() or error.args[0].code() == KafkaError._FATAL)
 
 
 def _result(future: Future[Any]) -> Any:

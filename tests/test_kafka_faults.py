@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 
 import pytest
 from confluent_kafka import KafkaError, Producer
@@ -215,3 +215,33 @@ def test_aborted_records_are_never_seen_and_the_hole_they_leave_is_no_stall(
                 assert len(reader.poll(10, 0.1)) == 0
             assert reader.position() == {0: log.bounds(topic)[0].high} == {0: 4}
     assert "fetching anew" not in caplog.text
+
+
+def test_a_producer_that_cannot_go_on_is_made_anew_and_what_was_on_its_way_is_told(
+    cluster: MockKafka, mock_log: Log, topic: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    producer = mock_log.producer()
+    producer.send(topic, b"k", b"1")
+    assert producer.flush(10) == 0
+    cluster.fail(PRODUCE, KafkaError.OUT_OF_ORDER_SEQUENCE_NUMBER)  # which librdkafka does not survive
+    producer.send(topic, b"k", b"on its way")
+    number, end = 2, time.monotonic() + 20
+    while number < 7 and time.monotonic() < end:
+        time.sleep(0.1)
+        with suppress(LogUnavailable):
+            producer.send(topic, b"k", b"%d" % number)
+            number += 1
+    with pytest.raises(LogError, match="1 records could not be written"):
+        producer.flush(10)
+    assert producer.failed == 1
+    producer.send(topic, b"k", b"7")
+    producer.close(10)
+    ends = {p: bounds.high for p, bounds in mock_log.bounds(topic).items()}
+    assert sum(ends.values()) == 7
+    with closing(mock_log.reader(topic, dict.fromkeys(ends, 0))) as reader:
+        found: list[bytes | None] = []
+        while len(found) < 7 and time.monotonic() < end:
+            batch = reader.poll(100, 1.0)
+            found += [batch.value(i) for i in range(len(batch))]
+    assert found == [b"%d" % n for n in range(1, 8)]
+    assert "the Kafka client cannot go on and is made anew" in caplog.text
