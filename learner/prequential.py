@@ -7,6 +7,11 @@ is below it has learnt less than the user's own history tells.
 
 Popularity and co-views are what this process has seen so far, updated every BLOCK steps, while the network learns when
 the whole batch is in: the rules have the fresher view. Ties go to the item that was known first.
+
+All items known are those of the catalog, too, where there is one: an item may be ranked before anybody went to it, by
+what the catalog says of it. `met` is of the steps to items that somebody had gone to before.
+
+Intervals are over visits: steps of one visit are alike, and no witnesses independent of each other.
 """
 
 from __future__ import annotations
@@ -32,6 +37,8 @@ from streaming.transitions import Joined
 
 TOP: Final = 20  # hit rate and reciprocal rank count down to this place
 BLOCK: Final = 256  # steps ranked at once, at most
+MOST_OPEN: Final = 1 << 20  # visits that may go on
+_NEWEST: Final = 8  # items of the user's that `alike` puts first
 _MOST_SCORES: Final = 1 << 24  # at once: bounds memory where there are very many items
 METHODS: Final = {
     "learned_q": "the network's Q(s, a)",
@@ -39,6 +46,8 @@ METHODS: Final = {
     "recent_then_learned": "the user's most recent distinct items, then the next-item head",
     "co_views": "item-kNN: what users went to around the same time as the user's items, and these",
     "walks": "the same, and what users went to around the same time as those",
+    "alike": "the user's 8 most recent distinct items, then those of the newest one's category, its brand first, by "
+    "popularity",
     "recent": "the user's most recent distinct items, then popularity",
     "popularity": "how often users went to an item so far",
 }
@@ -55,6 +64,7 @@ class _Steps(NamedTuple):
     age_s: npt.NDArray[np.float32]  # [B, H]
     value: npt.NDArray[np.float32]  # [B, H]
     target: Ints  # [B]
+    visit: Ints  # [B] number of the visit
     reward: npt.NDArray[np.float32]  # [B] when the step was complete
 
     def rows(self, which: Any) -> _Steps:
@@ -68,6 +78,8 @@ class Ranked(NamedTuple):
     rank: Ints  # [N, len(METHODS)] the target's place among all items, from 1
     known: Mask  # [N] there was an item in the user's history
     repeat: Mask  # [N] the item is in the user's history
+    met: Mask  # [N] somebody went to it before
+    visit: Ints  # [N] number of the visit that it is a step of
     reward: npt.NDArray[np.float32]  # [N]
 
     def rows(self, which: Any) -> Ranked:
@@ -90,6 +102,8 @@ class Prequential:
         self._vocabulary, self._rewards, self._most = vocabulary, rewards or RewardTable(), most
         self._visits = np.zeros(1, np.int64)  # [N] by vocabulary id: popularity
         self._co_views = CoViews()
+        self._visits_open: dict[tuple[int, int], int] = {}  # step that comes next -> number of its visit
+        self._visits_begun = 0
         self._steps = 0
         self._every = 1
         self._ranked = [Ranked(*_NOTHING)]
@@ -97,7 +111,7 @@ class Prequential:
 
     def observe(self, joined: Joined, agent: Agent) -> None:
         """Rank what these transitions led to, before the agent learns from them."""
-        steps = _steps_of(joined)
+        steps = _steps_of(joined, self._visits_of(joined))
         if not len(steps.target):
             return
         if agent.rows > len(self._visits):
@@ -110,10 +124,33 @@ class Prequential:
             numbers = self._steps + np.arange(len(block.target))
             chosen = numbers % self._every == 0
             if chosen.any():
-                self._rank(block.rows(chosen), numbers[chosen], scorer)
+                met = self._visits[block.target] > 0
+                met |= ~np.isin(np.arange(len(met)), np.unique(block.target, return_index=True)[1])
+                self._rank(block.rows(chosen), numbers[chosen], met[chosen], scorer)
             self._steps += len(block.target)
             np.add.at(self._visits, block.target, 1)
             self._co_views.observe(block.item, block.target)
+
+    def _visits_of(self, joined: Joined) -> Ints:
+        """[T] number of the visit that each transition is of: a step goes on the visit of the one that it follows."""
+        t, states, opened = joined.transitions, joined.states, self._visits_open
+        visit = np.empty(len(t.action), np.int64)
+        place = list(zip(t.partition.tolist(), t.offset.tolist(), strict=True))
+        following = list(zip(states.partition.tolist(), states.offset.tolist(), strict=True))
+        for i, next_state in enumerate(t.next_state.tolist()):
+            if i and place[i] == place[i - 1]:  # another slot of the same step
+                visit[i] = visit[i - 1]
+                continue
+            number = opened.pop(place[i], None)
+            if number is None:
+                number = self._visits_begun
+                self._visits_begun += 1
+            visit[i] = number
+            if next_state >= 0:
+                opened[following[next_state]] = number
+        while len(opened) > MOST_OPEN:
+            del opened[next(iter(opened))]
+        return visit
 
     def ranked(self) -> Ranked:
         """What was kept, in the order of the stream."""
@@ -135,6 +172,7 @@ class Prequential:
             "all": _figures(ranked),
             "thirds": [_figures(ranked.rows(third)) for third in thirds],
             "with_history": _figures(ranked.rows(ranked.known)),
+            "met": _figures(ranked.rows(ranked.known & ranked.met)),
             "first_time": _figures(ranked.rows(~ranked.repeat)),
             "repeat": _figures(ranked.rows(ranked.repeat)),
             # by what a step had earned when the next one came
@@ -150,7 +188,7 @@ class Prequential:
         part.write_text(json.dumps(self.report(), indent=2) + "\n")
         part.replace(path)
 
-    def _rank(self, steps: _Steps, numbers: Ints, scorer: _Scorer) -> None:
+    def _rank(self, steps: _Steps, numbers: Ints, met: Mask, scorer: _Scorer) -> None:
         organic, q = scorer.ranks(steps)
         places = _places(self._visits)  # [N] by vocabulary id
         place = places[steps.target]
@@ -162,13 +200,16 @@ class Prequential:
             "recent_then_learned": _recent_first(steps, recent, organic),
             "co_views": self._by(self._co_views.scores, steps).place,
             "walks": self._by(self._co_views.walk_scores, steps).place,
+            "alike": _recent_first(
+                steps, recent & (np.cumsum(recent, axis=1) <= _NEWEST), self._by(scorer.alike, steps)
+            ),
             "recent": _recent_first(steps, recent, popular),
             "popularity": popular.place,
         }
         repeat = (steps.item == steps.target[:, None]).any(axis=1)
         rank = np.stack([columns[name] for name in METHODS], axis=1)
         known = np.asarray((steps.item > 0).any(axis=1))
-        self._ranked.append(Ranked(numbers, rank, known, repeat, steps.reward))
+        self._ranked.append(Ranked(numbers, rank, known, repeat, met, steps.visit, steps.reward))
         self._kept += len(numbers)
         while self._kept > self._most:
             self._every *= 2
@@ -197,6 +238,17 @@ class _Scorer:
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
         self._keys = agent.all_keys(agent.online)
+
+    def alike(self, history: npt.NDArray[np.int32], items: int) -> npt.NDArray[np.float32]:
+        """[B, items] how like each is to the newest one of a history [B, H] that is known: 2 of the same category and
+        brand, 1 of the same category, by what the catalog says."""
+        category, brand = (
+            getattr(self._agent.items, name).cpu().numpy()[:items] for name in ("category", "brand")
+        )
+        newest = history[np.arange(len(history)), (history > 0).argmax(axis=1)]
+        same = (category[newest][:, None] == category) & (category[newest] > 0)[:, None]
+        both = same & (brand[newest][:, None] == brand) & (brand[newest] > 0)[:, None]
+        return same.astype(np.float32) + both
 
     @torch.no_grad()
     def ranks(self, steps: _Steps) -> tuple[_Ranks, _Ranks]:
@@ -244,7 +296,7 @@ def _recent_first(steps: _Steps, recent: Mask, rest: _Ranks) -> Ints:
     return np.where(here.any(axis=1), (place * here).max(axis=1, initial=0), behind)
 
 
-def _steps_of(joined: Joined) -> _Steps:
+def _steps_of(joined: Joined, visit: Ints) -> _Steps:
     t = joined.transitions
     went = np.flatnonzero((t.organic | (t.reward > 0)) & (t.action > 0))
     states, rows = joined.states, t.state[went]
@@ -254,24 +306,41 @@ def _steps_of(joined: Joined) -> _Steps:
         states.age_s[rows],
         states.value[rows],
         t.action[went].astype(np.int64),
+        visit[went],
         t.reward[went],
     )
 
 
 def _figures(ranked: Ranked) -> Mapping[str, Any]:
-    """Hit rate and mean reciprocal rank of each method, with the half-width of the hit rate's 95 % interval."""
+    """Hit rate and mean reciprocal rank of each method, with the half-widths of their 95 % intervals."""
     n = len(ranked.number)
-    out: dict[str, Any] = {"steps": n}
+    visit = np.unique(ranked.visit, return_inverse=True)[1].reshape(-1)
+    out: dict[str, Any] = {"steps": n, "visits": int(visit.max(initial=-1)) + 1}
     for column, method in enumerate(METHODS if n else ()):
         rank = ranked.rank[:, column]
         hit = rank <= TOP
-        rate = float(hit.mean())
+        gain = np.where(hit, 1.0 / rank, 0.0)
         out[method] = {
-            f"hit_rate_at_{TOP}": round(rate, 5),
-            "ci95": round(1.96 * (rate * (1 - rate) / n) ** 0.5, 5),
-            f"mrr_at_{TOP}": round(float(np.where(hit, 1.0 / rank, 0.0).mean()), 5),
+            f"hit_rate_at_{TOP}": round(float(hit.mean()), 5),
+            "ci95": half_width(hit.astype(np.float64), visit),
+            f"mrr_at_{TOP}": round(float(gain.mean()), 5),
+            "mrr_ci95": half_width(gain, visit),
         }
     return out
+
+
+def half_width(values: npt.NDArray[np.float64], group: Ints) -> float | None:
+    """Of the 95 % interval of the values' mean, where those of one group (from 0) hang together: the mean's linearised
+    variance over groups (Cochran 1977, 6.4, a ratio of sums). None: there are fewer than two groups.
+
+    >>> half_width(np.array([0.0, 1.0, 0.0, 1.0]), np.arange(4)), half_width(np.array([0.0, 1.0]), np.zeros(2, int))
+    (0.5658, None)
+    """
+    off = np.bincount(group, values - values.mean())
+    groups = len(off)
+    if groups < 2:
+        return None
+    return round(float(1.96 * (np.square(off).sum() * groups / (groups - 1)) ** 0.5 / len(values)), 5)
 
 
 _NOTHING: Final = (
@@ -279,5 +348,7 @@ _NOTHING: Final = (
     np.empty((0, len(METHODS)), np.int64),
     np.empty(0, np.bool_),
     np.empty(0, np.bool_),
+    np.empty(0, np.bool_),
+    np.empty(0, np.int64),
     np.empty(0, np.float32),
 )

@@ -15,7 +15,7 @@ import torch
 from learner.agent import Agent, AgentSettings
 from learner.co_views import CoViews
 from learner.entries import StateTensors
-from learner.prequential import METHODS, Prequential
+from learner.prequential import METHODS, Prequential, half_width
 from learner.replay import Replay
 from streaming.interning import Vocabulary
 from streaming.join_settings import JoinSettings
@@ -133,6 +133,7 @@ def test_ranks_equal_a_count_by_hand_on_random_streams() -> None:
             "walks": sorted(range(1, ITEMS + 1), key=lambda i: -walks[i]),
             "popularity": popular,
             "recent": history + [i for i in popular if i not in history],
+            "alike": history[:8] + [i for i in popular if i not in history[:8]],  # no catalog
             "learned_q": sorted(range(1, ITEMS + 1), key=lambda i: -q[i]),
             "learned_next_item": next_item,
             "recent_then_learned": history + [i for i in next_item if i not in history],
@@ -186,11 +187,12 @@ def test_a_report_tells_kinds_of_steps_apart(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "new" / "report.json").read_text())
     counts = {
         name: report[name]["steps"]
-        for name in ("all", "with_history", "first_time", "repeat", "carts_or_more", "purchases")
+        for name in ("all", "with_history", "met", "first_time", "repeat", "carts_or_more", "purchases")
     }
     assert counts == {
         "all": 5,
         "with_history": 4,
+        "met": 2,
         "first_time": 3,
         "repeat": 2,
         "carts_or_more": 2,
@@ -199,9 +201,51 @@ def test_a_report_tells_kinds_of_steps_apart(tmp_path: Path) -> None:
     assert [third["steps"] for third in report["thirds"]] == [2, 2, 1]
     assert report["repeat"]["recent"] == {
         "hit_rate_at_20": 1.0,
-        "ci95": 0.0,
+        "ci95": None,  # it is one visit's
         "mrr_at_20": pytest.approx((1 / 2 + 1 / 2) / 2),  # 2 1 | 3 1 2
+        "mrr_ci95": None,
     }
+
+
+def test_items_of_the_newest_ones_category_come_after_the_users_own_and_its_brand_first() -> None:
+    network = agent()
+    network.items.category[[3, 4, 5, 6, 7]] = 1
+    network.items.brand[[3, 7]] = 1
+    network.items.brand[9] = 1  # of another category
+    prequential = Prequential(vocabulary())
+    targets = {"ann": 7, "bob": 6, "cid": 4, "dan": 9}
+    first = joined(
+        [event("view_item", 6, at=float(n), user=f"user{n}") for n in range(40)]
+        + [event("search", at=3000.0)]
+    )
+    prequential.observe(first, network)  # 6 is popular
+    rows = [event("view_item", 3, at=float(n), user=user) for n, user in enumerate(targets)]
+    rows += [
+        event("view_item", item, at=60.0 + n, user=user) for n, (user, item) in enumerate(targets.items())
+    ]
+    rows.append(event("search", at=3000.0))  # the visits are over
+    prequential.observe(joined(rows), network)
+    found = prequential.ranked().rows(prequential.ranked().known)
+    place = found.rank[:, list(METHODS).index("alike")]
+    # 3 itself, 7 of its brand, then 6, which is popular, and 4; of the others the first known
+    assert place.tolist() == [2, 3, 4, 9]
+
+
+def test_steps_of_one_visit_are_one_witness() -> None:
+    rows = [row for n in range(12) for row in views(*range(1, 5), user=f"user{n}")]
+    rows.sort(key=lambda row: row.timestamp_ms)
+    prequential = watched([*rows, *[event("search", at=3_000.0, user=f"user{n}") for n in range(12)]])
+    ranked = prequential.ranked()
+    assert np.bincount(ranked.visit).tolist() == [4] * 12
+    together = prequential.report()["all"]
+    assert together["visits"] == 12
+    hit = (ranked.rank[:, list(METHODS).index("recent")] <= 20).astype(float)
+    wide, narrow = (
+        half_width(np.repeat([0.0, 1.0], 24), np.repeat(np.arange(12), 4)),
+        half_width(np.repeat([0.0, 1.0], 24), np.arange(48)),
+    )
+    assert wide == pytest.approx(2 * narrow, rel=0.05)
+    assert together["recent"]["ci95"] == half_width(hit, ranked.visit)
 
 
 def test_places_beyond_the_top_are_misses() -> None:
@@ -211,7 +255,7 @@ def test_places_beyond_the_top_are_misses() -> None:
 
 def test_nothing_seen_gives_an_empty_report() -> None:
     prequential = watched([])
-    assert prequential.report()["all"] == {"steps": 0}
+    assert prequential.report()["all"] == {"steps": 0, "visits": 0}
 
 
 def ring_of_items(seed: int) -> dict[str, float]:
