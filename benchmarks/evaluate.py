@@ -10,8 +10,8 @@ that they were in when the log's decisions were made. The slates are drawn by th
 shares no formula with what is tested.
 
 A run's estimate is covered if its 95 % interval holds the truth. Of 1,000 runs, perfect intervals cover 936 to 964, in
-95 of 100 such tables. DM is no more right than its model: its rows say what that is worth here. The last log is one
-whose report would warn: in most runs fewer than ten effective rewards decide.
+95 of 100 such tables. DM is no more right than its model: its rows say what that is worth here. The last log is short;
+`warned` is the share of runs whose report doubts the policy's figures.
 """
 
 from __future__ import annotations
@@ -266,8 +266,14 @@ def estimates(world: World, late: Policy, run: int, log: list[Columns], slate: s
     for columns in log:
         evaluation.judge(columns, lambda row: [])
     report = evaluation.report()
+    notes = report.notes()
     return {(p.name, method): p.estimates[method] for p in report.policies for method in METHODS} | {
-        (p.name, "thin"): (p.effective[-1], p.effective_rewards) for p in report.policies
+        (p.name, "thin"): (
+            p.effective[-1],
+            p.effective_rewards,
+            any(note.startswith(f"{p.name}:") for note in notes),
+        )
+        for p in report.policies
     }
 
 
@@ -281,14 +287,18 @@ def coverage(world: World, late: Policy, logged: Logged) -> Iterator[dict[str, A
             truth = logged.truth[target, slate]
             for method in METHODS:
                 found = np.array([run[target, method] for run in runs])  # [R, 3]
-                decisions, rewards = np.median([run[target, "thin"] for run in runs], axis=0).tolist()
+                thin = np.array([run[target, "thin"] for run in runs], np.float64)  # [R, 3]
+                decisions, rewards, _ = np.median(thin, axis=0).tolist()
+                held, warned = (found[:, 1] <= truth) & (truth <= found[:, 2]), thin[:, 2] > 0
                 yield {
                     "world": world.name,
                     "slate": slate if world.slots > 1 else "",
                     "target": target,
                     "method": method,
                     "truth": truth,
-                    "covered": float(((found[:, 1] <= truth) & (truth <= found[:, 2])).mean()),
+                    "covered": float(held.mean()),
+                    "warned": float(warned.mean()),
+                    "covered_unwarned": float(held[~warned].mean()) if not warned.all() else None,
                     "runs": len(runs),
                     "decisions": logged.decisions / len(runs),
                     "effective_decisions": decisions,
@@ -310,14 +320,19 @@ def main() -> int:
     torch.set_num_threads(1)
     early, late = versions(options.seed, 8_000)
     rows: list[dict[str, Any]] = []
-    print("| log | slate model | target | estimator | covered | truth | bias | sd | half-width | effective |")
-    print("|---|---|---|---|---|---|---|---|---|---|")  # the last: decisions of the last slot, and rewards
+    print(
+        "| log | slate model | target | estimator | covered | warned | truth | bias | sd | half-width | effective |"
+    )
+    print(
+        "|---|---|---|---|---|---|---|---|---|---|---|"
+    )  # the last: decisions of the last slot, and rewards
     for world in (WORLDS[i] for i in options.worlds):
         logged = log_of(world, early, late, options.seed, options.runs, options.hours)
         for row in coverage(world, late, logged):
             rows.append(row)
             print(
                 f"| {row['world']} | {row['slate']} | {row['target']} | {row['method']} | {row['covered']:.1%} | "
+                f"{row['warned']:.0%} | "
                 f"{row['truth']:.3f} | {row['bias']:+.4f} | {row['sd']:.4f} | {row['half_width']:.4f} | "
                 f"{row['effective_decisions']:.0f} of {row['decisions']:.0f}, {row['effective_rewards']:.0f} |",
                 flush=True,

@@ -25,10 +25,10 @@ def main() -> None:
         batch = {name: column[where].to(wanted.device) for name, column in stored.items()}
         state = [batch[name] for name in STATE]
         following = [batch[f"next_{name}"] for name in STATE]
-        q = online(*state).gather(1, batch["action"].unsqueeze(1)).squeeze(1)
+        # Q of all items for the arg max alone: elsewhere of one item each, as its author would
+        q = online.at(batch["action"], *state)
         with torch.no_grad():
-            best = online(*following).argmax(dim=1, keepdim=True)
-            later = target(*following).gather(1, best).squeeze(1)
+            later = target.at(online(*following).argmax(dim=1), *following)
         loss = functional.huber_loss(q, batch["reward"] + batch["discount"] * later)
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from learner.entries import StateTensors
-from learner.networks import ItemTensors, NetworkSettings, QNetwork, unknown_items
+from learner.networks import ItemTensors, Keys, NetworkSettings, QNetwork, Queries, unknown_items
 
 STATE: Final = StateTensors._fields
 WARM_UP: Final = 5  # updates before what is timed
@@ -51,10 +51,17 @@ class QOfAll(nn.Module):
 
     def forward(self, item: Tensor, name: Tensor, age_s: Tensor, value: Tensor) -> Tensor:
         """[B, H] each; returns [B, N]."""
+        return self.network.q_all(*self._read(item, name, age_s, value))
+
+    def at(self, action: Tensor, item: Tensor, name: Tensor, age_s: Tensor, value: Tensor) -> Tensor:
+        """Q of one action each, [B]: action [B], the others as in `forward`."""
+        return self.network.q_at(*self._read(item, name, age_s, value), action.unsqueeze(1)).squeeze(1)
+
+    def _read(self, item: Tensor, name: Tensor, age_s: Tensor, value: Tensor) -> tuple[Queries, Keys]:
         items = ItemTensors(*(getattr(self, f"of_items_{field}") for field in ItemTensors._fields))
         keys = self.network.keys(items)
         state = StateTensors(item.long(), name.long(), age_s, value)
-        return self.network.q_all(self.network.queries(state, keys), keys)
+        return self.network.queries(state, keys), keys
 
 
 def timed(update: Callable[[], object], count: int, device: str) -> list[float]:
