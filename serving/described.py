@@ -8,6 +8,7 @@ then they are known by the features that they were shown with.
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Iterable
 
 import numpy as np
@@ -20,7 +21,8 @@ class Described:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._items: dict[str, Candidate] = {}  # the newest last
+        # the newest last; a plain dict looks for its first item past all that were ever deleted before it
+        self._items: OrderedDict[str, Candidate] = OrderedDict()
         self._lock = threading.Lock()
 
     def note(self, shown: Iterable[Candidate]) -> None:
@@ -32,7 +34,7 @@ class Described:
                     vector = np.asarray(candidate.vector, np.float32)  # a tenth of a list's memory
                     self._items[candidate.item_id] = candidate._replace(vector=vector)
             while len(self._items) > self._most:
-                del self._items[next(iter(self._items))]
+                self._items.popitem(last=False)
 
     def get(self, item_id: str) -> Candidate | None:
         """As it was described last; None where it was not, or long ago."""
