@@ -50,7 +50,9 @@ TAUS: Final = (
 HEAVY: Final = (10.0, 100.0, 1000.0)  # weights above these are counted
 SLACK: Final = 0.01  # by which chances and propensities may differ in the mean, whatever their interval says
 FEW_REWARDS: Final = 10  # likewise: effective rewards
-FEW: Final = 100  # effective decisions; below, an estimate is not to be relied on
+FEW: Final = 100  # effective decisions; below, an estimate is not to be relied on,
+# nor below this, where weights leave less than half of the log: there 120 were too few for intervals, and 240 enough
+FEW_LEFT: Final = 200
 
 
 class Settings(Protocol):
@@ -235,22 +237,23 @@ class Report:
                     "estimates too high; judge those that are later (--unseen), by an older version if there are none"
                 )
         for policy in self.policies:
-            found += _doubts(policy)
+            found += _doubts(policy, self.decisions)
         return found
 
 
-def _doubts(policy: PolicyReport) -> list[str]:
+def _doubts(policy: PolicyReport, decisions: int) -> list[str]:
     found = []
+    few = FEW_LEFT if decisions > 2 * FEW_LEFT else FEW
     w = policy.mean_ratio
     if w is not None and abs(w.value - 1.0) > SLACK and not w.low <= 1.0 <= w.high:
         found.append(
             f"{policy.name}: its chances are {w.value:.3g} times ({w.low:.3g} to {w.high:.3g}) the propensities, in "
             "the mean, and not 1 times: what it would show could not always be shown, or propensities are wrong"
         )
-    thin = [k for k, n in enumerate(policy.effective) if n < FEW]
+    thin = [k for k, n in enumerate(policy.effective) if n < few]
     if thin:
         found.append(
-            f"{policy.name}: from slot {thin[0] + 1} on its weights are worth fewer than {FEW} decisions: it differs "
+            f"{policy.name}: from slot {thin[0] + 1} on its weights are worth fewer than {few} decisions: it differs "
             "too much from what was served; judge fewer slots (--slots), or read these estimates as guesses"
         )
     elif policy.mean_ratio is not None and policy.effective_rewards < FEW_REWARDS:

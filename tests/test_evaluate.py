@@ -498,6 +498,17 @@ def test_a_wrong_command_line_is_one_line_and_status_2(capsys, flags, message):
     assert said.count("\n") == 1
 
 
+def test_where_weights_leave_little_of_a_log_that_is_said(front, store):
+    publish(store, ITEMS[:3])
+    for n in range(450):
+        front.decide([(ITEMS[n % 3], 1 / 3)], f"user-{n}", 1.0)
+    config = {"policies": ("weights",), "weights": store.url, "slots": 1}
+    greedy, mixed = front.report(epsilon=0.0, **config), front.report(epsilon=0.5, **config)
+    assert 100 < greedy.policies[0].effective[0] < 200 < mixed.policies[0].effective[0]
+    assert "weights are worth fewer than 200 decisions" in " ".join(greedy.notes())
+    assert "decisions: it differs" not in " ".join(mixed.notes())
+
+
 def test_a_policy_that_shows_what_could_not_be_shown_is_doubted(front, store):
     """The log's server did not know the items that the weights that are judged like best."""
     policy = Policy.from_weights(store.load(publish(store, ITEMS)))
