@@ -191,13 +191,10 @@ class Evaluation:
         if LOGGING in self._config.policies:
             self._accounts[LOGGING] = Account(self._config, None)
         self._accounts |= {target.name: Account(self._config, target.epsilon) for target in targets}
-        learned = [i for i, target in enumerate(targets) if isinstance(target, Learned)]
-        self._reference = learned[0] if learned else None
         self._versions = [target for target in targets if isinstance(target, Learned)]
         self._has_read = {version.name: 0 for version in self._versions}
-        self._history_length = max(
-            [HISTORY, *(t.policy.history_length for t in targets if isinstance(t, Learned))]
-        )
+        self._reference = self._targets.index(self._versions[0]) if self._versions else None
+        self._history_length = max([HISTORY, *(version.policy.history_length for version in self._versions)])
         self._on_offer = ~padded(catalog.gone | (catalog.known & ~catalog.in_stock), len(vocabulary) + 1)
         self._on_offer[0] = False
 

@@ -287,13 +287,18 @@ class Follower:
         metrics.USERS.set(self._view.users.known)
         metrics.USERS_FORGOTTEN.set(self._view.users.forgotten)
         metrics.ITEMS_REFUSED.set(self._view.vocabulary.refused)
-        # what a server waits for may never come, as where a registry is away; but a reader may be slow to begin, too
-        quiet = self._clock() - self._busy_s >= _QUIET_S and all(tail.has_begun() for tail in self._tails)
-        if quiet or all(tail.caught_up() for tail in self._tails):
+        if not self._caught_up.is_set() and self._has_read_the_log():
             self._caught_up.set()
         if read < _POLL_RECORDS:
             # record by record, as they come, the reading would cost more than the answers do
             self._stop.wait(_REST_S)
+
+    def _has_read_the_log(self) -> bool:
+        """Whether all that was there at the start is absorbed, or what is left does not come, as where a registry is
+        away. A reader that is slow to begin is waited for."""
+        if all(tail.caught_up() for tail in self._tails):
+            return True
+        return self._clock() - self._busy_s >= _QUIET_S and all(tail.has_begun() for tail in self._tails)
 
     def _skip_gaps(self, error: OffsetOutOfRange) -> None:
         try:

@@ -359,6 +359,8 @@ class KafkaProducer:
         try:
             left = int(producer.flush(timeout_s))
         except KafkaException as error:
+            if not _is_fatal(error):
+                raise translated(error.args[0]) from error
             self._renew(producer, error)
             left = int(self._producer.flush(timeout_s))
         lost, self._failed_told = self._failed - self._failed_told, self._failed
@@ -391,6 +393,8 @@ class KafkaProducer:
             try:
                 producer.poll(0.1)
             except KafkaException as error:
+                if not _is_fatal(error):
+                    raise
                 self._renew(producer, error)
             self._losses.tell()
 
