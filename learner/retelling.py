@@ -73,14 +73,16 @@ def plain_rows(columns: Columns) -> list[Row]:
     propensity = columns.propensity.tolist()
     plain = []
     for i, values in enumerate(zip(*lists.values(), strict=True)):
-        kind, reason, partition, offset, id, user, at_ms, name, recommendation, value, version = values
+        kind, reason, partition, offset, id, user, at_ms, name, recommendation, value, version, logged_ms = (
+            values
+        )
         lines = tuple(
             Line(item[k], quantity[k], price[k], propensity[k]) for k in range(bounds[i], bounds[i + 1])
         )
         plain.append(
             Row(
                 Kind(kind), id, user, at_ms, EVENT_NAMES[name], recommendation, value, lines, (), version,
-                False, partition, offset, Reason(reason),
+                False, partition, offset, Reason(reason), logged_ms,
             )
         )  # fmt: skip
     return plain
@@ -88,7 +90,7 @@ def plain_rows(columns: Columns) -> list[Row]:
 
 _ROW_COLUMNS: Final = (
     *("kind", "reason", "partition", "offset", "id", "user", "timestamp_ms", "name"),
-    *("recommendation", "value", "policy_version"),
+    *("recommendation", "value", "policy_version", "logged_ms"),
 )
 
 

@@ -56,6 +56,7 @@ class Feed:
             id=row_id,
             user=user,
             timestamp_ms=when,
+            logged_ms=np.zeros(n, dtype=np.int64),
             name=name,
             recommendation=recommended,
             value=np.full(n, np.nan),

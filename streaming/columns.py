@@ -57,6 +57,9 @@ class Columns(NamedTuple):
     id: npt.NDArray[np.uint64]  # [N] event_id, or recommendation_id of a decision
     user: npt.NDArray[np.uint64]  # [N]
     timestamp_ms: npt.NDArray[np.int64]  # [N]
+    logged_ms: npt.NDArray[
+        np.int64
+    ]  # [N] when the log took it in, by its own time stamp; 0 or less: it does not say
     name: npt.NDArray[np.uint8]  # [N] event-name code; 0 for decisions
     recommendation: npt.NDArray[np.uint64]  # [N] an event's recommendation_id, 0 where null
     value: npt.NDArray[np.float64]  # [N] an event's value, NaN where null

@@ -319,6 +319,7 @@ def _blank(batch: RecordBatch) -> Columns:
         id=np.zeros(n, np.uint64),
         user=np.zeros(n, np.uint64),
         timestamp_ms=np.zeros(n, np.int64),
+        logged_ms=np.array(batch.timestamp_ms, np.int64),
         name=np.zeros(n, np.uint8),
         recommendation=np.zeros(n, np.uint64),
         value=np.zeros(n, np.float64),

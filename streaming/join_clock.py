@@ -8,12 +8,13 @@ import numpy as np
 
 from streaming.interning import HashMap, map_add, map_clear, map_get
 from streaming.jit import part
-from streaming.join_settings import COUNTERS, JUMP
+from streaming.join_settings import BORNE_OUT, COUNTERS, FIRST_DOUBT, JUMP, MOST_DOUBLINGS
 from streaming.join_tables import NEVER, NONE, Tables
 
 FUTURE_STAMPED: Final = COUNTERS.index("future_stamped")
 CLOCK_JUMPS: Final = COUNTERS.index("clock_jumps")
 CLOCK_RESETS: Final = COUNTERS.index("clock_resets")
+CLOCK_GAPS: Final = COUNTERS.index("clock_gaps")
 DEDUP_CUT_SHORT: Final = COUNTERS.index("dedup_cut_short")
 BY_MANY: Final = 1  # the clock jumped by a run of records of several users, or was advanced from outside
 LEAD: Final = 2  # one user alone took it further than others bear out
@@ -37,11 +38,19 @@ def set_high(t: Tables, high_ms: int) -> None:
 
 @part
 def is_late(t: Tables, user: np.uint64, timestamp_ms: int) -> bool:
-    """Whether the record is behind the limit. A run that disputes the clock puts it back instead."""
+    """Whether the record is behind the limit. A run that disputes the clock puts it back instead; where it jumped on
+    the word of the log's time stamps, the first record does."""
     c = t.clock[0]
+    if refutes(t, user, timestamp_ms):
+        t.counters[CLOCK_RESETS] += 1
+        c.doubt = FIRST_DOUBT << min(c.refuted, MOST_DOUBLINGS)
+        c.refuted += 1
+        reset(t, max(timestamp_ms, c.jumped_from_ms))
+        return False
     late = bool(c.started and timestamp_ms < c.watermark_ms - t.rules.late_ms)
     if not disputes(t, timestamp_ms):
         return late
+    c.trial = min(c.trial, JUMP)
     if c.behind_count == 0:
         c.behind_user = user
         c.behind_mixed = 0
@@ -71,6 +80,19 @@ def disputes(t: Tables, timestamp_ms: int) -> bool:
 
 
 @part
+def refutes(t: Tables, user: np.uint64, timestamp_ms: int) -> bool:
+    """Whether the record, of another user than who took the clock there, is still of before a jump that the log's time
+    stamps told, and that few records bear out."""
+    c = t.clock[0]
+    return bool(
+        0 < c.trial < JUMP
+        and user != c.lead_user
+        and timestamp_ms < c.high_ms - t.rules.jump_ms
+        and timestamp_ms >= c.jumped_from_ms - t.rules.late_ms
+    )
+
+
+@part
 def jumped_lately(t: Tables) -> bool:
     """Whether less event time has passed since the clock jumped than may be between records that are on time."""
     c = t.clock[0]
@@ -84,6 +106,7 @@ def reset(t: Tables, high_ms: int) -> None:
     c.ahead_count = 0
     c.behind_count = 0
     c.jumped = 0
+    c.trial = 0
     c.high_ms = high_ms
     c.watermark_ms = high_ms - t.rules.delay_ms
     c.target_ms = c.watermark_ms
@@ -107,11 +130,26 @@ def reset(t: Tables, high_ms: int) -> None:
 
 
 @part
-def follow(t: Tables, user: np.uint64, timestamp_ms: int) -> None:
-    """Move the clock to the record's time, unless that is incredibly far ahead."""
+def follow(t: Tables, user: np.uint64, timestamp_ms: int, logged_ms: int) -> None:
+    """Move the clock to the record's time, unless that is incredibly far ahead. logged_ms: see Columns."""
     c = t.clock[0]
+    doubt = c.doubt
+    c.doubt = max(0, doubt - 1)
     if c.started == 0:
         c.settled = 1
+        c.lead_user = user
+        c.others_ms = timestamp_ms
+        set_high(t, timestamp_ms)
+    elif (
+        timestamp_ms > c.high_ms + t.rules.jump_ms
+        and doubt == 0
+        and timestamp_ms <= logged_ms + t.rules.jump_ms
+    ):
+        # by the log's own time it has come so far: nothing came meanwhile
+        t.counters[CLOCK_GAPS] += 1
+        jump(t, timestamp_ms)
+        c.trial = 1
+        c.ahead_count = 0
         c.lead_user = user
         c.others_ms = timestamp_ms
         set_high(t, timestamp_ms)
@@ -139,12 +177,26 @@ def follow(t: Tables, user: np.uint64, timestamp_ms: int) -> None:
             if not (leads and c.jumped == LEAD):  # who took the clock there is no witness for it
                 c.behind_count = 0
             c.settled = min(c.settled + 1, JUMP)
+            if c.trial > 0:
+                bear_out(t, leads)
         if leads:
             take_ahead(t, timestamp_ms)
         else:
             hear_another(t, user, timestamp_ms)
         if timestamp_ms > c.high_ms:
             set_high(t, timestamp_ms)
+
+
+@part
+def bear_out(t: Tables, leads: bool) -> None:
+    """A record on time after a jump that the log's time stamps told: one alone refutes it only until so many have come,
+    of others than who leads among them; and once far more have, it is beyond doubt."""
+    c = t.clock[0]
+    if c.trial != JUMP - 1 or not leads:
+        c.trial += 1
+    if c.trial >= BORNE_OUT:
+        c.trial = 0
+        c.jumped = 0
 
 
 @part

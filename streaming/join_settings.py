@@ -8,6 +8,13 @@ from typing import Any, Final
 from streaming.rewards import RewardTable
 
 JUMP: Final = 16  # records in a row, of two users or more, before a clock is believed to have jumped
+BORNE_OUT: Final = (
+    256  # records on time after a jump that the log's time stamps told, before it is beyond doubt
+)
+FIRST_DOUBT: Final = (
+    64  # records for which the log's time stamps are not believed after they were wrong once ...
+)
+MOST_DOUBLINGS: Final = 14  # ... and twice as many each time, so often at most
 STEPS_PER_USER: Final = 256  # newest steps of a user in which a deed may find its cause
 WAITS_PER_USER: Final = 64  # items of overtaking events that may wait for one user
 FIRST_MS: Final = 946_684_800_000  # 2000-01-01 and 2100-01-01: no clock is outside
@@ -42,6 +49,7 @@ COUNTERS: Final = (
     "transitions",
     "amendments",
     "searches_cut_short",  # searches for a deed's cause that ended in vain at its user's newest 256 steps, of more
+    "clock_gaps",  # times that nothing came for longer than max_jump_s, by the log's own time stamps too
 )
 
 
@@ -67,7 +75,10 @@ class JoinSettings:
     dedup_window_s: float = _setting(86_400, "how long a repeated id is recognised; seconds, 1..31536000")
     late_after_s: float = _setting(86_400, "rows older than the watermark by more are late; seconds, >= 0")
     watermark_delay_s: float = _setting(5, "how far the watermark stays behind; seconds, 0..86400")
-    max_jump_s: float = _setting(3600, "a clock further ahead than this is not believed; seconds, >= 1")
+    max_jump_s: float = _setting(
+        3600,
+        "an event this far ahead of the others, and of the log's own time, is not believed; seconds, >= 1",
+    )
     history_length: int = _setting(32, "newest entries of a user's history in a state; 1..1000")
     user_ttl_s: float = _setting(
         30 * 86_400, "inactivity after which a user is forgotten; seconds, >= session gap"

@@ -51,6 +51,9 @@ CLOCK: Final = np.dtype(
             "jumped",  # lately maybe, from here to there: BY_MANY, or by one user's LEAD
             "jumped_from_ms",
             "jumped_to_ms",
+            "trial",  # records that bear out a jump that the log's time stamps told so far; 0: there is none
+            "refuted",  # how many such jumps were not borne out
+            "doubt",  # records until the log's time stamps are believed again
             "others_ms",  # newest time that a record of others says than of the user who leads
             "epoch",  # number of the dedup window,
             "dedup_ms",  # and how long they are

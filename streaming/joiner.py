@@ -177,7 +177,7 @@ def _run(
         if c.stage == SCREEN:
             if not is_welcome(t, columns, i):
                 continue
-            follow(t, columns.user[i], columns.timestamp_ms[i])
+            follow(t, columns.user[i], columns.timestamp_ms[i], columns.logged_ms[i])
             c.stage = DUE
         if c.stage == DUE:
             short = all_due(t)
@@ -272,7 +272,7 @@ class Joiner:
         """How a partition's clock stands."""
         tables = self._of(partition)
         c, delay_ms = tables.clock[0], tables.rules.delay_ms
-        jumped = tuple(int(c[name]) for name in ("jumped", "jumped_from_ms", "jumped_to_ms", "ahead_count"))
+        jumped = tuple(int(c[name]) for name in JUMPED)
         window = (int(c["started"]), int(c["epoch"]), int(c["newer"]))
         return Clock(int(c["high_ms"]) - delay_ms, window, jumped, _jumped_lately(tables))
 
@@ -366,6 +366,7 @@ class Joiner:
 _DTYPES: Final = tuple(
     np.dtype(get_args(get_args(hint)[1])[0]) for hint in get_type_hints(Columns, include_extras=True).values()
 )
+JUMPED: Final = ("jumped", "jumped_from_ms", "jumped_to_ms", "ahead_count", "trial", "refuted", "doubt")
 _NO_ROWS: Final = np.zeros(0, np.int64)
 _NO_COLUMNS: Final = Columns(*(np.zeros(0, dtype) for dtype in _DTYPES))
 

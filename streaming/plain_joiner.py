@@ -35,10 +35,13 @@ import numpy as np
 
 from streaming.columns import Kind, Reason
 from streaming.join_settings import (
+    BORNE_OUT,
     COUNTERS,
+    FIRST_DOUBT,
     FIRST_MS,
     JUMP,
     LAST_MS,
+    MOST_DOUBLINGS,
     SAMPLE,
     STEPS_PER_USER,
     WAITS_PER_USER,
@@ -95,6 +98,7 @@ class Row:
     partition: int = 0
     offset: int = -1
     reason: Reason = Reason.OK
+    logged_ms: int = 0  # see Columns
 
 
 # --- what is known, and what comes of it -----------------------------------------------------------------
@@ -266,6 +270,9 @@ class PlainPartition:
         self.settled = 0  # on-time records so far, up to JUMP: until then the first clock may be undone
         self.ahead, self.behind = Run(), Run()
         self.jumped: tuple[int, int] | None = None  # from and to: it did, lately maybe
+        self.trial = 0  # records that bear out a jump that the log's time stamps told; 0: there is none
+        self.refuted = 0  # how many such jumps were not borne out
+        self.doubt = 0  # records until the log's time stamps are believed again
         self.by_lead = False  # the jump was one user's, who took the clock further than others bear out
         self.lead_user: Id | None = None  # who took the clock as far as it is
         self.others_ms = 0  # newest time that a record of others says
@@ -339,8 +346,19 @@ class PlainPartition:
     # --- the clock ----------------------------------------------------------------------------------------
 
     def is_late(self, row: Row) -> bool:
-        """Whether the record is behind the limit. A run that disputes the clock puts it back instead."""
-        if not (self.disputes(row) and self.behind.add(row.user, row.timestamp_ms, max)):
+        """Whether the record is behind the limit. A run that disputes the clock puts it back instead; where it jumped
+        on the word of the log's time stamps, the first record does."""
+        if self.refutes(row):
+            assert self.jumped is not None
+            self.counters["clock_resets"] += 1
+            self.doubt = FIRST_DOUBT << min(self.refuted, MOST_DOUBLINGS)
+            self.refuted += 1
+            self.reset_clock(max(row.timestamp_ms, self.jumped[0]))
+            return False
+        disputes = self.disputes(row)
+        if disputes:
+            self.trial = min(self.trial, JUMP)
+        if not (disputes and self.behind.add(row.user, row.timestamp_ms, max)):
             return self.high_ms is not None and row.timestamp_ms < self.watermark_ms - self.late_ms
         self.counters["clock_resets"] += 1
         self.reset_clock(self.behind.extreme_ms)
@@ -356,6 +374,18 @@ class PlainPartition:
         from_ms = self.jumped_lately()
         return from_ms is not None and row.timestamp_ms >= from_ms - self.late_ms
 
+    def refutes(self, row: Row) -> bool:
+        """Whether the record, of another user than who took the clock there, is still of before a jump that the log's
+        time stamps told, and that few records bear out."""
+        if (
+            not 0 < self.trial < JUMP
+            or self.high_ms is None
+            or self.jumped is None
+            or row.user == self.lead_user
+        ):
+            return False
+        return self.jumped[0] - self.late_ms <= row.timestamp_ms < self.high_ms - self.jump_ms
+
     def jumped_lately(self) -> int | None:
         """From where the clock jumped, if less event time has passed since than may be between records that are on
         time."""
@@ -368,7 +398,7 @@ class PlainPartition:
         """The only time that a watermark moves back; whatever was stamped in the false time becomes present."""
         self.ahead.clear()
         self.behind.clear()
-        self.jumped = None
+        self.jumped, self.trial = None, 0
         self.high_ms, self.watermark_ms = high_ms, high_ms - self.delay_ms
         epoch = high_ms // self.dedup_ms
         self.epoch = min(max(self.epoch, epoch), epoch + 1)  # a window that has begun does not begin again
@@ -383,9 +413,18 @@ class PlainPartition:
             wait.due_s = min(wait.due_s, self.wait_due_s())
 
     def follow_clock(self, row: Row) -> None:
-        """Move the clock to the record's time, unless that is incredibly far ahead."""
+        """Move the clock to the record's time, unless that is incredibly far ahead, by the log's own time as well."""
+        trusts = self.doubt == 0 and row.timestamp_ms <= row.logged_ms + self.jump_ms
+        self.doubt = max(0, self.doubt - 1)
         if self.high_ms is None:
             self.settled = 1
+            self.lead_user, self.others_ms = row.user, row.timestamp_ms
+            self.set_high(row.timestamp_ms)
+        elif row.timestamp_ms > self.high_ms + self.jump_ms and trusts:
+            self.counters["clock_gaps"] += 1
+            self.jump(row.timestamp_ms)
+            self.trial = 1
+            self.ahead.clear()
             self.lead_user, self.others_ms = row.user, row.timestamp_ms
             self.set_high(row.timestamp_ms)
         elif row.timestamp_ms > self.high_ms + self.jump_ms:
@@ -403,11 +442,16 @@ class PlainPartition:
                 if not (leads and self.jumped and self.by_lead):  # who took it there is no witness for it
                     self.behind.clear()
                 self.settled = min(self.settled + 1, JUMP)
+                if self.trial and (self.trial != JUMP - 1 or not leads):
+                    self.trial += 1
+                if self.trial >= BORNE_OUT:
+                    self.jumped, self.trial = None, 0
             if leads:
                 self.take_ahead(row.timestamp_ms)
             else:
                 self.hear_another(row)
-            self.set_high(max(self.high_ms, row.timestamp_ms))
+            if row.timestamp_ms > self.high_ms:
+                self.set_high(row.timestamp_ms)
 
     def take_ahead(self, timestamp_ms: int) -> None:
         """Who took the clock as far as it is takes it on: further than others bear out, it has jumped."""

@@ -18,7 +18,7 @@ START_MS = 1_767_225_600_000  # 2026-01-01: where `at=0` lies
 
 DTYPES: dict[str, Any] = {
     "kind": np.uint8, "reason": np.uint8, "partition": np.int32, "offset": np.int64, "id": np.uint64,
-    "user": np.uint64, "timestamp_ms": np.int64, "name": np.uint8, "recommendation": np.uint64,
+    "user": np.uint64, "timestamp_ms": np.int64, "logged_ms": np.int64, "name": np.uint8, "recommendation": np.uint64,
     "value": np.float64, "epsilon": np.float32, "policy_version": np.int64, "misplaced": np.bool_,
     "candidates": np.bool_, "item_bounds": np.int64, "item": np.int32, "quantity": np.int32,
     "price": np.float64, "propensity": np.float32, "history_bounds": np.int64, "history_item": np.int32,
@@ -106,6 +106,7 @@ def columns(rows: Sequence[Row]) -> Columns:
         "id": [hashed(row.id) for row in rows],
         "user": [hashed(row.user) for row in rows],
         "timestamp_ms": [row.timestamp_ms for row in rows],
+        "logged_ms": [row.logged_ms for row in rows],
         "name": [CODES.get(row.name, OTHER if row.name else 0) for row in rows],
         "recommendation": [hashed(row.recommendation) for row in rows],
         "value": [row.value for row in rows],

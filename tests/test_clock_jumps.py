@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 
 from learner.audit import Audit, AuditConfig
 from learner.audit_report import as_text
-from streaming.log import partition_of
+from streaming.decoder import Decoder
+from streaming.importers import ImportSettings, import_file
+from streaming.interning import Vocabulary
+from streaming.joiner import Joiner, JoinSettings
+from streaming.log import open_log, partition_of
 from streaming.schemas import Codec
 from tests.small_shop import newest_meta
 from tests.trainer_rig import Rig
@@ -110,3 +117,27 @@ def test_a_server_whose_clock_was_wrong_for_a_while_loses_no_decision_and_no_rew
     assert (counters["decisions"], counters["late"], counters["duplicates"]) == (60, 0, 0)
     assert counters["attributed_by_id"] == 60
     assert counters["unattributed"] == 0
+
+
+def test_the_history_of_a_small_shop_is_joined_as_it_happened(tmp_path):
+    """Two or three visits a day in each partition, hours apart, imported years later."""
+    pick, at_ms, rows = random.Random(3), 1_433_221_332_117, []
+    for _ in range(400):
+        at_ms += pick.randrange(1, 12) * HOUR_MS
+        user = pick.randrange(40)
+        rows += [f"{at_ms + 60_000 * n},{user},view,{n}," for n in range(5)]
+    file = tmp_path / "events.csv"
+    file.write_text("timestamp,visitorid,event,itemid,transactionid\n" + "\n".join(rows) + "\n")
+    log, codec = open_log(f"sqlite:///{tmp_path}/log.db"), Codec()
+    import_file("retailrocket", file, log, codec, ImportSettings(partitions=2))
+    reader = log.reader("events", {0: 0, 1: 0})
+    joiner, decoder, ends = Joiner(JoinSettings(), [0, 1]), Decoder(codec, Vocabulary()), 0
+    while len(batch := reader.poll(10_000, 1.0)):
+        ends += np.count_nonzero(joiner.push(decoder.decode(batch)).transitions.discount == 0)
+    for partition in (0, 1):
+        ends += np.count_nonzero(joiner.advance(partition, at_ms + HOUR_MS).transitions.discount == 0)
+    reader.close()
+    log.close()
+    counters = joiner.counters()
+    assert (counters["events"], counters["late"], counters["future_stamped"]) == (2000, 0, 0)
+    assert (counters["transitions"], ends) == (2000, 400)

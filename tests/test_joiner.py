@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from streaming import join_tables
 from streaming.columns import Reason
-from streaming.join_settings import JUMP, STEPS_PER_USER, WAITS_PER_USER
+from streaming.join_settings import BORNE_OUT, JUMP, STEPS_PER_USER, WAITS_PER_USER
 from streaming.joiner import Joiner, JoinerError, JoinSettings
 from streaming.plain_joiner import PlainJoiner
 from streaming.rewards import CODES, RewardTable
@@ -574,6 +575,80 @@ def test_who_is_alone_takes_the_clock_along_for_days():
         2 * DAY + 1800
     )
     assert (learner.count("late"), learner.count("future_stamped")) == (0, 1)
+
+
+def stamped(rows: Sequence[Row], log_s: float | None = None) -> list[Row]:
+    """The rows as a log took them in: at `log_s`, or, None, when they say themselves."""
+    return [replace(row, logged_ms=row.timestamp_ms if log_s is None else ms(log_s)) for row in rows]
+
+
+def visits_after_a_quiet_night() -> list[Row]:
+    """One look in the evening, and in the morning two visits of a dozen, a minute from look to look."""
+    looks = [
+        event("view_item", 7, at=8 * HOUR + 60 * n + i, user=f"user{i}") for n in range(12) for i in range(2)
+    ]
+    return [event("view_item", 7, at=0), *looks, event("search", at=9 * HOUR)]
+
+
+def ends(learner: Learner) -> list[int]:
+    """Offsets of the steps that nothing follows."""
+    return sorted(offset for (_, offset, _), slot in learner.transitions.items() if slot.discount == 0)
+
+
+@pytest.mark.parametrize("log_s", [None, 300 * DAY])  # a live shop's log; a history that was imported later
+def test_after_a_quiet_night_visits_are_whole_where_the_log_bears_it_out(log_s):
+    learner = Learner().push(*stamped(visits_after_a_quiet_night(), log_s))
+    assert ends(learner) == [0, 23, 24]
+    assert (learner.count("clock_gaps"), learner.count("future_stamped"), learner.count("clock_jumps")) == (
+        1,
+        0,
+        0,
+    )
+    # without the log's word sixteen records have to agree first, and end both visits when they do
+    learner = Learner().push(*visits_after_a_quiet_night())
+    assert ends(learner) != [0, 23, 24]
+
+
+def test_a_record_ahead_of_the_logs_own_time_cannot_move_the_clock():
+    learner = Learner().push(*stamped(crowd(0)), *stamped(forged(8 / 24, count=JUMP - 1), 60))
+    assert learner.joiner.watermark_ms(0) == ms(49 - 5)
+    assert (learner.count("clock_gaps"), learner.count("future_stamped")) == (0, JUMP - 1)
+
+
+def test_where_the_logs_time_is_as_wrong_the_next_record_puts_the_clock_back():
+    learner = Learner().push(*stamped(crowd(0)), decision("r1", 7, at=50))
+    learner.push(*stamped(forged(300, count=1)))
+    assert (learner.count("clock_gaps"), learner.joiner.watermark_ms(0)) == (1, ms(300 * DAY - 5))
+    learner.push(*stamped(crowd(51, count=1)))
+    assert (learner.count("clock_resets"), learner.count("late")) == (1, 0)
+    assert learner.joiner.watermark_ms(0) == ms(51 - 5)
+    for times in (1, 2):  # then the log's time is not believed for a while, for longer each time
+        for _ in range(64 * times // 2 - 1):
+            learner.push(*stamped([*forged(300, count=1), *crowd(52, count=1)]))
+        assert learner.count("clock_gaps") == times
+        learner.push(*stamped([*crowd(52, count=2), *forged(300, count=1), *crowd(52, count=1)]))
+        assert (learner.count("clock_gaps"), learner.count("clock_resets")) == (times + 1, times + 1)
+    assert learner.count("late") == 0
+
+
+def test_but_not_who_took_it_there_nor_one_straggler_once_many_have_come():
+    learner = Learner().push(*stamped([*crowd(0), *pressed(at=300 * DAY, user="bob")]))
+    learner.push(*stamped(pressed(at=100, count=JUMP, user="bob")))
+    assert learner.count("clock_resets") == 0
+    learner.push(*stamped([*crowd(300 * DAY, count=JUMP), event("search", at=101, user="zoe")]))
+    assert (learner.count("clock_resets"), learner.count("late")) == (0, JUMP + 1)
+    # a run of many still does
+    learner.push(*stamped(crowd(102, count=JUMP)))
+    assert learner.count("clock_resets") == 1
+
+
+def test_a_jump_that_many_bear_out_is_beyond_doubt_and_one_between_which_some_do_not_is_not():
+    for disputed in (False, True):
+        learner = Learner().push(*stamped([*crowd(0), *crowd(2 * DAY, count=BORNE_OUT // 2)]))
+        assert learner.joiner.may_be_put_back(0)
+        learner.push(*stamped([event("search", at=60, user="zoe")] * disputed))
+        learner.push(*stamped(crowd(2 * DAY + 200, count=BORNE_OUT // 2)))
+        assert learner.joiner.may_be_put_back(0) == disputed
 
 
 def test_a_jump_from_outside_is_undone_likewise():

@@ -69,6 +69,9 @@ class Stream:
         )  # share of events that name a decision, and an item in it
         self.overtaking = pick.choice([0.0, 0.2])  # share of decisions that come later than made
         self.oddities = pick.choice([0.0, 0.03, 0.3])
+        self.stamps = pick.choice(
+            ["none", "logs", "producers", "either"]
+        )  # what the log says of when a record came
 
     def row(self) -> Row:
         """The next record, at its place."""
@@ -84,10 +87,16 @@ class Stream:
                     self.held.append(row)
                     return self.row()
         offset = self.ends[row.partition] + (pick.randrange(3) if pick.random() < 0.1 else 0)
-        row = replace(row, offset=offset)
+        row = replace(row, offset=offset, logged_ms=self.logged_ms(row))
         self.ends[row.partition] = row.offset + 1
         self.sent.append(row)
         return row
+
+    def logged_ms(self, row: Row) -> int:
+        """By the log's clock, which is right, or by the producer's, which is as wrong as the record's time."""
+        by_log = ms(self.at[row.partition])
+        stamps = {"none": 0, "logs": by_log, "producers": row.timestamp_ms}
+        return stamps[self.pick.choice(list(stamps)) if self.stamps == "either" else self.stamps]
 
     def odd(self, partition: int) -> Row:
         """A duplicate, garbage, a wild clock, for one record or for all from now on, or a pause."""
