@@ -6,7 +6,8 @@ anybody can have for nothing. "The user's most recent distinct items" beats many
 is below it has learnt less than the user's own history tells.
 
 Popularity and co-views are what this process has seen so far, updated every BLOCK steps, while the network learns when
-the whole batch is in: the rules have the fresher view. Ties go to the item that was known first.
+the whole batch is in: the rules have the fresher view. Ties are broken by chance, the same whenever it is run: a
+catalog made of a log names items in the order in which they will be gone to, and must not tell it.
 
 All items known are those of the catalog, too, where there is one: an item may be ranked before anybody went to it, by
 what the catalog says of it. `met` is of the steps to items that somebody had gone to before.
@@ -38,6 +39,9 @@ from streaming.transitions import Joined
 TOP: Final = 20  # hit rate and reciprocal rank count down to this place
 BLOCK: Final = 256  # steps ranked at once, at most
 MOST_OPEN: Final = 1 << 20  # visits that may go on
+_GOLDEN: Final = (
+    0x9E3779B97F4A7C15  # odd: products with it are all different (Knuth 6.4, multiplicative hashing)
+)
 _NEWEST: Final = 8  # items of the user's that `alike` puts first
 _MOST_SCORES: Final = 1 << 24  # at once: bounds memory where there are very many items
 METHODS: Final = {
@@ -269,19 +273,25 @@ class _Scorer:
 
 
 def _ranks_of(scores: Tensor, history: Tensor, target: Tensor) -> _Ranks:
-    """By scores [B, N], which are spoilt; id 0 is no item, lower ids win ties."""
+    """By scores [B, N], which are spoilt; id 0 is no item."""
     scores[:, 0] = -torch.inf
-    ids = torch.arange(scores.shape[1], device=scores.device)
+    lot = torch.from_numpy(_lots(scores.shape[1])).to(scores.device)
     wanted = target.unsqueeze(1)
-    own, theirs = scores.gather(1, wanted), scores.gather(1, history)
-    before = (scores > own) | ((scores == own) & (ids < wanted))
-    ahead = (theirs > own) | ((theirs == own) & (history < wanted))
+    own, theirs, drawn = scores.gather(1, wanted), scores.gather(1, history), lot[wanted]
+    before = (scores > own) | ((scores == own) & (lot < drawn))
+    ahead = (theirs > own) | ((theirs == own) & (lot[history] < drawn))
     return _Ranks((before.sum(dim=1) + 1).cpu().numpy(), ahead.cpu().numpy())
 
 
+def _lots(items: int) -> Ints:
+    """[items] a number of its own for each id, whose order tells nothing of theirs: the lower wins ties. An id's number
+    is the same however many there are."""
+    return (np.arange(items, dtype=np.uint64) * np.uint64(_GOLDEN)).view(np.int64)
+
+
 def _places(score: Ints) -> Ints:
-    """[N] each item's place by falling score, from 1; id 0 comes last, lower ids win ties."""
-    order = np.argsort(-score[1:], kind="stable") + 1
+    """[N] each item's place by falling score, from 1; id 0 comes last."""
+    order = np.lexsort((_lots(len(score))[1:], -score[1:])) + 1
     places = np.full(len(score), len(score), np.int64)
     places[order] = np.arange(1, len(score))
     return places
