@@ -204,7 +204,13 @@ class Loop:
         for _ in range(self._band.updates_left(worth, agent.updates)):
             s = agent.settings
             batch = replay.sample(
-                s.batch_size, self._draw, self.settings.beta, s.steps, s.gamma or None, out=self._batch
+                s.batch_size,
+                self._draw,
+                self.settings.beta,
+                s.steps,
+                s.gamma or None,
+                out=self._batch,
+                unaided=agent.unaided,
             )
             replay.update_priorities(batch.index, agent.update(batch, len(replay)).td_error)
         self.updates_s += time.process_time() - began

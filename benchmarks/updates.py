@@ -75,7 +75,11 @@ def store(learner: Learner, file: Path) -> None:
     settings, found = learner.agent.settings, defaultdict(list)
     for _ in range(0, STORED, settings.batch_size):
         batch = learner.replay.sample(
-            settings.batch_size, learner.rng, n_step=settings.steps, gamma=settings.gamma
+            settings.batch_size,
+            learner.rng,
+            n_step=settings.steps,
+            gamma=settings.gamma,
+            unaided=learner.agent.unaided,
         )
         for prefix, histories in (("", batch.state), ("next_", batch.next_state)):
             for name, column in zip(Histories._fields, histories, strict=True):

@@ -52,6 +52,10 @@ class AgentSettings:
         0,
         "steps of reward counted before bootstrapping; 0: 0.003 / (1 - gamma)^2, at most 10; 0..100",
     )
+    unaided_steps: int = _setting(
+        100,
+        "more steps at most that are counted through what users do unaided, before bootstrapping; 0..1000",
+    )
     batch_size: int = _setting(128, "transitions in one update; 1..65536")
     double: bool = _setting(
         True,
@@ -127,6 +131,7 @@ class AgentSettings:
         bounds = {
             "gamma": (0.0, 0.999999),
             "n_step": (0, MAX_STEPS),
+            "unaided_steps": (0, 10 * MAX_STEPS),
             "batch_size": (1, 65536),
             "learning_rate": (1e-9, 1.0),
             "value_rate": (1e-3, 1e3),
@@ -614,7 +619,7 @@ class Agent:
         if settings.gamma > 0:  # else nothing is to come
             later = dqn.continuation_target(target, rows.slate_reward[:, :1], settings.gamma)
             led = (continuation * chosen).sum(dim=1, keepdim=True)
-            if not self._aided:  # all are chosen: how far that is better than none cannot be told
+            if not self.aided:  # all are chosen: how far that is better than none cannot be told
                 led = led - (led[:, 0] * rows.weight).sum() / rows.weight.sum()
             ahead = queries.unchosen + led
             if settings.centred:
@@ -671,9 +676,15 @@ class Agent:
         self._unaided.mul_(ratio)
 
     @property
-    def _aided(self) -> bool:
+    def aided(self) -> bool:
         """Whether any slate has been seen."""
         return self._response.looked > 0
+
+    @property
+    def unaided(self) -> int:
+        """Steps that returns go on through what users do unaided: a bootstrap there would count a slate that nobody is
+        shown. In a log without slates each step is a choice like another, and returns end where they end."""
+        return self.settings.unaided_steps if self.aided else 0
 
     @torch.no_grad()
     def _look_unaided(self, which: int, left_over: Tensor, weight: Tensor) -> Tensor:
@@ -683,7 +694,7 @@ class Agent:
         before it was looked at.
         """
         total = weight.sum()
-        if self._aided and bool(total > 0):
+        if self.aided and bool(total > 0):
             self._unaided_looks[which] += 1
             share = 1 / min(self._unaided_looks[which], UNAIDED_MEMORY)
             left_over = left_over.clamp(-ABSURD, ABSURD)

@@ -267,6 +267,7 @@ class Learner:
             agent.settings.steps,
             agent.settings.gamma,
             out=self._batch,
+            unaided=agent.unaided,
         )
         self.last = agent.update(batch, len(self.replay))
         self.replay.update_priorities(batch.index, self.last.td_error)

@@ -533,11 +533,12 @@ def _draw(unpinned: _Store, uniform: npt.NDArray[np.float64], beta: float, batch
 
 
 @jit
-def _gather(unpinned: _Store, n_step: int, gamma: float, batch: Batch) -> None:
+def _gather(unpinned: _Store, n_step: int, unaided: int, gamma: float, batch: Batch) -> None:
     """Fill the batch for out.index: walk each step's chain for its n-step return.
 
     reward = r_slot + d_0 R_1 + d_0 d_1 R_2 + ..., R_k the total of the k-th step after it, up to n_step terms. It
-    stops where a discount is 0 or the next step is not complete, and bootstraps from the last state there is.
+    stops where a discount is 0 or the next step is not complete, and bootstraps from the last state there is. Where
+    that is of a step taken unaided, it goes on to the next one that is not, so many terms further at most.
     gamma: taken for every discount above 0; negative: discounts as they were inserted.
 
     One kind of thing at a time for all of the batch: so the processor waits for many rows of memory at once.
@@ -547,7 +548,7 @@ def _gather(unpinned: _Store, n_step: int, gamma: float, batch: Batch) -> None:
     here = np.empty(size, np.int64)
     for b in range(size):
         here[b] = rows[out.index[b] % capacity].step
-    there = _walk(store, here, n_step, gamma, out)
+    there = _walk(store, here, n_step, unaided, gamma, out)
     for b in range(size):
         _copy_row(store, here[b], out, b)
         _copy_slate(store, here[b], out, b)
@@ -573,14 +574,17 @@ def _copy_states(history: _Histories, step: npt.NDArray[np.int64], out: Historie
 
 @jit
 def _walk(
-    store: _Store, here: npt.NDArray[np.int64], n_step: int, gamma: float, out: Batch
+    store: _Store, here: npt.NDArray[np.int64], n_step: int, unaided: int, gamma: float, out: Batch
 ) -> npt.NDArray[np.int64]:
     """Returns and discounts from these steps on; gives the steps to bootstrap from, -1 where there is none."""
     steps, size = store.steps, len(here)
     last, going = here.copy(), np.ones(size, np.bool_)
     reward, discount = np.empty(size), np.ones(size)
-    for n in range(n_step):
+    for n in range(n_step + unaided):
+        some = False
         for b in range(size):
+            if n >= n_step and going[b]:
+                going[b] = steps[last[b]].organic
             if n == 0:
                 reward[b] = store.rows[out.index[b] % len(store.rows)].reward
             elif going[b]:
@@ -592,6 +596,9 @@ def _walk(
                 discount[b] *= gamma if gamma >= 0.0 and scale > 0.0 else scale
                 going[b] = discount[b] > 0.0
                 last[b] = steps[last[b]].next if going[b] else -1
+            some |= going[b]
+        if not some:
+            break
     for b in range(size):
         out.reward[b] = reward[b]
         out.discount[b] = discount[b]
@@ -774,11 +781,14 @@ class Replay:
         n_step: int = 1,
         gamma: float | None = None,
         out: Batch | None = None,
+        unaided: int = 0,
     ) -> Batch:
         """Draw transitions with replacement, each with its n-step return as of now.
 
         beta: how far importance weights undo the priorities, in [0, 1]. gamma: replaces every discount above 0,
         in [0, 1]; None: as inserted. out: arrays to fill (see `empty_batch`); the same ones are returned.
+        unaided: a return that would end at a step taken unaided goes on so many steps at most, to the next one that is
+        not: there nothing was shown, and no slate may be credited to it.
         Raises: ReplayError when fewer than batch_size transitions are kept.
         """
         if len(self) < batch_size or batch_size < 1:
@@ -793,7 +803,7 @@ class Replay:
                 f"out holds {batch.state.item.shape}, asked for {(batch_size, self.history_length)}"
             )
         _draw(self._store, rng.random(batch_size), beta, batch)
-        _gather(self._store, n_step, -1.0 if gamma is None else gamma, batch)
+        _gather(self._store, n_step, unaided, -1.0 if gamma is None else gamma, batch)
         return batch
 
     def update_priorities(self, index: npt.NDArray[np.int64], td_error: npt.NDArray[Any]) -> int:

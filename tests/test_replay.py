@@ -95,13 +95,13 @@ def action_of(key, slot):
     return key[0] * 10_000 + key[1] % 1000 * 10 + slot + 1
 
 
-def everything(replay, n_step=1, gamma=None):
+def everything(replay, n_step=1, gamma=None, unaided=0):
     """{sequence number: row of a batch} of all transitions kept, by sampling them one by one."""
     head = replay.inserted
     sequence = np.arange(head - len(replay), head)
     batch = empty_batch(len(sequence), H)
     batch.index[:] = sequence
-    module._gather(replay._store, n_step, -1.0 if gamma is None else gamma, batch)
+    module._gather(replay._store, n_step, unaided, -1.0 if gamma is None else gamma, batch)
     return batch
 
 
@@ -153,11 +153,13 @@ class Model:
                 todo += [self.steps[key]["next"]] if self.steps[key]["next"] else []
         self.steps = {key: entry for key, entry in self.steps.items() if key in reached}
 
-    def returns(self, key, slot, n_step, gamma):
+    def returns(self, key, slot, n_step, gamma, unaided):
         """(n-step reward, discount, key of the state to bootstrap from)."""
         reward, discount = self.steps[key]["rewards"][slot], 1.0
-        for n in range(n_step):
+        for n in range(n_step + unaided):
             entry = self.steps[key]
+            if n >= n_step and not entry.get("organic"):
+                break
             if n > 0:
                 if not entry["complete"]:
                     return reward, discount, key
@@ -169,12 +171,12 @@ class Model:
         return reward, discount, key
 
 
-def assert_same(replay, model, n_step, gamma):
+def assert_same(replay, model, n_step, gamma, unaided):
     """Every kept transition, in every column, and the counters."""
-    batch = everything(replay, n_step, gamma)
+    batch = everything(replay, n_step, gamma, unaided)
     assert len(replay) == len(model.ring)
     for b, (key, slot) in enumerate(model.ring):
-        reward, discount, last = model.returns(key, slot, n_step, gamma)
+        reward, discount, last = model.returns(key, slot, n_step, gamma, unaided)
         entry = model.steps[key]
         assert batch.action[b] == action_of(key, slot)
         assert batch.reward[b] == np.float32(reward)
@@ -250,8 +252,8 @@ operations = st.lists(st.tuples(st.lists(steps, max_size=4), st.lists(amendments
 
 
 @settings(max_examples=300, deadline=None)
-@given(operations, st.integers(4, 20), st.integers(1, 5), st.data())
-def test_the_buffer_equals_a_plain_dict_for_any_n(script, capacity, n_step, data):
+@given(operations, st.integers(4, 20), st.integers(1, 5), st.sampled_from([0, 0, 1, 3, 100]), st.data())
+def test_the_buffer_equals_a_plain_dict_for_any_n(script, capacity, n_step, unaided, data):
     replay, model = Replay(capacity, H, segment=4), Model(capacity)
     restart_at = data.draw(st.integers(0, 12))
     for i, (new, changes) in enumerate(script):
@@ -261,7 +263,7 @@ def test_the_buffer_equals_a_plain_dict_for_any_n(script, capacity, n_step, data
             replay.restore(parts)
         replay.insert(joined(separated(new), changes))
         model.insert(separated(new), changes)
-    assert_same(replay, model, n_step, 0.5)
+    assert_same(replay, model, n_step, 0.5, unaided)
     if len(replay):
         assert_sound(replay)
 
@@ -310,6 +312,28 @@ def test_n_steps_add_all_that_the_next_steps_earned():
     assert batch.reward.tolist() == [1 + 0.5 * 12, 2 + 0.5 * 12, 4, 8]
     assert batch.discount.tolist() == [0.25, 0.25, 0.5, 0.5]
     assert batch.slot_reward.tolist() == [1, 2, 4, 8]
+
+
+def test_a_return_goes_on_through_steps_taken_unaided_to_the_next_that_was_shown_something():
+    replay = Replay(10, H)
+    replay.insert(
+        joined(
+            [
+                Step(1, [1.0], following=2),
+                Step(2, [2.0], following=3, organic=True),
+                Step(3, [4.0], following=4, organic=True),
+                Step(4, [8.0], following=5),
+                Step(5, [16.0], following=6, organic=True),
+            ]
+        )
+    )
+    batch = everything(replay, unaided=100)
+    assert batch.reward.tolist() == [1 + 1 + 1, 2 + 2, 4, 8 + 8, 16]
+    assert batch.discount.tolist() == [0.125, 0.25, 0.5, 0.25, 0.5]
+    for b, last in enumerate([4, 4, 4, 6, 6]):  # of the sixth nothing is known yet
+        np.testing.assert_array_equal(batch.next_state.item[b], state_of((0, last))[0])
+    assert everything(replay, unaided=1).reward.tolist() == [1 + 1, 2 + 2, 4, 8 + 8, 16]
+    assert everything(replay, n_step=2, unaided=100).reward.tolist() == [3, 4, 12, 16, 16]
 
 
 def test_it_never_bootstraps_past_the_end_of_a_session():
@@ -377,7 +401,7 @@ def test_it_grows_while_many_steps_are_kept():
         new = [Step(offset, [float(offset % 7)], following=offset + 1)]
         replay.insert(joined(new))
         model.insert(new, [])
-    assert_same(replay, model, 3, 0.5)
+    assert_same(replay, model, 3, 0.5, 0)
 
 
 @pytest.mark.parametrize("prioritised", [True, False])
