@@ -97,7 +97,9 @@ class AgentSettings:
     weight_decay: float = _setting(
         1.0, "decoupled, of what ids add to their features, of items that a vector describes; 0..1"
     )
-    forget: float = _setting(0.3, "share of those items treated as new in each update; 0..1")
+    forget: float = _setting(
+        0.3, "share of the items that features speak for treated as new in each update; 0..1"
+    )
     exact_items: int = _setting(
         20_000, "catalogs up to this size are maximised over exactly, larger ones over candidates; >= 1"
     )
@@ -380,9 +382,10 @@ class Agent:
     def meet(self, ids: npt.NDArray[np.integer]) -> None:
         """Note that these items, vocabulary ids [T] that there is room for, were shown or gone to, once more each.
 
-        An item that a vector describes has a row of its own from the `MEETINGS`th time on. Before, all that a row could
+        An item that features speak for has a row of its own from the `MEETINGS`th time on. Before, all that a row could
         tell is what became of a few slots, and drawn from replay again and again it would tell just that: items that
-        come once and never again would each be known by whether they were clicked.
+        come once and never again would each be known by whether they were clicked. And what new items have in common
+        would be learnt from those alone that nobody went to yet, since those that somebody did were new no more.
         """
         told = self._to(ids, torch.int64)
         self._met.index_add_(0, told, torch.ones_like(told, dtype=torch.int32))
@@ -1039,7 +1042,7 @@ class Agent:
         slate = self._to(batch.slate[:, :width], torch.int64)
         present = slate > 0
         for ids in (slate, state.item):
-            self._items.seen[ids] = ~self._described[ids] | (self._met[ids] >= MEETINGS)
+            self._items.seen[ids] = ~self._spoken_for(ids) | (self._met[ids] >= MEETINGS)
         self._items.seen[0] = False
         slots = batch.slots[~batch.organic]
         if len(slots):
@@ -1103,9 +1106,13 @@ class Agent:
         """[M] bool: which of these, or all, this update treats as new; only such as are more than their ids."""
         if self.settings.forget == 0:
             return None
-        described = self._described if ids is None else self._described[ids]
-        drawn = torch.rand(len(described), generator=self._generator) < self.settings.forget
-        return drawn.to(self.device) & described
+        features = self._spoken_for(slice(None) if ids is None else ids)
+        drawn = torch.rand(len(features), generator=self._generator) < self.settings.forget
+        return drawn.to(self.device) & features
+
+    def _spoken_for(self, rows: Tensor | slice) -> Tensor:
+        """Of these rows, bool: whether features say what kind of item it is, which a price alone does not."""
+        return self._described[rows] | (self._items.category[rows] > 0) | (self._items.brand[rows] > 0)
 
     def _new_optimiser(self) -> torch.optim.AdamW:
         rate, heads = self.settings.learning_rate, list(self.online.heads_of_value())
@@ -1169,7 +1176,7 @@ IN_PLACE: Final = (
 )
 LEAST_SHARE: Final = 0.01  # of β, that ρ counts from
 LEAST_RATE: Final = 1 / 16  # of what heads of value moved by at first
-MEETINGS: Final = 3  # with an item that a vector describes, before its id has a row of its own
+MEETINGS: Final = 3  # with an item that features speak for, before its id has a row of its own
 # units: more than this counts as this where means are taken; elsewhere losses are linear there
 ABSURD: Final = 1000.0
 UNIT_MEMORY: Final = 1000  # updates over which what a choice earns is a mean

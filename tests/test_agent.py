@@ -491,10 +491,14 @@ def test_a_large_catalog_that_is_small_after_a_restart_stands_where_it_stood():
     trained(range(5, 7), again)
 
 
-def test_an_item_that_a_vector_describes_has_a_row_of_its_own_once_it_was_met_often_enough():
+@pytest.mark.parametrize("features", ["vector", "category", "brand"])
+def test_an_item_that_features_speak_for_has_a_row_of_its_own_once_it_was_met_often_enough(features):
     agent, told = new_agent(), batch(1)
-    agent.items.vector[1:] = 1.0
-    agent.items.vector[4] = 0.0
+    for column in (agent.items.vector, agent.items.category, agent.items.brand):
+        column[:] = 0
+    agent.items.price[:] = 0.5  # says nothing of what it is
+    getattr(agent.items, features)[1:] = 1
+    getattr(agent.items, features)[4] = 0
     agent._describe()
     told.slate[:], told.state.item[:] = 0, 0
     told.slate[:, :3], told.action[:], told.state.item[:, :2] = [2, 3, 4], 2, [5, 4]
@@ -545,6 +549,26 @@ def test_an_item_never_seen_scores_by_its_features_as_its_like_do():
         p = torch.sigmoid(agent.online.parts_at(queries, keys, ids)[0]).mean(dim=0)
     assert p[0] > 0.7
     assert p[1] < 0.3
+
+
+def test_items_that_nobody_went_to_yet_are_as_likely_next_as_those_somebody_did_once():
+    """Where every item is gone to once and never again, all of a category are alike."""
+    agent = new_agent(replace(SETTINGS, learning_rate=0.02))
+    agent.grow(400)
+    agent.items.category[1:] = 7
+    for seed in range(60):
+        told = batch(seed)
+        told.organic[:] = True
+        told.slate[:], told.state.item[:], told.next_state.item[:] = 0, 0, 0
+        told.slate[:, 0] = told.action[:] = 1 + (np.arange(16) + 16 * seed) % 200  # of ids 201 to 400 none
+        if seed < 13:
+            agent.meet(told.action[: 200 - 16 * seed])  # once each
+        agent.update(told)
+    with torch.no_grad():
+        keys = agent.online.keys(agent.items)
+        queries = agent.online.queries(agent._state(batch(99).state), keys)
+        scores = agent.online.next_all(queries, keys).mean(dim=0)
+    assert scores[1:201].mean().item() == pytest.approx(scores[201:401].mean().item(), abs=0.1)
 
 
 def dearer(told, times):
