@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -18,6 +19,40 @@ def test_replay_is_measured_beside_the_ring():
     assert wanted <= figures.keys()
     assert figures.pop("bytes_grown_once_full") == 0
     assert all(value > 0 for value in figures.values())
+
+
+def test_the_ring_keeps_the_newest_rows_with_both_of_their_states_and_gives_them_out():
+    rng = np.random.default_rng(0)
+    ring, kept = replay.Ring(50, 8), []
+    for turn in range(4):  # around the ring more than once, and over its end
+        batch = replay.joined(2, 10, 8, turn << 32, rng)
+        ring.insert(batch)
+        s, t = batch.states, batch.transitions
+        fields = (s.item, s.name, s.age_s, s.value)
+        rows = [f[t.state] for f in fields] + [f[t.next_state] for f in fields]
+        kept.append([*rows, t.action, t.reward, t.discount, t.propensity])
+    newest = [np.roll(np.concatenate(column)[-50:], 80 % 50, axis=0) for column in zip(*kept, strict=True)]
+    assert all(np.array_equal(a, b) for a, b in zip(ring.columns, newest, strict=True))
+    out = ring.empty(20, 8)
+    ring.sample(np.random.default_rng(1), out)
+    where = np.random.default_rng(1).integers(0, 50, 20)
+    assert all(np.array_equal(a, b[where]) for a, b in zip(out, newest, strict=True))
+
+
+def test_the_ring_copies_nothing_twice():
+    """Copies in between are what made it slow; that of a single column of floats would be seen here."""
+    rng = np.random.default_rng(0)
+    batch, ring = replay.joined(100, 10, 32, 0, rng), replay.Ring(1500, 32)
+    out = ring.empty(1000, 32)
+    ring.insert(batch)
+    tracemalloc.start()
+    try:
+        ring.insert(batch)
+        ring.sample(rng, out)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 1000 * 32 * 2
 
 
 def test_reverb_is_skipped_with_a_reason_where_there_is_none(tmp_path, capsys):
