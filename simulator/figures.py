@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from learner.intervals import student_t
 from simulator.shop import Visits
-
-# Student's t, two-sided 95 %, by number of values
-_T: Final = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
 class Interval(NamedTuple):
@@ -76,7 +74,7 @@ def over_seeds(values: Sequence[float]) -> Interval:
     Interval(mean=2.0, low=-0.484..., high=4.484...)
     """
     n, mean = len(values), float(np.mean(values))
-    half = _T.get(n, 1.96) * float(np.std(values, ddof=1)) / n**0.5 if n > 1 else float("nan")
+    half = student_t(n - 1) * float(np.std(values, ddof=1)) / n**0.5 if n > 1 else float("nan")
     return Interval(mean, mean - half, mean + half)
 
 

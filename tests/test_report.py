@@ -77,6 +77,14 @@ def test_a_mean_over_shoppers_who_came_once_has_the_textbook_interval():
     assert (mean, low, high) == pytest.approx((3.0, 3.0 - half, 3.0 + half))
 
 
+@pytest.mark.parametrize(("seeds", "t"), [(2, 12.706), (10, 2.262), (11, 2.228), (20, 2.093), (31, 2.042)])
+def test_a_mean_over_seeds_has_students_interval_however_many_they_are(seeds, t):
+    values = np.arange(seeds) % 2
+    mean, low, high = over_seeds(values.tolist())
+    half = t * values.std(ddof=1) / math.sqrt(seeds)
+    assert (mean, low, high) == pytest.approx((values.mean(), mean - half, mean + half), abs=1e-3)
+
+
 def test_visits_of_one_shopper_count_as_one_witness():
     alike = visits([0.0, 0.0, 4.0, 4.0], shopper=[0, 0, 1, 1])
     apart = visits([0.0, 0.0, 4.0, 4.0])
