@@ -3,9 +3,10 @@
     python -m benchmarks.own_log [--seeds 20] [--decisions 6000] [--json FILE]
 
 A simulated shop is served at random, and the learner learns from its log, with its default settings. The weights that
-come of it are judged by that log, and by a fresh one of as many decisions: other shoppers of the same shop, served at
-random, too. The truth is the simulator's own: what the weights' slates are expected to earn from the fresh log's
-shoppers, in the states that they were in. Everything is of the first slot, with exploration as at a server.
+come of it are judged by that log, and by a fresh one of as many decisions: the same shoppers on other visits, who come
+at other times, for other purposes and with other luck, served at random, too. The truth is the simulator's own: what
+the weights' slates are expected to earn on the fresh log's visits, in the states that its shoppers were in. Everything
+is of the first slot, with exploration as at a server.
 
 A ratio is of mean estimate and mean truth over seeds, with 95 % intervals (Student's t over seeds, of the difference).
 """
@@ -58,7 +59,8 @@ def own_log(seed: int, decisions: int) -> tuple[list[Columns], Policy]:
 
 
 def fresh_log(seed: int, decisions: int, policy: Policy) -> tuple[list[Columns], float]:
-    """Other shoppers, served at random, and what the policy is expected to earn from them with a first slot."""
+    """The same shoppers' other visits, served at random, and what the policy is expected to earn on them with a first
+    slot."""
     shop = Shop(replace(SHOP, shoppers=SHOPPERS), seed, REWARDS, luck=seed + 1000)
     feed, rng = Feed(shop), np.random.default_rng([seed, 41])
     log: list[Columns] = []
@@ -119,7 +121,10 @@ def table(seeds: Sequence[dict[str, Any]]) -> Iterator[str]:
     truth = np.array([seed["truth"] for seed in seeds])
     yield "| judged by | estimator | estimate / truth | intervals that hold the truth |"
     yield "|---|---|---|---|"
-    for log, name in (("own", "the log that it was learnt from"), ("fresh", "a fresh log")):
+    for log, name in (
+        ("own", "the log that it was learnt from"),
+        ("fresh", "a fresh log of the same shoppers"),
+    ):
         for method in METHODS:
             value, low, high = np.array([seed[log][method] for seed in seeds]).T
             off = over_seeds((value - truth).tolist())
