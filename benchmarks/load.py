@@ -18,7 +18,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from learner.replay import Contents
-from streaming.log import Log, LogError, partition_of
+from streaming.log import Log, LogError, LogFull, LogUnavailable, partition_of
 from streaming.schemas import DECISION, Codec, SchemaError
 
 USERS: Final = 60
@@ -27,6 +27,9 @@ SLOTS: Final = 4
 DECISION_SHARE: Final = 0.4
 DUPLICATE_SHARE: Final = 0.02
 BAD_SHARE: Final = 0.005
+LEAST_SHARE: Final = (
+    0.5  # of what the rate promises; after a stall it catches up, so that much less is no load at all
+)
 
 
 @dataclass
@@ -54,18 +57,32 @@ class Load(threading.Thread):
         self._shown: dict[str, tuple[str, list[str]]] = {}  # user → newest recommendation_id, slate
         self._ended = threading.Event()
         self._number = 0
+        self._steps, self._took_s = 0, 0.0
+        self._error: Exception | None = None
 
     def run(self) -> None:
-        due = time.monotonic()
-        while not self._ended.is_set():
-            self._step()
-            due += 1 / self._rate
-            self._ended.wait(max(0.0, due - time.monotonic()))
+        began = due = time.monotonic()
+        try:
+            while not self._ended.is_set():
+                self._step()
+                self._steps += 1
+                due += 1 / self._rate
+                self._ended.wait(max(0.0, due - time.monotonic()))
+        except Exception as error:  # raised by `finish`, in the thread that judges
+            self._error = error
+        self._took_s = time.monotonic() - began
 
     def finish(self) -> None:
-        """End, with all that was sent in the log. Raises: LogError where it could not be written."""
+        """End, with all that was sent in the log.
+
+        Raises: LogError where it could not be written, where the load broke off, or was much less than its rate.
+        """
         self._ended.set()
         self.join()
+        if self._error is not None:
+            raise LogError(f"the load broke off after {self._steps} steps: {self._error}") from self._error
+        if self._steps < LEAST_SHARE * self._rate * self._took_s - 1:
+            raise LogError(f"{self._steps} steps in {self._took_s:.0f} s are no load of {self._rate:g}/s")
         if left := self._producer.flush(120.0):
             raise LogError(f"{left} records of the load could not be written")
         self._producer.close()
@@ -102,7 +119,12 @@ class Load(threading.Thread):
                 self.sent.duplicates += 1
 
     def _send(self, user: str, value: bytes) -> None:
-        self._producer.send(self._topic, user.encode(), value)
+        while True:
+            try:
+                return self._producer.send(self._topic, user.encode(), value)
+            except (LogFull, LogUnavailable):  # nothing was queued
+                if self._ended.wait(0.1):
+                    raise
 
 
 def event(
