@@ -56,13 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def body() -> int:
         log, codec = log_from(namespace), codec_from(namespace)
-        log.create_topic(namespace.events, namespace.partitions)
-        log.create_topic(namespace.catalog, 1, compacted=True)
-        start = start_after(log, namespace.events, codec, int(time.time() * 1000))
-        shop = Shop(build(ShopSettings, namespace, start_ms=start), namespace.seed)
         producer = log.producer()
-        publisher = Publisher(shop, producer, codec, namespace.events, namespace.catalog)
         try:
+            log.create_topic(namespace.events, namespace.partitions)
+            log.create_topic(namespace.catalog, 1, compacted=True)
+            start = start_after(log, namespace.events, codec, int(time.time() * 1000))
+            shop = Shop(build(ShopSettings, namespace, start_ms=start), namespace.seed)
+            publisher = Publisher(shop, producer, codec, namespace.events, namespace.catalog)
             with Client(namespace.server, connections=2) as client:
                 name = secrets.token_hex(6)
                 traffic = Traffic(

@@ -29,6 +29,7 @@ from streaming.schemas import Codec, SchemaError
 # no purchase or refund comes later than this after its click: 20 h + 1 h + 20 h, and a day of slack
 _REMEMBER_MS: Final = 65 * HOUR_MS
 _PUBLISH_TIMEOUT_S: Final = 30.0
+_EMPTY_POLLS: Final = 30  # in a row, of a second each, before a log is thought to be away
 
 
 class TrafficError(Exception):
@@ -414,18 +415,24 @@ def _refuse_refusals(error: Any) -> None:
 def start_after(log: Log, topic: str, codec: Codec, now_ms: int, partitions_tail: int = 50) -> int:
     """Event time from which a new shop's days can follow what the log holds: now, or an hour after its newest
     event (looking at the last few records of each partition). Simulated days may be ahead of the clock, and
-    a shop that opened before them would find its events late."""
-    newest = 0
+    a shop that opened before them would find its events late.
+
+    Raises: TrafficError where these records do not come."""
+    newest = empty = 0
     if log.partitions(topic):
         bounds = log.bounds(topic)
         wanted = {p: max(b.low, b.high - partitions_tail) for p, b in bounds.items() if b.high > b.low}
         reader = log.reader(topic, wanted)
         try:
-            while wanted and len(batch := reader.poll(10_000, 1.0)):
+            while any(at < bounds[p].high for p, at in reader.position().items()):
+                batch = reader.poll(10_000, 1.0)
                 for i in range(len(batch)):
                     newest = max(newest, _event_time(codec, batch.value(i)))
-                if all(at >= bounds[p].high for p, at in reader.position().items()):
-                    break
+                empty = 0 if len(batch) else empty + 1
+                if empty >= _EMPTY_POLLS:
+                    raise TrafficError(
+                        f"the end of topic {topic!r} could not be read: nothing came in {empty} s; is the log up?"
+                    )
         finally:
             reader.close()
     return max(now_ms, newest + HOUR_MS) if newest else now_ms

@@ -270,6 +270,40 @@ def test_a_second_shop_opens_after_the_days_of_the_first(world):
     assert start_after(world.log, "no-such-topic", Codec(), now_ms=5) == 5
 
 
+class Dozing:
+    """A log whose readers give nothing at so many polls, and then all there is."""
+
+    def __init__(self, log, naps):
+        self._log, self.naps = log, naps
+
+    def __getattr__(self, name):
+        return getattr(self._log, name)
+
+    def reader(self, topic, offsets):
+        reader = self._log.reader(topic, offsets)
+        poll = reader.poll
+        reader.poll = lambda records, timeout_s: [] if self._nods() else poll(records, timeout_s)
+        return reader
+
+    def _nods(self):
+        self.naps -= 1
+        return self.naps >= 0
+
+
+def test_a_log_that_is_slow_to_answer_is_read_to_its_end_all_the_same(world):
+    world.traffic(decisions=50).run(threading.Event())
+    newest = max(e["timestamp"] for e in world.records("events"))
+
+    assert start_after(Dozing(world.log, 3), "events", Codec(), now_ms=5) == newest + HOUR_MS
+
+
+def test_a_log_whose_end_does_not_come_is_named(world):
+    world.traffic(decisions=50).run(threading.Event())
+
+    with pytest.raises(TrafficError, match="the end of topic 'events' could not be read"):
+        start_after(Dozing(world.log, 1000), "events", Codec(), now_ms=5)
+
+
 def test_the_interval_covers_the_truth_as_often_as_it_says():
     """Shoppers of 1 to 5 visits whose own means differ: the 95 % interval holds the mean in 93..97 % of 1,000 draws."""
     rng = np.random.default_rng(0)
