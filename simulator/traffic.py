@@ -29,6 +29,7 @@ from streaming.schemas import Codec, SchemaError
 # no purchase or refund comes later than this after its click: 20 h + 1 h + 20 h, and a day of slack
 _REMEMBER_MS: Final = 65 * HOUR_MS
 _PUBLISH_TIMEOUT_S: Final = 30.0
+_CREDIT_S: Final = 1.0  # of the rate: what a stall delays by less is made up for
 _EMPTY_POLLS: Final = 30  # in a row, of a second each, before a log is thought to be away
 
 
@@ -232,6 +233,10 @@ class Traffic:
         self._strategies: Counter[str] = Counter()
         self._decisions = self._impressions = self._clicks = self._errors = self._empty = self._version = 0
         self._strategy = ""
+        self._paced_s, self._paced = (
+            self._began,
+            0,
+        )  # when the rate allowed the newest turn, and decisions before it
 
     def run(self, stop: threading.Event, each_turn: Callable[[Status], None] | None = None) -> Report:
         """Until `stop` is set, or the configured duration or number of recommendations is reached.
@@ -240,6 +245,7 @@ class Traffic:
         waited for: its pages have no slate meanwhile, and are counted.
         """
         self._began, self._cpu_began = self._clock(), self._cpu()
+        self._paced_s = self._began
         while not stop.is_set() and not self._done():
             self.turn(stop)
             if each_turn is not None:
@@ -388,8 +394,9 @@ class Traffic:
     def _keep_pace(self, stop: threading.Event, event_ms: int) -> None:
         """Wait until wall time allows this turn."""
         c, due = self.config, self._began
-        if c.rate:
-            due = max(due, self._began + self._decisions / c.rate)
+        if c.rate:  # a server that stalled is not asked for all that it missed at once
+            due = max(self._paced_s + (self._decisions - self._paced) / c.rate, self._clock() - _CREDIT_S)
+            self._paced_s, self._paced = due, self._decisions
         if c.speed:
             due = max(due, self._began + (event_ms - self.shop.settings.start_ms) / 1000 / c.speed)
         if c.duration_s:

@@ -253,6 +253,43 @@ def test_rate_and_speed_hold_the_traffic_back(world):
     assert slept == [0.5, 1.0]
 
 
+class Instant:
+    """A clock, and a server that answers each batch of requests after 10 ms, but for the times when it stalls."""
+
+    def __init__(self, stalls=()):
+        self.now, self.asked, self._stalls = 0.0, [], list(stalls)
+
+    def batch(self, requests):
+        self.asked += [(self.now, request) for request in requests]
+        if self._stalls and self.now >= self._stalls[0][0]:
+            self.now += self._stalls.pop(0)[1]
+        self.now += 0.01
+        return [pb.RecommendResponse(recommendation_id="r") for _ in requests]
+
+    def traffic(self, shop, publisher=None, **config):
+        return Traffic(
+            TrafficConfig(call="batch", **config),
+            shop,
+            self,
+            publisher,
+            run="run",
+            clock=lambda: self.now,
+            cpu=lambda: 0.0,
+            pause=lambda seconds: setattr(self, "now", self.now + seconds),
+        )
+
+
+@pytest.mark.parametrize("stall_s", [0.5, 60.0])
+def test_after_a_stall_no_more_than_a_second_of_the_rate_is_made_up_for(stall_s):
+    server = Instant(stalls=[(5.0, stall_s)])
+    server.traffic(Shop(ShopSettings(), 1), rate=300, duration_s=stall_s + 20).run(threading.Event())
+    at = np.array([now for now, _ in server.asked])
+    in_a_second = np.searchsorted(at, at + 1.0) - np.arange(len(at))
+
+    assert in_a_second.max() <= 2 * 300 + 300 / 4
+    assert len(at) == pytest.approx(300 * (20 + min(stall_s, 1.0)), abs=300 / 2)
+
+
 def test_an_unknown_item_in_a_slate_is_shown_to_nobody(world):
     world.servicer._items = ["something-else"] * 60
     report = world.traffic(decisions=50).run(threading.Event())
