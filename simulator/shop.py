@@ -293,14 +293,16 @@ class Shop:
 
     # -- the two calls -------------------------------------------------------------------------------------
 
-    def next_turn(self, limit: int = 256) -> Turn:
+    def next_turn(self, limit: int = 256, spread_s: float | None = None) -> Turn:
         """The next shoppers, at most `limit`, who open a page; each of them then waits for `show`.
 
+        spread_s: event-time span of this turn in seconds; None: the settings'.
         Raises: ShopError when every shopper waits for a slate already.
         """
         now = self._next_due_ms()
         self._look_at_the_clock(now)
-        due = np.flatnonzero(self._due <= now + int(self.settings.spread_s * 1000))
+        spread = self.settings.spread_s if spread_s is None else spread_s
+        due = np.flatnonzero(self._due <= now + int(spread * 1000))
         if len(due) > limit:
             due = np.sort(due[np.argpartition(self._due[due], limit)[:limit]])
         return self._open(due, self._release(now))
@@ -351,7 +353,7 @@ class Shop:
             timestamp_ms=when,
             history=self.history(due),
             available=self._available,
-            events=_in_order(late, unaided),
+            events=in_order(late, unaided),
         )
 
     def show(self, turn: Turn, slates: npt.NDArray[np.integer]) -> Outcome:
@@ -528,9 +530,9 @@ class Shop:
             turn.decision[row],
             slot.astype(np.int32),
         )
-        self._put_off(_picked(_renamed(deeds, PURCHASE, buy_ms), buy))
-        self._put_off(_picked(_renamed(deeds, REFUND, refund_ms), refund))
-        return _in_order(deeds, _picked(_renamed(deeds, CART, click_ms + 1000), cart)), reward
+        self._put_off(picked(_renamed(deeds, PURCHASE, buy_ms), buy))
+        self._put_off(picked(_renamed(deeds, REFUND, refund_ms), refund))
+        return in_order(deeds, picked(_renamed(deeds, CART, click_ms + 1000), cart)), reward
 
     def _put_off(self, events: Events) -> None:
         """Keep what will happen later."""
@@ -629,7 +631,7 @@ class Shop:
             none.astype(np.int64),
             none.astype(np.int32),
         )
-        return _in_order(_picked(views_seen, found))
+        return in_order(picked(views_seen, found))
 
     def _choose_unaided(self, shopper: Ints, luck: Keys) -> Rows:
         """[B] the item each goes to unaided: mostly of the purpose, later its accessories, else a favourite
@@ -733,7 +735,7 @@ def _warp(time_ms: Ints, start_ms: int) -> Ints:
     return np.asarray(start_ms + (bent * DAY_MS).astype(np.int64))
 
 
-def _picked(events: Events, rows: npt.NDArray[np.generic]) -> Events:
+def picked(events: Events, rows: npt.NDArray[np.generic]) -> Events:
     """The events at these rows (a mask or an index)."""
     return Events(*(column[rows] for column in events))
 
@@ -753,7 +755,7 @@ def joined(*parts: Events) -> Events:
     return Events(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-def _in_order(*parts: Events) -> Events:
+def in_order(*parts: Events) -> Events:
     """All events, by event time."""
     together = joined(*parts)
-    return _picked(together, np.argsort(together.timestamp_ms, kind="stable"))
+    return picked(together, np.argsort(together.timestamp_ms, kind="stable"))

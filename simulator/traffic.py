@@ -5,7 +5,8 @@
 
 One thread serves all shoppers: the shop hands out turns of many shoppers whose pages open at about the same event
 time, their requests are in flight together, and what they do is published in order of event time. Event time is the
-shop's own and runs as fast as the server answers, unless `speed` or `rate` hold it back.
+shop's own and runs as fast as the server answers, unless `speed` or `rate` hold it back. With `speed` it is a clock:
+nothing is asked or published before the clock has reached it, and what it has not reached at the end does not happen.
 """
 
 from __future__ import annotations
@@ -21,7 +22,19 @@ import numpy as np
 from serving import policy_pb2 as pb
 from serving.client import CallError, Client
 from simulator.figures import mean_interval
-from simulator.shop import HOUR_MS, Bools, Events, Outcome, Rows, Shop, Turn, Visits
+from simulator.shop import (
+    HOUR_MS,
+    NO_EVENTS,
+    Bools,
+    Events,
+    Outcome,
+    Rows,
+    Shop,
+    Turn,
+    Visits,
+    in_order,
+    picked,
+)
 from streaming.log import Log, LogFull, Producer
 from streaming.rewards import EVENT_NAMES
 from streaming.schemas import Codec, SchemaError
@@ -230,6 +243,7 @@ class Traffic:
         self._row_of = {item_id: row for row, item_id in enumerate(shop.item_ids)}
         self._recommendations: dict[int, str] = {}  # decision -> id, of slates that were clicked
         self._ages: deque[tuple[int, int]] = deque()  # (event time, decision) of these
+        self._held = NO_EVENTS  # what came of slates and is not published yet, by event time
         self._strategies: Counter[str] = Counter()
         self._decisions = self._impressions = self._clicks = self._errors = self._empty = self._version = 0
         self._strategy = ""
@@ -247,18 +261,21 @@ class Traffic:
         self._began, self._cpu_began = self._clock(), self._cpu()
         self._paced_s = self._began
         while not stop.is_set() and not self._done():
-            self.turn(stop)
-            if each_turn is not None:
+            if self.turn(stop) is not None and each_turn is not None:
                 each_turn(self.status())
         if self._publisher is not None:
+            self._publish_until(self._clock_ms())
             self._publisher.flush()
         return self.report()
 
-    def turn(self, stop: threading.Event) -> Outcome:
-        """One turn: publish what happened, ask for slates, publish what came of them."""
-        turn = self.shop.next_turn(self._turn_size())
-        self._event_ms = int(turn.timestamp_ms.max())
-        self._keep_pace(stop, int(turn.timestamp_ms.min()))
+    def turn(self, stop: threading.Event) -> Outcome | None:
+        """One turn: publish what happened, ask for slates, publish what came of them. None: the traffic ended while the
+        turn was waited for."""
+        turn = self.shop.next_turn(self._turn_size(), self._spread_s())
+        event_ms = int(turn.timestamp_ms.max())
+        if not self._keep_pace(stop, event_ms):
+            return None
+        self._event_ms = event_ms
         if self._publisher is not None:
             self._publisher.catalog(self._event_ms, turn.available)
             self._publisher.events(turn.events, self._run, self._recommendations)
@@ -266,8 +283,9 @@ class Traffic:
         slates = self._slates(answers)
         outcome = self.shop.show(turn, slates)
         self._note(turn, slates, answers, outcome)
-        if self._publisher is not None:
-            self._publisher.events(outcome.events, self._run, self._recommendations)
+        self._held = in_order(self._held, outcome.events)
+        if not self.config.speed:
+            self._publish_until(None)
         missing = sum(answer is None for answer in answers)
         if 2 * missing > len(answers):  # the server is away: do not rush through the days without it
             self._sleep(stop, 0.5)
@@ -391,17 +409,49 @@ class Traffic:
             return True
         return bool(c.duration_s) and self._clock() - self._began >= c.duration_s
 
-    def _keep_pace(self, stop: threading.Event, event_ms: int) -> None:
-        """Wait until wall time allows this turn."""
+    def _spread_s(self) -> float:
+        """Event-time span of a turn: with `speed` what its clock does in a quarter of a second, for the first of the
+        turn's shoppers wait until the last is due."""
+        spread = self.shop.settings.spread_s
+        return min(spread, self.config.speed / 4) if self.config.speed else spread
+
+    def _keep_pace(self, stop: threading.Event, event_ms: int) -> bool:
+        """Wait until wall time allows this turn, and publish meanwhile what shoppers do; False: the traffic ended."""
         c, due = self.config, self._began
         if c.rate:  # a server that stalled is not asked for all that it missed at once
             due = max(self._paced_s + (self._decisions - self._paced) / c.rate, self._clock() - _CREDIT_S)
             self._paced_s, self._paced = due, self._decisions
         if c.speed:
-            due = max(due, self._began + (event_ms - self.shop.settings.start_ms) / 1000 / c.speed)
-        if c.duration_s:
-            due = min(due, self._began + c.duration_s)
-        self._sleep(stop, due - self._clock())
+            while len(self._held) and self._held.timestamp_ms[0] <= event_ms:
+                until_ms = min(event_ms, int(self._held.timestamp_ms[0] + 1000 * self._spread_s()))
+                if not self._wait(stop, self._due_s(until_ms)):
+                    return False
+                self._publish_until(until_ms)
+            due = max(due, self._due_s(event_ms))
+        return self._wait(stop, due)
+
+    def _due_s(self, event_ms: int) -> float:
+        """When the clock of `speed` reaches this event time."""
+        return self._began + (event_ms - self.shop.settings.start_ms) / 1000 / self.config.speed
+
+    def _clock_ms(self) -> int | None:
+        """Event time by the clock of `speed`; None without."""
+        if not self.config.speed:
+            return None
+        return self.shop.settings.start_ms + int(1000 * self.config.speed * (self._clock() - self._began))
+
+    def _publish_until(self, event_ms: int | None) -> None:
+        """Publish what shoppers have done with their slates until this event time; None: all of it."""
+        done = self._held.timestamp_ms <= (np.inf if event_ms is None else event_ms)
+        if self._publisher is not None:
+            self._publisher.events(picked(self._held, done), self._run, self._recommendations)
+        self._held = picked(self._held, ~done)
+
+    def _wait(self, stop: threading.Event, due_s: float) -> bool:
+        """Sleep until then; False: the traffic ended before."""
+        end_s = self._began + self.config.duration_s if self.config.duration_s else np.inf
+        self._sleep(stop, min(due_s, end_s) - self._clock())
+        return due_s <= end_s and not stop.is_set()
 
     def _sleep(self, stop: threading.Event, seconds: float) -> None:
         if seconds > 0:

@@ -15,7 +15,7 @@ from serving import policy_pb2_grpc
 from serving.client import Client
 from simulator import __main__ as command
 from simulator.figures import mean_interval
-from simulator.shop import HOUR_MS, Shop, ShopSettings, Visits
+from simulator.shop import HOUR_MS, Mind, Shop, ShopSettings, Visits
 from simulator.traffic import (
     Publisher,
     Status,
@@ -254,17 +254,26 @@ def test_rate_and_speed_hold_the_traffic_back(world):
 
 
 class Instant:
-    """A clock, and a server that answers each batch of requests after 10 ms, but for the times when it stalls."""
+    """A clock, a log, and a server that answers batches of requests after so long, but for the times when it stalls."""
 
-    def __init__(self, stalls=()):
-        self.now, self.asked, self._stalls = 0.0, [], list(stalls)
+    def __init__(self, stalls=(), takes_s=0.01, slate=()):
+        self.now, self.asked, self.published = 0.0, [], []
+        self._stalls, self._takes_s, self._slate = list(stalls), takes_s, slate
 
     def batch(self, requests):
         self.asked += [(self.now, request) for request in requests]
         if self._stalls and self.now >= self._stalls[0][0]:
             self.now += self._stalls.pop(0)[1]
-        self.now += 0.01
-        return [pb.RecommendResponse(recommendation_id="r") for _ in requests]
+        self.now += self._takes_s
+        slate = [pb.Slot(item_id=item) for item in self._slate]
+        return [pb.RecommendResponse(recommendation_id="r", slate=slate) for _ in requests]
+
+    def send(self, topic, key, value):
+        if topic == "events":
+            self.published.append((self.now, Codec().decode(value)[1]))
+
+    def flush(self, timeout_s):
+        return 0
 
     def traffic(self, shop, publisher=None, **config):
         return Traffic(
@@ -288,6 +297,30 @@ def test_after_a_stall_no_more_than_a_second_of_the_rate_is_made_up_for(stall_s)
 
     assert in_a_second.max() <= 2 * 300 + 300 / 4
     assert len(at) == pytest.approx(300 * (20 + min(stall_s, 1.0)), abs=300 / 2)
+
+
+@pytest.mark.parametrize(("speed", "seconds"), [(1.0, 1800.0), (60.0, 60.0), (7200.0, 1.0)])
+def test_with_speed_all_comes_when_the_clock_has_reached_it_and_soon_after(speed, seconds):
+    shop = Shop(ShopSettings(items=60, shoppers=300, mind=Mind(base=0.0)), 1)
+    server = Instant(takes_s=0.0, slate=shop.item_ids[:6])
+    publisher = Publisher(shop, server, Codec())
+    server.traffic(shop, publisher, rate=0, speed=speed, duration_s=seconds).run(threading.Event())
+
+    def late_s(came):
+        """By how many seconds of the wall each was behind the clock."""
+        when = np.array([ms for _, ms in came]) - shop.settings.start_ms
+        return np.array([now for now, _ in came]) - when / 1000 / speed
+
+    asked = late_s([(now, request.timestamp_ms) for now, request in server.asked])
+    done = late_s(
+        [(now, e["timestamp"]) for now, e in server.published if e["name"] in ("select_item", "add_to_cart")]
+    )
+    seen = late_s([(now, e["timestamp"]) for now, e in server.published])
+
+    assert len(asked) > 30
+    assert len(done) > 10
+    assert min(asked.min(), seen.min()) >= -0.001
+    assert max(asked.max(), done.max()) <= 0.26
 
 
 def test_an_unknown_item_in_a_slate_is_shown_to_nobody(world):
