@@ -8,7 +8,8 @@ written to a broker of its own. Then, in turns, the same partitions are read to 
 insert into replay. Training is not part of it. Medians of the turns; the stages' shares are of the intake's own time.
 
 --quixstreams: a Python with quixstreams (`python -m venv V; V/bin/pip install quixstreams fastavro`). It reads the same
-good records, as plain Avro, through its AvroDeserializer into a function that does nothing.
+good records, as plain Avro in a topic that is written after the other, through its AvroDeserializer into a function
+that does nothing.
 """
 
 from __future__ import annotations
@@ -98,24 +99,33 @@ def traffic(
                 made += 1
 
 
-def write(log: Log, records: int, users: int, items: int) -> int:
-    """Fill the topics; returns how many records are in TOPIC."""
-    log.create_topic(TOPIC, 4)
-    log.create_topic(PLAIN, 4)
+def write(log: Log, records: int, users: int, items: int, plain: bool = False) -> int:
+    """Fill the topic; returns how many records are in it; plain: PLAIN as well.
+
+    One after the other: in turns their records would reach the broker in smaller batches, which a drain reads slower.
+    """
+    for topic in (TOPIC, PLAIN) if plain else (TOPIC,):
+        fill(log, topic, records, users, items)
+    return sum(bounds.high for bounds in log.bounds(TOPIC).values())
+
+
+def fill(log: Log, topic: str, records: int, users: int, items: int) -> None:
+    """The same traffic in either topic, but that what is cut off in TOPIC is whole in PLAIN."""
+    log.create_topic(topic, 4)
     codec, producer, rng = Codec(), log.producer(), np.random.default_rng(0)
     for n, (kind, record) in enumerate(traffic(records, users, items, rng)):
         value = codec.encode_decision(record) if kind == "decision" else codec.encode_event(record)
-        key, branch = record["user_id"].encode(), b"\x00" if kind == "decision" else b"\x02"
-        producer.send(PLAIN, key, branch + value[FRAME_BYTES:])
-        if rng.random() < 0.001:
+        cut = rng.random() < 0.001  # drawn for both: the traffic comes from the same generator
+        if topic == PLAIN:
+            value = (b"\x00" if kind == "decision" else b"\x02") + value[FRAME_BYTES:]
+        elif cut:
             value = value[: len(value) // 2]
-        producer.send(TOPIC, key, value)
-        if n % 20_000 == 0:
+        producer.send(topic, record["user_id"].encode(), value)
+        if n % 50_000 == 0:
             producer.flush()
-            print(f"\rwriting: {n:,} records", end="", file=sys.stderr, flush=True)
+            print(f"\rwriting {topic}: {n:,} records", end="", file=sys.stderr, flush=True)
     producer.close()
     print("\r\x1b[K", end="", file=sys.stderr)
-    return sum(bounds.high for bounds in log.bounds(TOPIC).values())
 
 
 def drain(bootstrap: str, partitions: int, records: int) -> float:
@@ -203,7 +213,7 @@ def measure(
     """All figures."""
     with KafkaBroker() as broker:
         log = open_log(broker.url)
-        there = write(log, records, users, items)
+        there = write(log, records, users, items, plain=quixstreams is not None)
         partitions = log.partitions(TOPIC)
         Intake(log, partitions).run(min(there, 20_000))  # compiles
         drains, intakes, shares, peers = [], [], [], []
