@@ -2,12 +2,13 @@
 
     python -m benchmarks.overestimation [--seeds 1 2] [--decisions 20000 60000 130000] [--set ...] [--json FILE]
 
-An agent learns the simulated shop as in benchmarks.learning. At each of the asked numbers of decisions learning stops
-for `--window` decisions, and as many more for their visits to end and their purchases to come in. Each slot that was
-shown in the window then has its return: what it earned itself, and gamma for every further step of the visit, as the
-learner counts them. Beside it stands Q(s, a) of the network that served, at the state that it was shown in: means over
-slots, their ratio, and the slope of returns over Q (1: slots differ by as much as Q says; less: it exaggerates).
-Intervals are 95 %, Student's t over seeds.
+An agent learns the simulated shop as in benchmarks.learning. At each of the asked numbers of decisions a copy of it
+serves on and learns no more: `--window` decisions, and then for as long, in event time, as their visits take to end and
+a purchase or refund may follow its cause, a day and half an hour. Each slot that was shown in the window then has its
+return: what it earned itself, and gamma for every further step of the visit, as the learner counts them. Beside it
+stands Q(s, a) of the network that served, at the state that it was shown in: means over slots, their ratio, and the
+slope of returns over Q (1: slots differ by as much as Q says; less: it exaggerates). Intervals are 95 %, Student's t
+over seeds.
 
 Max over noisy values is what makes Q-learning promise too much (van Hasselt et al. 2016, figure 2, measure it in this
 way).
@@ -16,9 +17,9 @@ way).
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -34,32 +35,53 @@ from learner.policy import state_tensors
 from learner.replay import Batch, Replay
 from simulator.figures import over_seeds
 from simulator.shop import Shop, ShopSettings
+from streaming.join_settings import JoinSettings, to_ms
 from streaming.joiner import Joined
 
 LONGEST: Final = 1024  # steps of a visit
 DRAWN: Final = 40_000  # slots, with replacement
+VISIT_MS: Final = to_ms(JoinSettings.session_gap_s)  # of at most 25 pages, a minute each, and what ends it
+CAUSE_MS: Final = to_ms(JoinSettings.attribution_window_s)  # what comes later is nobody's
 FIGURES: Final = ("mean_q", "mean_return", "ratio", "slope")
 
 
 class Watched(Loop):
-    """A loop that can stop learning, and keeps what came since it did."""
+    """A loop whose copies can stop learning, and keep what comes since."""
 
     watch: Replay | None = None  # None: it learns
+    over = False  # of what comes nothing is kept but what earlier steps still earn
 
     def _take(self, joined: Joined) -> None:
-        super()._take(joined)
-        if self.watch is not None:
-            self.watch.insert(joined)
+        if self.watch is None:
+            super()._take(joined)
+        else:
+            self.watch.insert(amendments_of(joined) if self.over else joined)
 
     def _learn(self) -> None:
         if self.watch is None:
             super()._learn()
 
-    def serve(self, decisions: int) -> None:
-        """Serve so many more."""
-        served = 0
+    def serve(self, decisions: int) -> int:
+        """Serve so many more; returns the event time that the newest has, ms."""
+        served = newest_ms = 0
         while served < decisions:
-            served += len(self.turn()[0].shopper)
+            turn, _ = self.turn()
+            served, newest_ms = served + len(turn.shopper), max(newest_ms, int(turn.timestamp_ms.max()))
+        return newest_ms
+
+    def serve_until(self, event_ms: int) -> None:
+        """Serve until all that happened before this event time is told."""
+        while self.turn()[0].timestamp_ms.min() < event_ms:
+            pass
+
+
+def amendments_of(joined: Joined) -> Joined:
+    """Without its steps."""
+    states, transitions = joined.states, joined.transitions
+    return joined._replace(
+        states=type(states)(*(column[:0] for column in states)),
+        transitions=type(transitions)(*(column[:0] for column in transitions)),
+    )
 
 
 def look(seed: int, decisions: Sequence[int], window: int, changes: Sequence[str]) -> list[dict[str, float]]:
@@ -69,14 +91,23 @@ def look(seed: int, decisions: Sequence[int], window: int, changes: Sequence[str
     served, found = 0, []
     for goal in sorted(decisions):
         loop.serve(goal - served)
-        loop.watch = Replay(1 << 22, agent.entries, prioritised=False)
-        loop.serve(window)
-        shown = loop.watch.inserted
-        loop.serve(window)
-        found.append({"decisions": goal, **compare(loop, loop.watch, shown, np.random.default_rng(seed))})
-        loop.watch, served = None, goal + 2 * window
+        served = goal
+        found.append({"decisions": goal, **watched(copy.deepcopy(loop), window, seed)})
         print(f"  seed {seed}: {goal} decisions", file=sys.stderr, flush=True)
     return found
+
+
+def watched(loop: Watched, window: int, seed: int) -> dict[str, float]:
+    """The figures of so many decisions more, of a loop that learns no more from here on."""
+    loop.watch = Replay(1 << 22, loop.agent.settings.entries, prioritised=False)
+    newest_ms = loop.serve(window)
+    shown = loop.watch.inserted
+    loop.serve_until(
+        newest_ms + 2 * VISIT_MS
+    )  # a visit's last page, and as long again until it counts as over
+    loop.over = True
+    loop.serve_until(newest_ms + VISIT_MS + CAUSE_MS)
+    return compare(loop, loop.watch, shown, np.random.default_rng(seed))
 
 
 def compare(loop: Loop, watch: Replay, shown: int, rng: np.random.Generator) -> dict[str, float]:
@@ -139,11 +170,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="append one line of JSON here")
     options = parser.parse_args(arguments)
     check_changes(parser, options.set, AgentSettings(), LoopSettings())
-    near = [after - goal for goal, after in pairwise(sorted(options.decisions))]
-    if near and min(near) < 2 * options.window:
-        parser.error(
-            f"--decisions: must lie 2 x --window = {2 * options.window} apart, in which nothing is learnt"
-        )
     torch.set_num_threads(1)
     seeds = [look(seed, options.decisions, options.window, options.set) for seed in options.seeds]
     print("\n".join(table(seeds)))
