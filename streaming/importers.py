@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol, TextIO
 
@@ -302,28 +302,45 @@ def _lines(stream: Iterable[bytes], imported: Imported) -> Iterator[tuple[int, s
 
 
 def _cells(line: str) -> list[str]:
-    """The cells of one CSV line. No layout has line breaks inside a cell, so a bad quote spoils its own line only."""
-    return next(csv.reader([line])) if '"' in line else line.split(",")
+    """The cells of one CSV line. No layout has line breaks inside a cell, so a bad quote spoils its own line only.
+
+    Raises: _RowError where quotes do not come out even, or a cell is beyond csv.field_size_limit.
+    """
+    try:
+        return next(csv.reader([line])) if '"' in line else line.split(",")
+    except csv.Error:
+        raise _RowError(Refusal.COLUMNS) from None
 
 
 def _header(layout: str, path: Path, lines: Iterator[tuple[int, str]]) -> Sequence[str]:
     """The names of a CSV file's columns; empty for JSON lines. Raises: ImportFailed."""
     if layout in _JSON_LAYOUTS:
         return ()
-    header = _FLAT[layout].header or [cell.strip().lower() for cell in _cells(next(lines, (0, ""))[1])]
+    try:
+        header = _FLAT[layout].header or [cell.strip().lower() for cell in _cells(next(lines, (0, ""))[1])]
+    except _RowError:
+        header = ()
     _require_columns(layout, path, header)
     return header
 
 
-def _require_columns(layout: str, path: Path, found: Iterable[str]) -> None:
-    found = set(found)
-    for field_name in _REQUIRED:
-        names = _FLAT[layout].columns[field_name]
-        if not found.intersection(names):
+def _require_columns(
+    layout: str, path: Path, found: Sequence[str], needed: Sequence[tuple[str, ...]] | None = None
+) -> None:
+    """needed: each by any of its names; None: what a row of this layout needs.
+
+    Raises: ImportFailed where a column is missing, or one that is read is there twice.
+    """
+    columns = _FLAT[layout].columns
+    for names in needed or [columns[field_name] for field_name in _REQUIRED]:
+        if not set(found).intersection(names):
             raise ImportFailed(
                 f"{path} has no column {' or '.join(names)}, which {layout} files have; "
-                f"found {', '.join(sorted(found))[:200] or 'nothing'}"
+                f"found {', '.join(sorted(set(found)))[:200] or 'nothing'}"
             )
+    for name in chain.from_iterable(needed or columns.values()):
+        if found.count(name) > 1:
+            raise ImportFailed(f"{path} has {found.count(name)} columns {name}; keep the one to be read")
 
 
 def _text_block(
@@ -352,17 +369,20 @@ def _text_block(
 
 def _parquet_blocks(layout: str, path: Path, imported: Imported, progress: Progress) -> Iterator[pa.Table]:
     with pq.ParquetFile(path) as file:
-        names = {name.lower(): name for name in file.schema_arrow.names}
+        names = [name.lower() for name in file.schema_arrow.names]
         nested = layout == "otto" and "events" in names
-        if layout in _FLAT and not nested:
-            _require_columns(layout, path, names)
+        if layout in _FLAT:
+            _require_columns(layout, path, names, [("session",), ("events",)] if nested else None)
+        if nested:
+            _require_events(path, file.schema_arrow.types[names.index("events")])
         done = seen = 0
         for batch in file.iter_batches(_BLOCK):
             if layout == "ga4":
-                yield _ga4_records(enumerate(batch.to_pylist(), done + 1), imported, "row")
+                yield _ga4_records(_objects(batch, done + 1, imported), imported, "row")
             else:
-                flat = _otto_flat(batch) if nested else batch
-                cells = {name.lower(): _plain(flat.column(name)) for name in flat.schema.names}
+                named = pa.RecordBatch.from_arrays(batch.columns, names)
+                flat = _plain_rows(_otto_flat(named) if nested else named)
+                cells = dict(zip(flat.schema.names, flat.columns, strict=True))
                 describe = partial(_described, flat, seen + 1, "event" if nested else "row")
                 yield _flat_block(layout, cells, describe, imported)
                 seen += flat.num_rows
@@ -371,7 +391,30 @@ def _parquet_blocks(layout: str, path: Path, imported: Imported, progress: Progr
 
 
 def _described(rows: pa.RecordBatch, first: int, unit: str, i: int) -> tuple[str, str]:
-    return f"{unit} {first + i}", str(rows.slice(i, 1).to_pylist()[0])
+    row = {name: _as_python(column[i]) for name, column in zip(rows.schema.names, rows.columns, strict=True)}
+    return f"{unit} {first + i}", str(row)
+
+
+def _as_python(value: pa.Scalar) -> Any:
+    try:
+        return value.as_py()
+    except (ValueError, OverflowError):  # a time in no year that Python has
+        return getattr(value, "value", None)
+
+
+def _objects(batch: pa.RecordBatch, first: int, imported: Imported) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number of the row, what it holds) of the rows of a batch, the first of which is number `first`."""
+    try:
+        yield from enumerate(batch.to_pylist(), first)
+    except (ValueError, OverflowError):  # one of them is no UTF-8, or a time in no year that Python has
+        for i in range(batch.num_rows):
+            try:
+                (row,) = batch.slice(i, 1).to_pylist()
+            except (ValueError, OverflowError) as error:
+                reason = Refusal.UTF8 if isinstance(error, UnicodeDecodeError) else Refusal.TIMESTAMP
+                imported.refuse(reason, f"row {first + i}", str(error))
+            else:
+                yield first + i, row
 
 
 # ── flat rows, a column at a time ────────────────────────────────────────────────────────────────────────────
@@ -393,7 +436,7 @@ def _flat_block(
         name: [cells[theirs] for theirs in names if theirs in cells] for name, names in flat.columns.items()
     }
     text = {
-        name: pc.coalesce(*map(_text, columns)) if columns else pa.nulls(rows, pa.string())
+        name: pc.coalesce(*map(_sound, columns)) if columns else pa.nulls(rows, pa.string())
         for name, columns in found.items()
         if name not in ("timestamp", "price")
     }
@@ -439,19 +482,50 @@ def _flat_block(
     return table.filter(pa.array(refused < 0))
 
 
+def _plain_rows(rows: pa.RecordBatch) -> pa.RecordBatch:
+    return pa.RecordBatch.from_arrays([_plain(column) for column in rows.columns], rows.schema.names)
+
+
 def _plain(column: pa.Array) -> pa.Array:
-    """Without dictionary, and strings of one type."""
+    """Without dictionary, and texts of one type: null where they are no UTF-8."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    return column.cast(pa.string()) if pa.types.is_large_string(column.type) else column
+    if not any(of_type(column.type) for of_type in _TEXTS):
+        return column
+    try:
+        column.validate(full=True)  # parquet's reader believes what a file says of its bytes
+        return column.cast(pa.string())
+    except pa.ArrowInvalid:
+        return pa.array(map(_decoded, column.cast(pa.binary()).to_pylist()), pa.string())
+
+
+_TEXTS: Final = (
+    *(pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view),
+    *(pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view),
+)
+
+
+def _decoded(raw: bytes | None) -> str | None:
+    try:
+        return None if raw is None else raw.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def _text(column: pa.Array) -> pa.Array:
     """As strings; null where empty, NaN or a broken number. An id that pandas made a float is whole again."""
     if pa.types.is_floating(column.type):
-        column = pc.if_else(pc.equal(pc.floor(column), column), column, None).cast(pa.int64())
+        column = column.cast(pa.float64())
+        whole = pc.and_(pc.equal(pc.floor(column), column), pc.less(pc.abs(column), 2.0**63))
+        column = pc.if_else(whole, column, None).cast(pa.int64())
     column = column.cast(pa.string())
     return pc.if_else(pc.equal(column, ""), None, column)
+
+
+def _sound(column: pa.Array) -> pa.Array:
+    """As `_text`; null also where U+0000 is in it, which no text of an event may hold."""
+    text = _text(column)
+    return pc.if_else(pc.match_substring(text, "\0"), None, text)
 
 
 def _times(column: pa.Array) -> tuple[npt.NDArray[np.int64], Mask]:
@@ -464,13 +538,30 @@ def _times(column: pa.Array) -> tuple[npt.NDArray[np.int64], Mask]:
         numeric = pc.match_substring_regex(text, r"^[0-9]{1,17}$")
         known = _in_ms(pc.if_else(numeric, text, None).cast(pa.int64()))
         if pc.any(pc.invert(numeric)).as_py():
-            plain = pc.replace_substring_regex(
-                text, r"^(\S{10})[T ](\S{8})(\.\d+)?( UTC|Z|\+00:00)?$", r"\1 \2"
-            )
-            parsed = pc.strptime(plain, "%Y-%m-%d %H:%M:%S", "ms", error_is_null=True)
-            known = pc.coalesce(known, parsed.cast(pa.int64()))
+            known = pc.coalesce(known, _iso_ms(text))
     times = np.asarray(known.fill_null(0))  # [N]
     return times, (times >= _OLDEST_MS) & (times < _NEWEST_MS)
+
+
+def _iso_ms(text: pa.Array) -> pa.Array:
+    """ISO 8601 in UTC → ms since 1970; null for what is none. Further digits of a second are cut off.
+
+    >>> _iso_ms(pa.array(["1970-01-01 00:00:02", "1970-01-01T00:00:02.5Z", "1970-02-30 00:00:00"])).to_pylist()
+    [2000, 2500, None]
+    """
+    parts = pc.extract_regex(text, _ISO)
+    date, day, clock, fraction = (pc.struct_field(parts, i) for i in range(4))
+    plain = pc.binary_join_element_wise(date, clock, " ")
+    parsed = pc.strptime(plain, "%Y-%m-%d %H:%M:%S", "ms", error_is_null=True)
+    # strptime takes 30 February for 2 March
+    ms = pc.if_else(pc.equal(pc.day(parsed), day.cast(pa.int64())), parsed, None).cast(pa.int64())
+    return pc.add(ms, pc.utf8_rpad(fraction, 3, "0").cast(pa.int64()))
+
+
+_ISO: Final = (
+    r"^(?P<date>\d{4}-\d{1,2}-(?P<day>\d{1,2}))[T ](?P<clock>\d{1,2}:\d{1,2}:\d{1,2})"
+    r"(?:\.(?P<fraction>\d{1,3})\d*)?(?: UTC|Z|\+00:00)?$"
+)
 
 
 def _in_ms(number: pa.Array) -> pa.Array:
@@ -504,8 +595,7 @@ _NUMBER: Final = r"^[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,3})?$"
 
 def _is_id(text: pa.Array) -> Mask:
     length = pc.binary_length(text).fill_null(0)
-    ends = _mask(pc.match_substring(text, "\0").fill_null(False))
-    return _mask(pc.and_(pc.greater(length, 0), pc.less_equal(length, 1024))) & ~ends
+    return _mask(pc.and_(pc.greater(length, 0), pc.less_equal(length, 1024)))
 
 
 def _mask(column: pa.Array) -> Mask:
@@ -533,6 +623,17 @@ def _otto_rows(line: str) -> list[tuple[str | None, ...]]:
         raise _RowError(Refusal.JSON)
     user = _scalar(session.get("session"))
     return [(user, *(_scalar(event.get(name)) for name in _OTTO[1:])) for event in events]
+
+
+def _require_events(path: Path, kind: pa.DataType) -> None:
+    """Raises: ImportFailed where a column of this type holds no events."""
+    entry = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else None
+    names = [each.name for each in entry] if entry is not None and pa.types.is_struct(entry) else []
+    if any(names.count(name) != 1 for name in _OTTO[1:]):
+        raise ImportFailed(
+            f"{path} has no lists of {', '.join(_OTTO[1:])} in its column events, which otto files have; "
+            f"found {str(kind)[:200]}"
+        )
 
 
 def _otto_flat(batch: pa.RecordBatch) -> pa.RecordBatch:
@@ -606,8 +707,9 @@ def _ga4_event(record: Mapping[str, Any]) -> dict[str, Any]:
     extra = {
         name: text
         for name, value in {**commerce, **params}.items()
-        if name not in _GA4_OWN and (text := _scalar(value)) is not None
+        if name not in _GA4_OWN and _scalar(name) is not None and (text := _scalar(value)) is not None
     }
+    event_id = _scalar(first("event_id"))
     return {
         "timestamp": _ga4_time(first("event_timestamp", "timestamp_micros", "timestamp", "timestamp_ms")),
         "name": _identifier(first("event_name", "name"), Refusal.NAME, 64),
@@ -618,7 +720,7 @@ def _ga4_event(record: Mapping[str, Any]) -> dict[str, Any]:
         "currency": _scalar(first("currency")),
         "recommendation_id": _scalar(first("recommendation_id")),
         "params": json.dumps(extra, sort_keys=True) if extra else None,
-        "event_id": _scalar(first("event_id")),
+        "event_id": None if event_id is None or len(event_id.encode()) > 1024 else event_id,
     }
 
 
@@ -629,18 +731,21 @@ _GA4_OWN: Final = {
 
 
 def _ga4_params(params: Any) -> dict[str, Any]:
-    """{name: value}, also from the export's [{"key": ..., "value": {"string_value": ...}}]."""
+    """{name: value}, also from the export's [{"key": ..., "value": {"string_value": ...}}]. Raises: _RowError."""
     if isinstance(params, dict):
         return params
     if not isinstance(params, list):
         return {}
     values = {}
     for entry in params:
+        if not isinstance(entry, dict | list | tuple):
+            raise _RowError(Refusal.JSON)
         pair = entry if isinstance(entry, dict) else dict(zip(("key", "value"), entry, strict=False))
         value = pair.get("value")
         if isinstance(value, dict):
             value = next((one for one in value.values() if one is not None), None)
-        values[str(pair.get("key"))] = value
+        if (name := _scalar(pair.get("key"))) is not None:
+            values[name] = value
     return values
 
 
@@ -705,7 +810,7 @@ def _number(value: Any, bound: float) -> float | None:
         return None
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise _RowError(Refusal.NUMBER) from None
     if not abs(number) <= bound:  # NaN neither
         raise _RowError(Refusal.NUMBER)

@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
+from streaming.columns import Kind
+from streaming.decoder import Decoder
 from streaming.importers import (
     Bar,
     Imported,
@@ -23,6 +27,7 @@ from streaming.importers import (
     import_file,
     read_events,
 )
+from streaming.interning import Vocabulary
 from streaming.log import Log, LogFull, open_log
 from streaming.schemas import Codec
 
@@ -70,9 +75,7 @@ def as_parquet(tmp_path: Path, layout: str, text: str) -> Path:
     if layout == "otto":
         table = pa.Table.from_pylist([json.loads(line) for line in text.splitlines()])
     else:
-        from pyarrow import csv
-
-        table = csv.read_csv(io.BytesIO(((TAOBAO_HEADER if layout == "taobao" else "") + text).encode()))
+        table = pa.csv.read_csv(io.BytesIO(((TAOBAO_HEADER if layout == "taobao" else "") + text).encode()))
     pq.write_table(table, path)
     return path
 
@@ -244,12 +247,16 @@ def test_a_file_larger_than_memory_comes_out_in_order_of_time(tmp_path: Path) ->
         ("1,2,3,pv,99999999999999999999", Refusal.TIMESTAMP),
         ("1,2,3,pv,315532800", Refusal.TIMESTAMP),  # 1980
         ('1,"2,3,pv,1511544070', Refusal.COLUMNS),  # an open quote spoils its own line only
+        ('1,"2"\r,3,pv,1511544070', Refusal.COLUMNS),
+        ('1,"' + "2" * 131_073 + '",3,pv,1511544070', Refusal.COLUMNS),
     ],
 )
 def test_a_bad_row_is_refused_with_its_reason_and_the_others_stay(
     row: str, reason: Refusal, log: Log, tmp_path: Path
 ) -> None:
-    imported = import_file("taobao", written(tmp_path, TAOBAO + row + "\n" + TAOBAO), log, CODEC)
+    path = tmp_path / "file"
+    path.write_bytes((TAOBAO + row + "\n" + TAOBAO).encode())  # as it stands: a lone CR, too
+    imported = import_file("taobao", path, log, CODEC)
     assert imported.refused == {reason: 1}
     assert imported.examples[reason] == f"line 5: {row}"[: len("line 5: ") + 200]
     assert imported.events == 8
@@ -371,6 +378,10 @@ def test_our_own_event_as_json_keeps_its_id(log: Log, tmp_path: Path) -> None:
         ({"event_timestamp": None}, Refusal.TIMESTAMP),
         ({"event_timestamp": "soon"}, Refusal.TIMESTAMP),
         ({"event_timestamp": 10**30}, Refusal.TIMESTAMP),
+        ({"ecommerce": {"purchase_revenue": 10**330}}, Refusal.NUMBER),
+        ({"items": [{"item_id": "a", "quantity": 10**330}]}, Refusal.NUMBER),
+        ({"event_params": [1]}, Refusal.JSON),
+        ({"event_params": [None]}, Refusal.JSON),
     ],
 )
 def test_a_bad_ga4_event_is_refused(change: dict[str, Any], reason: Refusal, tmp_path: Path) -> None:
@@ -410,6 +421,145 @@ def test_pandas_floats_for_ids_are_whole_again(log: Log, tmp_path: Path) -> None
     imported = import_file("retailrocket", tmp_path / "file.parquet", log, CODEC)
     assert [summary(event) for event in by_time(log)] == [(1433221332117, "view_item", "7", ["8"])]
     assert imported.refused == {Refusal.USER: 1}
+
+
+WHOLE = {"timestamp": [1433221332117] * 2, "visitorid": [7, 8], "event": ["view"] * 2, "itemid": [1, 1]}
+NO_TEXT = pa.Array.from_buffers(pa.string(), 2, pa.array([b"a", b"\xff"], pa.binary()).buffers())
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "reason"),
+    [
+        ("visitorid", [1.0, float("inf")], Refusal.USER),
+        ("itemid", [1.0, 1e19], Refusal.ITEM),
+        ("timestamp", [1433221332117.0, float("-inf")], Refusal.TIMESTAMP),
+        ("timestamp", pa.array([1433221332117, 2**62], pa.timestamp("ms")), Refusal.TIMESTAMP),
+        ("visitorid", [b"a", b"\xff"], Refusal.USER),
+        ("visitorid", NO_TEXT, Refusal.USER),
+    ],
+)
+def test_an_odd_value_in_parquet_spoils_its_own_row_only(
+    column: str, values: Any, reason: Refusal, log: Log, tmp_path: Path
+) -> None:
+    pq.write_table(pa.table(WHOLE | {column: values}), tmp_path / "file.parquet")
+    imported = import_file("retailrocket", tmp_path / "file.parquet", log, CODEC)
+    assert (imported.refused, imported.events) == ({reason: 1}, 1)
+    assert imported.examples[reason].startswith("row 2: {'timestamp': ")
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "reason"),
+    [
+        ("event_timestamp", pa.array([1611100800123, 2**62], pa.timestamp("ms")), Refusal.TIMESTAMP),
+        ("page", NO_TEXT, Refusal.UTF8),
+    ],
+)
+def test_an_odd_value_in_ga4_as_parquet_spoils_its_own_row_only(
+    column: str, values: Any, reason: Refusal, log: Log, tmp_path: Path
+) -> None:
+    columns = {"event_name": ["view_item"] * 2, "event_timestamp": [1611100800123] * 2, "user_id": ["a"] * 2}
+    pq.write_table(pa.table(columns | {column: values}), tmp_path / "file.parquet")
+    imported = import_file("ga4", tmp_path / "file.parquet", log, CODEC)
+    assert (imported.refused, imported.events) == ({reason: 1}, 1)
+
+
+OTTO_EVENT = {"aid": 1, "ts": 1659304800025, "type": "clicks"}
+
+
+@pytest.mark.parametrize(
+    ("layout", "table", "told"),
+    [
+        (
+            "otto",
+            {"events": [[OTTO_EVENT]], "id": [1]},
+            "no column session, which otto files have; found events",
+        ),
+        (
+            "otto",
+            {"session": [1], "events": [[{"aid": 1}]]},
+            "no lists of aid, ts, type in its column events",
+        ),
+        ("otto", {"session": [1], "events": ["x"]}, "no lists of aid, ts, type in its column events"),
+        ("retailrocket", {**WHOLE, "ItemId": [1, 1]}, "2 columns itemid"),
+    ],
+)
+def test_a_column_that_is_missing_or_there_twice_is_named(
+    layout: str, table: dict[str, Any], told: str, log: Log, tmp_path: Path
+) -> None:
+    pq.write_table(pa.table(table), tmp_path / "file.parquet")
+    with pytest.raises(ImportFailed, match=told):
+        import_file(layout, tmp_path / "file.parquet", log, CODEC)
+
+
+def test_columns_that_nobody_reads_may_be_there_twice(log: Log, tmp_path: Path) -> None:
+    names = [*WHOLE, "note", "note"]
+    pq.write_table(pa.table([*WHOLE.values(), [1, 2], [3, 4]], names=names), tmp_path / "file.parquet")
+    assert import_file("retailrocket", tmp_path / "file.parquet", log, CODEC).events == 2
+
+
+def test_a_header_with_a_column_twice_is_refused(log: Log, tmp_path: Path) -> None:
+    path = written(tmp_path, RETAILROCKET.replace("transactionid", "itemid", 1))
+    with pytest.raises(ImportFailed, match="2 columns itemid"):
+        import_file("retailrocket", path, log, CODEC)
+
+
+def readable(log: Log) -> int:
+    """How many records of the topic the learner can read; asserts that it is all of them."""
+    bounds = log.bounds("events")
+    reader, count = log.reader("events", {p: ends.low for p, ends in bounds.items()}), 0
+    while len(batch := reader.poll(1000, 0.2)):
+        kind = Decoder(CODEC, Vocabulary()).decode(batch).kind
+        assert (kind == Kind.EVENT).all()
+        count += len(batch)
+    reader.close()
+    return count
+
+
+def test_texts_with_a_null_character_are_left_out_and_what_is_written_can_be_read(
+    log: Log, tmp_path: Path
+) -> None:
+    spoilt = REES46.replace("72d76fde", "72\0").replace("shiseido", "shi\0do").replace("cosmetics", "\0")
+    import_file("rees46", written(tmp_path, spoilt), log, CODEC)
+    assert [event["session_id"] for event in by_time(log)] == [None, "9333dfbd", "9333dfbd", None]
+    assert {item["brand"] for item in records(log, "catalog")} == {None}
+    assert {item["category"] for item in records(log, "catalog")} == {
+        "2103807459595387724",
+        "appliances.water_heater",
+    }
+    import_file("retailrocket", written(tmp_path, RETAILROCKET.replace("4000", "40\0")), log, CODEC)
+    assert all(event["params"] == {} for event in by_time(log))
+    assert readable(log) == 7
+
+
+def test_names_and_ids_that_no_event_may_have_are_left_out_of_ga4(log: Log, tmp_path: Path) -> None:
+    odd = ("a\0b", "\ud800", "")
+    params = [{"key": key, "value": {"string_value": "x"}} for key in (*odd, "page")]
+    export = GA4_EXPORT | {"event_params": params, "ecommerce": dict.fromkeys(odd, "x")}
+    own = {"event_id": "e" * 1025, "name": "search", "user_id": "anna", "timestamp": 1767319446000}
+    own["params"] = {"a\0b": "x", "page": "home"}
+    import_file("ga4", written(tmp_path, f"{json.dumps(export)}\n{json.dumps(own)}\n"), log, CODEC)
+    assert [event["params"] for event in by_time(log)] == [{"page": "x"}, {"page": "home"}]
+    assert readable(log) == 2
+
+
+def test_fractions_of_a_second_keep_the_order_and_the_ids_that_parquet_gives(tmp_path: Path) -> None:
+    text = REES46.replace("00:00:00 UTC", "00:00:01.9 UTC").replace("00:00:01 UTC", "00:00:01.10059Z")
+    path = written(tmp_path, text)
+    plain = imported_events("rees46", path, tmp_path / "plain")
+    assert [event["timestamp"] - 1569888000000 for event in plain] == [1100, 1900, 2000, 5000]
+    times = pa.array([1_900_000, 1_100_590, 2_000_000, 5_000_000], pa.int64())
+    columns = pa.csv.read_csv(path).drop_columns("event_time")
+    stamped = columns.append_column("event_time", pc.add(times, 1569888000_000_000).cast(pa.timestamp("us")))
+    pq.write_table(stamped, tmp_path / "file.parquet")
+    assert imported_events("rees46", tmp_path / "file.parquet", tmp_path / "parquet") == plain
+
+
+@pytest.mark.parametrize("time", ["2019-02-30 00:00:00", "2019-02-29T00:00:00Z", "2019-04-31 12:00:00.5 UTC"])
+def test_a_day_that_no_month_has_is_no_time(time: str, log: Log, tmp_path: Path) -> None:
+    imported = import_file(
+        "rees46", written(tmp_path, REES46.replace("2019-10-01 00:00:00 UTC", time)), log, CODEC
+    )
+    assert (imported.refused, imported.events) == ({Refusal.TIMESTAMP: 1}, 3)
 
 
 def test_topics_that_are_there_keep_their_partitions_and_missing_ones_are_created(
