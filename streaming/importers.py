@@ -2,10 +2,11 @@
 
 Three steps, each in bounded memory: the file is read in blocks and every row checked; blocks are sorted by
 event time through runs on disk (public logs come by user, or in no order at all, while the joiner's
-watermarks expect time to move forward); then each row is encoded and sent, the catalog beside it.
+watermarks expect time to move forward); then each row is encoded and sent, and what is new to the catalog beside it.
 
 An event's id is a hash of what happened, and of which occurrence of it this is; not of the file. So a
-second import of the same log, in whatever layout, adds nothing: its events are duplicates, or late.
+second import of the same log, in whatever layout, adds nothing: its events are duplicates, or late. Nor does it change
+what the catalog says by then.
 Rows that cannot be used are counted by reason, with the first of each as it stood.
 """
 
@@ -34,6 +35,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from streaming.import_catalog import Decoder, ImportCatalog
 from streaming.log import Log, LogError, LogFull, Producer
 from streaming.topics import TopicSettings, create_topics
 
@@ -107,7 +109,7 @@ class Imported:
         return "\n".join(lines)
 
 
-class Encoder(Protocol):
+class Encoder(Decoder, Protocol):
     """The part of streaming.schemas.Codec that an import needs."""
 
     def encode_event(self, event: dict[str, Any], /) -> bytes:
@@ -143,9 +145,11 @@ def import_file(
         rows, in_order = _sorted_by_time(tables, Path(scratch), settings.run_rows)
         if rows == 0:
             raise ImportFailed(f"{path}: nothing in it could be read as {layout}\n{imported}")
+        catalog = ImportCatalog(codec)
+        catalog.read(log, topics.catalog)  # as late as may be: the shop may write to it meanwhile
         producer = log.producer()
         try:
-            _publish(in_order, rows, topics, producer, codec, imported, progress)
+            _publish(in_order, rows, topics, catalog, producer, codec, imported, progress)
         finally:
             producer.close()  # raises if anything queued could not be written
     return imported
@@ -882,19 +886,20 @@ def _publish(
     blocks: Iterable[pa.Table | pa.RecordBatch],
     rows: int,
     topics: TopicSettings,
+    catalog: ImportCatalog,
     producer: Producer,
     codec: Encoder,
     imported: Imported,
     progress: Progress,
 ) -> None:
-    known: dict[str, dict[str, Any]] = {}  # item id → its catalog record: grows with the catalog, not the log
     now_ms, seen = 0, Counter[str]()  # contents of the events of this very millisecond
     for block in blocks:
         for event in _as_dicts(block):
             if event["timestamp"] != now_ms:
                 now_ms, seen = event["timestamp"], Counter()
             for item in event["items"]:
-                if (record := _catalog_record(item, known)) is not None:
+                told = _take_description(item)
+                if told is not None and (record := catalog.tell(item["item_id"], told)) is not None:
                     _send(producer, topics.catalog, item["item_id"], codec.encode_item(record))
                     imported.items += 1
             event["event_id"] = event["event_id"] or _event_id(event, seen)
@@ -939,18 +944,14 @@ _CONTENT: Final = (
 )
 
 
-def _catalog_record(item: dict[str, Any], known: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
-    """Takes category and brand, which an Event has no place for, out of the item; returns its record for the
-    catalog if they, or the price beside them, tell anything new."""
+def _take_description(item: dict[str, Any]) -> dict[str, Any] | None:
+    """Takes category and brand, which an Event has no place for, out of the item; returns them, and the price beside
+    them; None where there is neither."""
     category, brand = item.pop("category"), item.pop("brand")
     if category is None and brand is None:
         return None
-    old = known.get(item["item_id"], {"item_id": item["item_id"]})
     price = item["price"] if item["price"] is not None and 0 <= item["price"] <= 1e9 else None
-    told = {"category": category, "brand": brand, "price": price}
-    new = old | {name: value for name, value in told.items() if value is not None}
-    known[item["item_id"]] = new
-    return None if new == old else new
+    return {"category": category, "brand": brand, "price": price}
 
 
 # ── what the user sees ───────────────────────────────────────────────────────────────────────────────────────

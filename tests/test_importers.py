@@ -28,7 +28,7 @@ from streaming.importers import (
     read_events,
 )
 from streaming.interning import Vocabulary
-from streaming.log import Log, LogFull, open_log
+from streaming.log import Bounds, Log, LogFull, open_log
 from streaming.schemas import Codec
 
 CODEC = Codec()
@@ -212,6 +212,9 @@ def test_a_file_larger_than_memory_comes_out_in_order_of_time(tmp_path: Path) ->
 
         def partitions(self, topic: str) -> int:
             return 1
+
+        def bounds(self, topic: str) -> dict[int, Bounds]:
+            return {}
 
         def producer(self) -> Tape:
             return self
@@ -589,6 +592,9 @@ def test_a_full_producer_queue_delays_and_loses_nothing(log: Log, tmp_path: Path
         def partitions(self, topic: str) -> int:
             return log.partitions(topic)
 
+        def bounds(self, topic: str) -> dict[int, Bounds]:
+            return log.bounds(topic)
+
         def create_topic(self, topic: str, partitions: int, **rest: Any) -> bool:
             return log.create_topic(topic, partitions, **rest)
 
@@ -637,3 +643,66 @@ def test_a_bar_on_a_terminal_redraws_one_line() -> None:
 def test_settings_name_their_range() -> None:
     with pytest.raises(ValueError, match=r"run_rows must be within 1000\.\.100000000, not 3"):
         ImportSettings(run_rows=3)
+
+
+# --- the catalog of a shop that feeds it by itself
+
+
+def shop_says(log: Log, item_id: str, **fields: Any) -> None:
+    """The shop writes a record of its catalog; without fields it takes the item out of it."""
+    value = CODEC.encode_item({"item_id": item_id, **fields}) if fields else None
+    shop_writes(log, item_id, value)
+
+
+def shop_writes(log: Log, item_id: str, value: bytes | None) -> None:
+    producer = log.producer()
+    producer.send("catalog", item_id.encode(), value)
+    producer.close()
+
+
+def ends(log: Log, topic: str) -> dict[int, int]:
+    return {partition: bounds.high for partition, bounds in log.bounds(topic).items()}
+
+
+def test_a_second_import_leaves_the_catalog_as_the_shop_has_it(log: Log, tmp_path: Path) -> None:
+    path = written(tmp_path, REES46)
+    assert import_file("rees46", path, log, CODEC).items == 3
+    shop_says(
+        log, "44600062", category="cosmetics", brand="shiseido", price=40.0, in_stock=False, vector=[0.5]
+    )
+    shop_says(log, "3900821")
+    before = ends(log, "catalog")
+    assert import_file("rees46", path, log, CODEC).items == 0
+    assert ends(log, "catalog") == before
+
+
+def test_an_import_adds_to_a_record_of_the_shops_what_it_does_not_say(log: Log, tmp_path: Path) -> None:
+    log.create_topic("catalog", 1, compacted=True)
+    shop = {"category": "creams", "in_stock": False, "vector": [0.5, 2.0], "title": "Cream"}
+    shop_says(log, "44600062", **shop)
+    import_file("rees46", written(tmp_path, REES46), log, CODEC)
+    told = [item for item in records(log, "catalog") if item["item_id"] == "44600062"]
+    base = {"item_id": "44600062", "price": None, "brand": None, **shop}
+    # the brand and the price are news, a new price of the file's own is, too; the category is the shop's
+    first, last = {"brand": "shiseido", "price": 35.79}, {"brand": "shiseido", "price": 36.0}
+    assert told == [base, base | first, base | last]
+
+
+def test_a_record_that_cannot_be_read_here_is_left_alone(log: Log, tmp_path: Path) -> None:
+    log.create_topic("catalog", 1, compacted=True)
+    unknown = b"\xc3\x01" + bytes(8) + b"of a version of Item that is not known here"
+    shop_writes(log, "44600062", unknown)
+    shop_writes(log, "3900821", CODEC.encode_item({"item_id": "another"}))
+    before = ends(log, "catalog")
+    assert import_file("rees46", written(tmp_path, REES46), log, CODEC).items == 0
+    assert ends(log, "catalog") == before
+
+
+def test_the_whole_catalog_is_read_before_anything_is_added_to_it(
+    log: Log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streaming.import_catalog._BATCH", 2)
+    log.create_topic("catalog", 3, compacted=True)
+    for item_id in [f"other{n}" for n in range(8)] + ["44600062", "3900821"]:
+        shop_says(log, item_id, category="c", brand="b", price=1.0)
+    assert import_file("rees46", written(tmp_path, REES46), log, CODEC).items == 0
