@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 
 from streaming.commandline import Parser, add_config, add_log, build, codec_from, log_from, run
 from streaming.dead_letters import dlq_topic, late_topic
@@ -33,7 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    signal.signal(signal.SIGTERM, _end)
     return run(lambda: namespace.command(namespace))
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """As Ctrl-C does: what is open is closed, and an import's sorted runs go."""
+    raise SystemExit(128 + number)
 
 
 # ── topics ───────────────────────────────────────────────────────────────────────────────────────────────────

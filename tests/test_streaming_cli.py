@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -276,6 +278,23 @@ def test_a_file_that_cannot_be_imported_is_status_1(
         (tmp_path / name).write_text(text)
     assert ran("import", "retailrocket", str(tmp_path / name), "--log", url) == 1
     assert told in capsys.readouterr().err
+
+
+def test_sigterm_ends_an_import_and_leaves_nothing_in_its_scratch_folder(url: str, tmp_path: Path) -> None:
+    scratch, file = tmp_path / "scratch", tmp_path / "UserBehavior.csv"
+    scratch.mkdir()
+    file.write_text("1,2268318,2520377,pv,1511544070\n" * 200_000)
+    command = [sys.executable, "-m", "streaming", "import", "taobao", str(file), "--log", url]
+    process = subprocess.Popen([*command, "--run-rows", "10000", "--scratch", str(scratch)])
+    try:
+        deadline = time.monotonic() + 60
+        while not list(scratch.glob("*/*.arrow")) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        process.terminate()
+        assert process.wait(60) == 143
+    finally:
+        process.kill()
+    assert list(scratch.iterdir()) == []
 
 
 # --- tail
