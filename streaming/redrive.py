@@ -28,14 +28,17 @@ GROUP: Final = "bellwether-redrive"  # its committed offsets tell how far letter
 class Redriven:
     """What came of the letters of one topic."""
 
+    earlier: int = 0  # offsets that are kept, and that a run before this one has been through
     letters: int = 0
     put_back: int = 0
     unusable: Counter[str] = field(default_factory=Counter)  # why the others stay
 
     def __str__(self) -> str:
         kept = ", ".join(f"{count:,} {reason}" for reason, count in self.unusable.most_common())
-        return f"{self.letters:,} letters read, {self.put_back:,} put back" + (
-            f"; stay: {kept}" if kept else ""
+        return (
+            f"{self.letters:,} letters read, {self.put_back:,} put back"
+            + (f"; stay: {kept}" if kept else "")
+            + (f"; {self.earlier:,} were read before: --again reads those, too" if self.earlier else "")
         )
 
 
@@ -60,6 +63,7 @@ def redrive(
     starts = {
         p: start if bounds[p].low <= start <= bounds[p].high else bounds[p].low for p, start in starts.items()
     }
+    done.earlier = sum(start - bounds[p].low for p, start in starts.items())
     ends = {p: b.high for p, b in bounds.items()}
     producer = log.producer()
     try:

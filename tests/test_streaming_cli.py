@@ -27,6 +27,7 @@ from streaming.schemas import DEAD_LETTER, EVENT, Codec
 from streaming.tail import Line, as_text, between, follow, records_between
 from streaming.topics import wait_for
 from tests.kafka_broker import KafkaBroker
+from tests.test_redrive import SCHEMAS, click
 
 CODEC = Codec()
 TAOBAO = """1,2268318,2520377,pv,1511544070
@@ -452,7 +453,10 @@ def test_redrive_puts_back_what_can_be_read_by_now_and_only_once(
     assert [(line.key, line.value) for line in everything(log, topic)] == [(b"a key of its own", GOOD)]
 
     assert ran(*command) == 0
-    assert capsys.readouterr().out.splitlines() == [f"{topic}.dlq: 0 letters read, 0 put back", waiting]
+    assert capsys.readouterr().out.splitlines() == [
+        f"{topic}.dlq: 0 letters read, 0 put back; 4 were read before: --again reads those, too",
+        waiting,
+    ]
     assert ran(*command, "--late") == 0
     assert capsys.readouterr().out.splitlines()[1] == f"{topic}.late: 1 letters read, 1 put back"
     assert sorted(line.key or b"" for line in everything(log, topic)) == [b"a key of its own", b"cat"]
@@ -473,6 +477,23 @@ def test_a_letter_that_stayed_is_looked_at_again_when_asked_and_what_went_back_c
         joiner.push(decoder.decode(batch))
     counted = joiner.counters()
     assert (counted["events"], counted["duplicates"]) == (1, 1)
+
+
+def test_what_stayed_goes_back_once_its_schema_is_there_by_the_flag_that_is_named(
+    url: str, sqlite: Log, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key, value = click(1)
+    dead(sqlite, "events", [(key.encode(), value, Reason.UNKNOWN_SCHEMA)])
+    command = ("redrive", "--log", url)
+    said = []
+    for flags in ((), ("--schemas", str(SCHEMAS)), ("--schemas", str(SCHEMAS), "--again")):
+        assert ran(*command, *flags) == 0
+        said.append(capsys.readouterr().out.splitlines()[0].removeprefix("events.dlq: "))
+    assert said == [
+        "1 letters read, 0 put back; stay: 1 UNKNOWN_SCHEMA",
+        "0 letters read, 0 put back; 1 were read before: --again reads those, too",
+        "1 letters read, 1 put back",
+    ]
 
 
 def test_a_letter_without_a_key_goes_to_its_users_partition(url: str, sqlite: Log) -> None:
