@@ -47,8 +47,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _now_ms,
         _new_name,
     )
-    if launch.log_url is not None:
-        log_from(namespace).close()  # a URL that is none ends here, in one line
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
@@ -56,7 +54,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     serve = run_one if launch.config.processes == 1 else run_many
-    return run(lambda: serve(launch, stop))
+
+    def body() -> int:
+        if launch.log_url is not None:
+            log_from(
+                namespace
+            ).close()  # once, before any process is started: what is wrong with it is one line
+        return serve(launch, stop)
+
+    return run(body)
 
 
 def _now_ms() -> int:

@@ -862,6 +862,32 @@ def test_a_wrong_command_line_ends_in_one_line(
     assert capsys.readouterr().err == line + "\n"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--log", "kafka://localhost:9092", "--kafka", "no.such=1"], "no.such"),
+        (["--log", "kafka://"], "'kafka://' names no server"),
+        (["--log", "sqlite:///l.db?foo=1"], "'foo=1' is no option"),
+        (["--log", "sqlite:///no/such/l.db"], "no/such/l.db"),
+    ],
+)
+def test_a_log_that_cannot_be_opened_ends_it_in_one_line(
+    arguments: list[str],
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from serving.__main__ import main
+
+    (tmp_path / "no").write_text("a file")
+    monkeypatch.chdir(tmp_path)
+    assert main(["--weights", "w", *arguments]) == 1
+    said = capsys.readouterr().err
+    assert told in said
+    assert said.count("\n") == 1
+
+
 def test_a_taken_port_ends_it_in_one_line(learned: tuple[World, ServerProcess, Client]) -> None:
     world, server, _ = learned
     for processes in ("1", "2"):
