@@ -227,8 +227,10 @@ def _train(
             resumed = checkpoints.read(resume)
         learner = resumed.learner
         trainer = _prepared(
-            config, resumed, log, codec, watch, checkpoints, store, metrics, topic_id, closing
+            config, resumed, log, codec, watch, checkpoints, store, metrics, topic_id, closing, stop
         )
+        if stop.is_set():  # nothing was read of the topic yet
+            return
         prequential = Prequential(learner.vocabulary, join.rewards)
         if config.prequential is not None:
             learner.observe = prequential.observe
@@ -290,8 +292,10 @@ def _prepared(
     metrics: Metrics,
     topic_id: str,
     closing: ExitStack,
+    stop: threading.Event,
 ) -> Trainer:
-    """A trainer for what has resumed, and all that it works with."""
+    """A trainer for what has resumed, and all that it works with. Where `stop` came meanwhile, it knows a part of the
+    catalog only, and must not run."""
     learner, loaded, since, offsets = resumed
     saved = None if loaded is None else loaded.meta
     _show_progress(log, config, offsets)
@@ -308,7 +312,7 @@ def _prepared(
     closing.callback(misplaced.close)
     catalog = CatalogFeed(log, config.catalog_topic, learner.take_catalog)
     closing.callback(catalog.close)
-    catalog.catch_up()
+    catalog.catch_up(stop.is_set)
     until = {p: bound.high for p, bound in watch.bounds.items()} if config.until_caught_up else None
     reader = log.reader(config.topic, offsets, identity=topic_id)
     closing.callback(reader.close)

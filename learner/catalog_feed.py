@@ -31,14 +31,18 @@ class CatalogFeed:
         self._parked: RecordBatch | None = None  # read, not applied yet
         self.refused = 0
 
-    def catch_up(self) -> None:
-        """Take in all that is there now. Raises: LogError."""
+    def catch_up(self, stopped: Callable[[], bool] = lambda: False) -> None:
+        """Take in all that is there now, or as much as comes until `stopped`. Raises: LogError."""
         try:
             bounds = self._log.bounds(self._topic)
         except UnknownTopic:
             return
         self._follow(bounds)
-        while self._reader and any(at < bounds[p].high for p, at in self._reader.position().items()):
+        while (
+            not stopped()
+            and self._reader
+            and any(at < bounds[p].high for p, at in self._reader.position().items())
+        ):
             self._take(self._reader, 1.0)
 
     def follow(self, bounds: Mapping[int, Bounds]) -> None:

@@ -6,8 +6,9 @@ import pytest
 
 from learner.catalog_feed import CatalogFeed
 from streaming.catalog import Catalog
+from streaming.chunks import batch_of
 from streaming.interning import Vocabulary
-from streaming.log import OffsetOutOfRange, TopicReplaced, UnknownTopic, open_log
+from streaming.log import Bounds, OffsetOutOfRange, TopicReplaced, UnknownTopic, open_log
 from streaming.schemas import ITEM, Codec
 from tests.small_shop import delete_topic, expire
 from tests.test_decoder import Schemas
@@ -63,6 +64,34 @@ def test_all_that_is_there_is_taken_in_and_then_what_is_new(stock):
     stock.send("a", None)
     stock.follow()
     assert stock.on_offer() == ["b", "c"]
+
+
+class Stalled:
+    """A log, and a reader of it, that has five records and gives none."""
+
+    polls = 0
+
+    def bounds(self, topic):
+        return {0: Bounds(0, 5)}
+
+    def reader(self, topic, offsets, *, keys):
+        return self
+
+    def position(self):
+        return {0: 0}
+
+    def poll(self, max_records, timeout_s):
+        self.polls += 1
+        return batch_of([])
+
+    def close(self): ...
+
+
+def test_a_catalog_that_does_not_come_is_not_waited_for_once_the_learner_is_told_to_end():
+    log = Stalled()
+    feed = CatalogFeed(log, "catalog", lambda batch: pytest.fail("there is none"))
+    feed.catch_up(lambda: log.polls >= 3)
+    assert log.polls == 3
 
 
 def test_a_topic_that_is_not_there_yet_is_an_empty_catalog_and_read_once_it_is(stock):
