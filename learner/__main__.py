@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -82,6 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings, agent = build(LearnerSettings, namespace), build(AgentSettings, namespace)
     rewards = _rewards(parser, namespace)
     join = build(JoinSettings, namespace, rewards=rewards, gamma=agent.gamma, history_length=agent.entries)
+    if config.prequential is not None:
+        _make_room(parser, Path(config.prequential))
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
@@ -177,6 +182,18 @@ def _rewards(parser: Parser, namespace: Namespace) -> RewardTable:
         parser.error(str(error))
 
 
+def _make_room(parser: Parser, report: Path) -> None:
+    """Make sure, before anything is read for it, that this report can be written."""
+    try:
+        if report.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(report))
+        report.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=report.parent):
+            pass
+    except OSError as error:
+        parser.error(f"--prequential: no report can be written there: {error}")
+
+
 def _guarded(body: Callable[[], None]) -> int:
     """0, or 1 and one line about what an operator can act on."""
     try:
@@ -225,20 +242,15 @@ def _train(
         if checkpoints.overtaken():  # by the learner that went on until now
             del resumed  # there may be no room for two
             resumed = checkpoints.read(resume)
-        learner = resumed.learner
         trainer = _prepared(
             config, resumed, log, codec, watch, checkpoints, store, metrics, topic_id, closing, stop
         )
         if stop.is_set():  # nothing was read of the topic yet
             return
-        prequential = Prequential(learner.vocabulary, join.rewards)
-        if config.prequential is not None:
-            learner.observe = prequential.observe
-        line = ProgressLine(sys.stderr, trainer.totals)
-        trainer.run(stop, line.tell)
-        line.end()
-        if config.prequential is not None:
-            prequential.write(config.prequential)
+        with _reported(config.prequential, resumed, join):
+            line = ProgressLine(sys.stderr, trainer.totals)
+            trainer.run(stop, line.tell)
+            line.end()
 
 
 def _await_topic(log: Log, config: TrainConfig, stop: threading.Event) -> bool:
@@ -341,6 +353,24 @@ def _prepared(
         topic_id=topic_id,
         live=() if saved is None else saved["live"],
     )
+
+
+@contextlib.contextmanager
+def _reported(path: str | None, resumed: _Resumed, join: JoinSettings) -> Iterator[None]:
+    """What the learner takes in meanwhile is ranked, and the report of it written, however that ends; None: neither."""
+    if path is None:
+        yield
+        return
+    prequential = Prequential(resumed.learner.vocabulary, join.rewards)
+    resumed.learner.observe = prequential.observe
+    if resumed.loaded is not None:
+        logger.info("%s will cover what comes from now on, not what the checkpoint has seen", path)
+    try:
+        yield
+    finally:
+        prequential.write(path)
+        if not len(prequential.ranked().number):
+            logger.warning("%s covers 0 steps: nothing came that could be ranked", path)
 
 
 def _show_progress(log: Log, config: TrainConfig, offsets: Mapping[int, int]) -> None:

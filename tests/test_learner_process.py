@@ -131,6 +131,29 @@ def test_sigterm_ends_it_after_a_last_checkpoint_and_version(shop_url, tmp_path)
     assert {str(p): o for p, o in manifest.positions.items()} == meta["positions"]
 
 
+def test_a_last_checkpoint_that_fails_does_not_lose_the_report(shop_url, tmp_path):
+    report, checkpoints = tmp_path / "new" / "report.json", tmp_path / "data" / "learner"
+    process = start(tmp_path, shop_url, "--checkpoint-s", "3600", "--prequential", str(report))
+    await_line(process, "no checkpoint of")
+    time.sleep(3.0)
+    checkpoints.rename(tmp_path / "away")
+    checkpoints.write_text("in the way")
+    process.send_signal(signal.SIGTERM)
+    status, said = finish(process)
+    assert (status, "ended without a last checkpoint" in said) == (1, True), said
+    assert json.loads(report.read_text())["steps"] > 100
+
+
+def test_a_report_says_that_it_goes_on_from_a_checkpoint_and_where_it_is_empty(shop_url, tmp_path):
+    report = tmp_path / "report.json"
+    said = []
+    for _ in range(2):
+        process = start(tmp_path, shop_url, "--until-caught-up", "--prequential", str(report))
+        said.append(finish(process)[1])
+    from_now_on, empty = (f"{report} will cover what comes from now on", f"{report} covers 0 steps")
+    assert [(from_now_on in lines, empty in lines) for lines in said] == [(False, False), (True, True)]
+
+
 def test_a_second_learner_with_the_same_name_fences_the_first(shop_url, tmp_path):
     first = start(tmp_path, shop_url, "--checkpoint-s", "0.2")
     await_line(first, "no checkpoint of")
@@ -258,6 +281,11 @@ def test_a_checkpoint_of_another_log_is_refused(shop_url, tmp_path):
         (("--gamma", "1.5"), "gamma"),
         (("--deterministic", "--device", "cuda"), "deterministic needs device cpu"),
         (("--rewards", "click=1"), "no such event name"),
+        (
+            ("--prequential", "."),
+            "--prequential: no report can be written there: [Errno 21] Is a directory: '.'",
+        ),
+        (("--prequential", "/dev/null/r.json"), "--prequential: no report can be written there: "),
         (("--log", "redis://x"), "is no log"),
         (
             ("--weights", "nosuch://x"),
