@@ -47,6 +47,7 @@ class _Users(NamedTuple):
     name: npt.NDArray[np.uint8]  # [U, H]
     timestamp_ms: npt.NDArray[np.int64]  # [U, H]
     value: npt.NDArray[np.float32]  # [U, H]
+    passed_ms: npt.NDArray[np.int64]  # [U] event time up to which a full ring was left behind
     bought: npt.NDArray[np.int32]  # [U, B] 0: free
     bought_ms: npt.NDArray[np.int64]  # [U, B] event time
     purchases: npt.NDArray[np.int64]  # [U] ever written; the next goes to purchases % B
@@ -104,12 +105,21 @@ class UserState:
         """Users given up so far to make room for others."""
         return int(self._users.ends[3])
 
-    def absorb(self, columns: Columns, vocabulary_size: int) -> None:
-        """Take in decoded records in log order; decisions and bad rows are skipped, resent events count once."""
+    def absorb(
+        self, columns: Columns, vocabulary_size: int, logged_ms: npt.NDArray[np.int64] | None = None
+    ) -> None:
+        """Take in decoded records in log order; decisions and bad rows are skipped, resent events count once.
+
+        An event that is older than all that a full history holds is skipped, too: it may have been there and left, as
+        where a log is imported again. logged_ms: [N] the log's own time of each record, which no user's clock can lead
+        into the future; None: the events' own.
+        """
         with self._lock:
             if vocabulary_size >= len(self._popularity):
                 self._popularity = np.append(self._popularity, np.zeros(vocabulary_size + 1))
-            _absorb(self._users, self._popularity, self._scale, self._weight, _events(columns))
+            # a copy: the loop is compiled for one layout
+            logged_ms = np.array(columns.timestamp_ms if logged_ms is None else logged_ms, np.int64)
+            _absorb(self._users, self._popularity, self._scale, self._weight, _events(columns), logged_ms)
 
     def history(self, user: int) -> History:
         """The user's entries, oldest first; empty for one who is not known. user: hash of the user_id."""
@@ -144,6 +154,7 @@ def _new_users(users: int, history: int, bought: int) -> _Users:
         name=np.zeros((users, history), np.uint8),
         timestamp_ms=np.zeros((users, history), np.int64),
         value=np.zeros((users, history), np.float32),
+        passed_ms=np.zeros(users, np.int64),
         bought=np.zeros((users, bought), np.int32),
         bought_ms=np.zeros((users, bought), np.int64),
         purchases=np.zeros(users, np.int64),
@@ -161,6 +172,7 @@ def _absorb(
     scale: npt.NDArray[np.float64],
     weight: npt.NDArray[np.float64],
     events: _Events,
+    logged_ms: npt.NDArray[np.int64],
 ) -> None:
     keeps = KEEPS
     for i in range(len(events.kind)):
@@ -169,7 +181,7 @@ def _absorb(
         if events.kind[i] != _EVENT or not keeps[name] or begin == end:
             continue
         slot = _touch(users, events.user[i])
-        if _resent(users, slot, events.id[i]):
+        if _resent(users, slot, events.id[i]) or _passed(users, slot, events.timestamp_ms[i]):
             continue
         scale[0] *= scale[1]
         if scale[0] > _TOO_LARGE:
@@ -179,7 +191,7 @@ def _absorb(
         for j in range(begin, end):
             item, price = events.item[j], events.price[j]
             worth = share if np.isnan(price) else events.quantity[j] * price
-            _append(users, slot, events, i, item, 0.0 if np.isnan(worth) else worth)
+            _append(users, slot, events, i, item, 0.0 if np.isnan(worth) else worth, logged_ms[i])
             popularity[item] += weight[name] * scale[0]
             if name == _PURCHASE:
                 _buy(users, slot, item, events.timestamp_ms[i])
@@ -207,6 +219,7 @@ def _touch(users: _Users, user: np.uint64) -> int:
         users.event[slot] = 0
         users.bought[slot] = 0
     users.written[slot] = 0
+    users.passed_ms[slot] = 0
     users.purchases[slot] = 0
     users.owner[slot] = user
     map_put(users.slot_of, user, slot)
@@ -248,14 +261,29 @@ def _resent(users: _Users, slot: int, event: np.uint64) -> bool:
 
 
 @jit
-def _append(users: _Users, slot: int, events: _Events, row: int, item: int, value: float) -> None:
-    h = users.written[slot] % users.event.shape[1]
+def _passed(users: _Users, slot: int, timestamp_ms: int) -> bool:
+    """Whether an event of that time may have left already. Many at one time, a large basket, are all taken."""
+    newest = (users.written[slot] - 1) % users.event.shape[1]
+    return bool(timestamp_ms <= users.passed_ms[slot] and timestamp_ms < users.timestamp_ms[slot, newest])
+
+
+@jit
+def _append(
+    users: _Users, slot: int, events: _Events, row: int, item: int, value: float, logged_ms: int
+) -> None:
+    room = users.event.shape[1]
+    h = users.written[slot] % room
+    left_ms = users.timestamp_ms[slot, h] if users.written[slot] >= room else 0
     users.event[slot, h] = events.id[row]
     users.item[slot, h] = item
     users.name[slot, h] = events.name[row]
     users.timestamp_ms[slot, h] = events.timestamp_ms[row]
     users.value[slot, h] = value
     users.written[slot] += 1
+    if users.written[slot] >= room:
+        oldest_ms = users.timestamp_ms[slot, users.written[slot] % room]
+        passed_ms = min(max(left_ms, oldest_ms - 1), logged_ms)
+        users.passed_ms[slot] = max(users.passed_ms[slot], passed_ms)
 
 
 @jit

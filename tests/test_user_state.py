@@ -26,6 +26,7 @@ class Deed(NamedTuple):
     price: float = float("nan")
     value: float = float("nan")
     kind: int = int(Kind.EVENT)
+    logged_ms: int = 1 << 60
 
 
 def columns(deeds: list[Deed]) -> Columns:
@@ -53,7 +54,7 @@ def state(max_users: int = 100, history_length: int = 4, half_life: float = 1e9)
 
 
 def absorb(users: UserState, *deeds: Deed) -> None:
-    users.absorb(columns(list(deeds)), 50)
+    users.absorb(columns(list(deeds)), 50, np.array([deed.logged_ms for deed in deeds], np.int64))
 
 
 def test_a_history_stands_oldest_first_and_keeps_the_newest() -> None:
@@ -78,6 +79,54 @@ def test_a_resent_event_counts_once() -> None:
     absorb(users, deed)
     assert users.history(7).item.tolist() == [1]
     assert users.popularity(1)[1] == pytest.approx(RewardTable().reward("view_item"))
+
+
+def remembered(users: UserState, user: int) -> tuple[list[int], list[int], list[float]]:
+    return (
+        users.history(user).item.tolist(),
+        users.bought(user, since_ms=0).tolist(),
+        users.popularity(50).tolist(),
+    )
+
+
+@pytest.mark.parametrize("live", [0, 1, 3, 4, 9])
+@pytest.mark.parametrize("imported", [1, 4, 5, 6, 11, 20])
+def test_a_log_that_comes_again_changes_nothing(imported: int, live: int) -> None:
+    users = state(history_length=4, half_life=2.0)
+    old = [Deed(7, "purchase", (i % 9 + 1,), id=i + 1, timestamp_ms=10 + i // 2) for i in range(imported)]
+    absorb(users, *old)
+    absorb(users, *(Deed(7, "view_item", (20 + i,), id=100 + i, timestamp_ms=90 + i) for i in range(live)))
+    before = remembered(users, 7)
+    absorb(users, *old)
+    assert remembered(users, 7) == before
+
+
+def test_what_is_older_than_all_of_a_full_history_leaves_no_trace() -> None:
+    users = state(history_length=3)
+    absorb(users, *(Deed(7, "view_item", (item,), id=item, timestamp_ms=item * 10) for item in (2, 3, 4)))
+    absorb(users, Deed(7, "purchase", (1,), id=1, timestamp_ms=10))
+    assert users.history(7).item.tolist() == [2, 3, 4]
+    assert users.bought(7, since_ms=0).tolist() == []
+    assert users.popularity(1)[1] == 0.0
+
+
+def test_a_basket_larger_than_a_history_is_bought_whole() -> None:
+    users = UserState(10, 4, 20, 1e9, RewardTable())
+    absorb(users, *(Deed(7, "purchase", (item,), id=item) for item in range(1, 13)))
+    assert sorted(users.bought(7, since_ms=0).tolist()) == list(range(1, 13))
+
+
+def test_a_clock_that_was_ahead_does_not_shut_its_user_out() -> None:
+    users = state(history_length=3)
+    far = 1 << 50
+    absorb(
+        users,
+        *(Deed(7, "view_item", (i,), id=i, timestamp_ms=far + i, logged_ms=100 + i) for i in range(1, 9)),
+    )
+    absorb(
+        users, *(Deed(7, "view_item", (i,), id=i, timestamp_ms=100 + i, logged_ms=101 + i) for i in (20, 21))
+    )
+    assert users.history(7).item.tolist() == [8, 20, 21]
 
 
 def test_decisions_bad_rows_and_events_about_nothing_leave_no_trace() -> None:
@@ -138,10 +187,11 @@ DEEDS = st.builds(
     name=st.sampled_from(["view_item", "purchase", "refund", "search", "add_to_cart"]),
     items=st.lists(st.integers(1, 5), max_size=3).map(tuple),
     id=st.integers(1, 12),
-    timestamp_ms=st.integers(0, 100),
+    timestamp_ms=st.integers(1, 100),
     price=st.sampled_from([float("nan"), 1.0]),
     value=st.just(float("nan")),
     kind=st.just(int(Kind.EVENT)),
+    logged_ms=st.integers(1, 100),
 )
 
 
@@ -151,17 +201,26 @@ def test_it_remembers_what_a_plain_python_version_remembers(deeds: list[Deed], c
     users = state(max_users=3, history_length=4)
     absorb(users, *deeds[:cut])
     absorb(users, *deeds[cut:])
-    plain: OrderedDict[int, deque[tuple[int, int, str]]] = OrderedDict()
+    plain: OrderedDict[int, deque[tuple[int, int, str, int]]] = OrderedDict()
+    passed_ms: dict[int, int] = {}
     for deed in deeds:
         if not KEEPS[CODES[deed.name]] or not deed.items:
             continue
         entries = plain.setdefault(deed.user, deque(maxlen=4))
         plain.move_to_end(deed.user)
         if len(plain) > 3:
-            plain.popitem(last=False)
-        if deed.id not in {entry[0] for entry in entries}:
-            entries.extend((deed.id, item, deed.name) for item in deed.items)
+            passed_ms.pop(plain.popitem(last=False)[0], None)
+        at = deed.timestamp_ms
+        left = bool(entries) and at <= passed_ms.get(deed.user, 0) and at < entries[-1][3]
+        if left or deed.id in {entry[0] for entry in entries}:
+            continue
+        for item in deed.items:
+            gone = entries[0][3] if len(entries) == 4 else 0
+            entries.append((deed.id, item, deed.name, at))
+            if len(entries) == 4:
+                known = min(max(gone, entries[0][3] - 1), deed.logged_ms)
+                passed_ms[deed.user] = max(passed_ms.get(deed.user, 0), known)
     for user in range(1, 7):
         history = users.history(user)
         got = [(int(i), EVENT_NAMES[n]) for i, n in zip(history.item, history.name, strict=True)]
-        assert got == [entry[1:] for entry in plain.get(user, ())]
+        assert got == [entry[1:3] for entry in plain.get(user, ())]
