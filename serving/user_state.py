@@ -60,6 +60,7 @@ class _Events(NamedTuple):
     id: npt.NDArray[np.uint64]
     user: npt.NDArray[np.uint64]
     timestamp_ms: npt.NDArray[np.int64]
+    logged_ms: npt.NDArray[np.int64]
     name: npt.NDArray[np.uint8]
     value: npt.NDArray[np.float64]
     item_bounds: npt.NDArray[np.int64]
@@ -105,21 +106,17 @@ class UserState:
         """Users given up so far to make room for others."""
         return int(self._users.ends[3])
 
-    def absorb(
-        self, columns: Columns, vocabulary_size: int, logged_ms: npt.NDArray[np.int64] | None = None
-    ) -> None:
+    def absorb(self, columns: Columns, vocabulary_size: int) -> None:
         """Take in decoded records in log order; decisions and bad rows are skipped, resent events count once.
 
         An event that is older than all that a full history holds is skipped, too: it may have been there and left, as
-        where a log is imported again. logged_ms: [N] the log's own time of each record, which no user's clock can lead
-        into the future; None: the events' own.
+        where a log is imported again. How old it is, is told by the log's own time as well, which no user's clock can
+        lead into the future.
         """
         with self._lock:
             if vocabulary_size >= len(self._popularity):
                 self._popularity = np.append(self._popularity, np.zeros(vocabulary_size + 1))
-            # a copy: the loop is compiled for one layout
-            logged_ms = np.array(columns.timestamp_ms if logged_ms is None else logged_ms, np.int64)
-            _absorb(self._users, self._popularity, self._scale, self._weight, _events(columns), logged_ms)
+            _absorb(self._users, self._popularity, self._scale, self._weight, _events(columns))
 
     def history(self, user: int) -> History:
         """The user's entries, oldest first; empty for one who is not known. user: hash of the user_id."""
@@ -172,7 +169,6 @@ def _absorb(
     scale: npt.NDArray[np.float64],
     weight: npt.NDArray[np.float64],
     events: _Events,
-    logged_ms: npt.NDArray[np.int64],
 ) -> None:
     keeps = KEEPS
     for i in range(len(events.kind)):
@@ -191,7 +187,7 @@ def _absorb(
         for j in range(begin, end):
             item, price = events.item[j], events.price[j]
             worth = share if np.isnan(price) else events.quantity[j] * price
-            _append(users, slot, events, i, item, 0.0 if np.isnan(worth) else worth, logged_ms[i])
+            _append(users, slot, events, i, item, 0.0 if np.isnan(worth) else worth)
             popularity[item] += weight[name] * scale[0]
             if name == _PURCHASE:
                 _buy(users, slot, item, events.timestamp_ms[i])
@@ -268,9 +264,7 @@ def _passed(users: _Users, slot: int, timestamp_ms: int) -> bool:
 
 
 @jit
-def _append(
-    users: _Users, slot: int, events: _Events, row: int, item: int, value: float, logged_ms: int
-) -> None:
+def _append(users: _Users, slot: int, events: _Events, row: int, item: int, value: float) -> None:
     room = users.event.shape[1]
     h = users.written[slot] % room
     left_ms = users.timestamp_ms[slot, h] if users.written[slot] >= room else 0
@@ -282,7 +276,7 @@ def _append(
     users.written[slot] += 1
     if users.written[slot] >= room:
         oldest_ms = users.timestamp_ms[slot, users.written[slot] % room]
-        passed_ms = min(max(left_ms, oldest_ms - 1), logged_ms)
+        passed_ms = min(max(left_ms, oldest_ms - 1), events.logged_ms[row])
         users.passed_ms[slot] = max(users.passed_ms[slot], passed_ms)
 
 

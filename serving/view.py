@@ -126,7 +126,7 @@ class View:
         """Take in records of `events`; returns how many of them could not be read."""
         columns = self._decoder.decode(batch)
         self._name_items()  # first: whoever asks for these users must be able to name what they met
-        self.users.absorb(columns, len(self.vocabulary), batch.timestamp_ms)
+        self.users.absorb(columns, len(self.vocabulary))
         for row in np.flatnonzero(columns.candidates & (columns.kind == Kind.DECISION)).tolist():
             self._note_described(batch.value(row) or b"")
         return int(np.count_nonzero(columns.kind == Kind.BAD))

@@ -134,14 +134,17 @@ class Chunker:
 
 
 def batch_of(
-    values: Sequence[bytes], first: int = 0, keys: Sequence[bytes | None] | None = None
+    values: Sequence[bytes],
+    first: int = 0,
+    keys: Sequence[bytes | None] | None = None,
+    logged_ms: int = 0,
 ) -> RecordBatch:
-    """These records, of partition 0 from offset `first` on."""
+    """These records, of partition 0 from offset `first` on, taken in at that time; 0: nothing says when."""
     n = len(values)
     return RecordBatch(
         partition=np.zeros(n, np.int32),
         offset=np.arange(first, first + n),
-        timestamp_ms=np.zeros(n, np.int64),
+        timestamp_ms=np.full(n, logged_ms, np.int64),
         data=np.frombuffer(b"".join(values), np.uint8),
         bounds=np.cumsum([0, *map(len, values)]),
         null=np.zeros(n, np.bool_),

@@ -38,6 +38,7 @@ def columns(deeds: list[Deed]) -> Columns:
         "id": np.array([d.id for d in deeds], np.uint64),
         "user": np.array([d.user for d in deeds], np.uint64),
         "timestamp_ms": np.array([d.timestamp_ms for d in deeds], np.int64),
+        "logged_ms": np.array([d.logged_ms for d in deeds], np.int64),
         "name": np.array([CODES[d.name] for d in deeds], np.uint8),
         "value": np.array([d.value for d in deeds], np.float64),
         "item_bounds": np.cumsum([0, *lengths]).astype(np.int64),
@@ -54,7 +55,7 @@ def state(max_users: int = 100, history_length: int = 4, half_life: float = 1e9)
 
 
 def absorb(users: UserState, *deeds: Deed) -> None:
-    users.absorb(columns(list(deeds)), 50, np.array([deed.logged_ms for deed in deeds], np.int64))
+    users.absorb(columns(list(deeds)), 50)
 
 
 def test_a_history_stands_oldest_first_and_keeps_the_newest() -> None:

@@ -30,9 +30,13 @@ from serving.service import Service
 from serving.view import View, ViewConfig
 from serving.weights import Served
 from streaming.chunks import batch_of
-from streaming.join_settings import JoinSettings
+from streaming.join_settings import LAST_MS, JoinSettings
 from streaming.rewards import HISTORY_NAMES
 from streaming.schemas import Codec
+
+_LOGGED_MS: Final = (
+    LAST_MS  # when records came in: later than all that happens, as in a log that is written today
+)
 
 KEPT: Final = 32  # newest entries of a history that a request brings
 
@@ -251,7 +255,7 @@ class InProcess:
     def _learn(self) -> None:
         """One chunk: into view and replay, as many updates as the band allows, a new version."""
         self._view_waiting()
-        self.learner.take(batch_of(self._waiting, self._taken))
+        self.learner.take(batch_of(self._waiting, self._taken, logged_ms=_LOGGED_MS))
         self._taken += len(self._waiting)
         self._viewed = 0
         self._waiting.clear()
@@ -262,7 +266,8 @@ class InProcess:
     def _view_waiting(self) -> None:
         """What waits, into the view. A server's own is as fresh."""
         if self._viewed < len(self._waiting):
-            self._view.absorb(batch_of(self._waiting[self._viewed :], self._taken + self._viewed))
+            more = self._waiting[self._viewed :]
+            self._view.absorb(batch_of(more, self._taken + self._viewed, logged_ms=_LOGGED_MS))
             self._viewed = len(self._waiting)
 
     def renew(self) -> None:
