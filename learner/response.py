@@ -37,6 +37,9 @@ PULL_WIDTH: Final = 1e-4  # σ² of what one entry of a history adds
 # k: steps go so far that replay, passed over but once or twice, is done justice to; noise grows with it, which drawing
 # choices oftener (learner.replay) has made small
 PACE: Final = 3.0
+# of a size that vectors are read in, usually 1 to 3: where all that was shown so far is alike, what is not is not
+# thousands off
+SMALLEST: Final = 0.25
 _RIDGE: Final = 1e-3
 
 
@@ -192,8 +195,8 @@ class Fit:
             mean.lerp_(weights @ vectors, share)
             apart = vectors - mean
             cov.lerp_((apart * weights.unsqueeze(1)).T @ apart, share).diagonal().add_(1e-9)
-        response.state_scale.fill_(self.state_cov.trace().sqrt())
-        response.item_scale.fill_(self.item_cov.trace().sqrt())
+        response.state_scale.fill_(self.state_cov.trace().sqrt()).clamp_(min=SMALLEST)
+        response.item_scale.fill_(self.item_cov.trace().sqrt()).clamp_(min=SMALLEST)
         self._derive()
 
     def _move_own(self, ids: Tensor, gradient: Tensor, told: Tensor, towards: Tensor, q: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from learner.response import PACE, PULL_WIDTH, WIDTHS, Fit, Response, Shown
+from learner.response import PACE, PULL_WIDTH, SMALLEST, WIDTHS, Fit, Response, Shown
 
 D, ITEMS, STEPS, SLOTS = 4, 6, 80, 3
 ENTRIES, KINDS, CHANNELS = 5, 3, 2
@@ -112,6 +112,18 @@ def test_one_click_more_or_less_moves_an_item_little_and_a_thousand_move_it_far(
     assert level(38, 300) == pytest.approx(
         float(torch.log(38 / expected / (1 - 38 / 240) * (1 - expected / 240))), abs=0.03
     )
+
+
+def test_where_all_that_was_shown_is_alike_what_is_unlike_it_is_not_thousands_off():
+    log = Log(2)
+    log.phi[:], log.tower[:] = 1.0, 1.0
+    response = fitted(log, 5).response
+    unlike = torch.full((1, D), 1.5)  # as far off as vectors are from each other, or nearer
+    assert response.of_state(unlike).norm() == pytest.approx(1.0 / SMALLEST, rel=1e-4)
+    assert response.of_item(unlike).norm() == pytest.approx(1.0 / SMALLEST, rel=1e-4)
+    own = torch.cat((torch.full((ITEMS, D), 0.1), torch.zeros(ITEMS, 1)), dim=1)
+    query = torch.cat((unlike, torch.ones(1, 1)), dim=1)
+    assert (response.keys(log.tower, own) @ query.T).abs().max() < 2.0  # log-odds
 
 
 def test_items_that_are_not_shown_stand_where_interest_alone_puts_them():
