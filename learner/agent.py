@@ -266,6 +266,7 @@ class Agent:
         self.updates = 0
         self.last_target_sync_update = 0
         self.slots = 1.0  # shown in a slate, lately
+        self._slates = np.zeros(2)  # lately: weight of transitions from slates, and of the slates themselves
         # lately: decisions, those that brought their candidates, and how many these were in all
         self._offers = np.zeros(3)
         self._generator = torch.Generator().manual_seed(seed)
@@ -653,6 +654,17 @@ class Agent:
         usual = (chance * weight).sum() / weight.sum().clamp(min=1e-9)
         return ((chance - usual) * ~rows.organic).unsqueeze(1)
 
+    def _look_slots(self, batch: Batch) -> None:
+        """Take in how many slots slates have: a slate of K slots is there K times, and counts for one. Of few slates
+        the ratio would be off, so that the sums are means over batches."""
+        from_slates = ~batch.organic
+        if not from_slates.any():
+            return
+        weight = batch.weight[from_slates] / batch.weight.mean()
+        sums = (weight.sum(), (weight / np.maximum(1, batch.slots[from_slates])).sum())
+        self._slates += SLATES_SHARE * (sums - self._slates)
+        self.slots += SLATES_SHARE * (float(self._slates[0] / self._slates[1]) - self.slots)
+
     @torch.no_grad()
     def _look_unit(self, batch: Batch) -> None:
         """Take in what a choice earns on average, in reward units: one unit of all that the network says and learns of
@@ -955,7 +967,7 @@ class Agent:
             np.int64,
         )
         out["met"] = self._met[: self.rows].cpu().numpy().copy()
-        out["slots"] = np.array([self.slots])
+        out["slots"] = np.array([self.slots, *self._slates])
         out["offers"] = self._offers.copy()
         out["unit"] = np.array([self.unit])
         return out
@@ -1020,7 +1032,9 @@ class Agent:
         self.updates, self.last_target_sync_update, self._choices, self._unit_looks, *looks = counters
         self._unaided_looks = looks
         self._offers = state["offers"].copy()
-        self.slots, self.unit = float(state["slots"][0]), float(state["unit"][0])
+        self.unit = float(state["unit"][0])
+        self.slots, *slates = state["slots"].tolist()
+        self._slates[:] = slates or 0.0  # checkpoints of earlier versions have no sums
 
     @torch.no_grad()
     def _q(self, queries: Queries, choice: Tensor, reward: Tensor, continuation: Tensor) -> Tensor:
@@ -1044,9 +1058,7 @@ class Agent:
         for ids in (slate, state.item):
             self._items.seen[ids] = ~self._spoken_for(ids) | (self._met[ids] >= MEETINGS)
         self._items.seen[0] = False
-        slots = batch.slots[~batch.organic]
-        if len(slots):
-            self.slots += 0.01 * (float(slots.mean()) - self.slots)
+        self._look_slots(batch)
         aisle, stands_for, on_offer = None, None, self._on_offer
         here, there = state.item, next_state.item
         if self.rows <= self.settings.exact_items:
@@ -1182,6 +1194,7 @@ ABSURD: Final = 1000.0
 UNIT_MEMORY: Final = 1000  # updates over which what a choice earns is a mean
 _CACHED: Final = 1 << 18  # numbers in one matrix over all items
 OFFER_MEMORY: Final = 1000  # decisions over which what is on offer is a mean
+SLATES_SHARE: Final = 0.01  # of an update in what is known of slates lately
 UNAIDED_MEMORY: Final = 200  # updates over which what sets unaided choices apart is a mean
 BY_ITEM: Final = ("tower.id.weight",)  # tables with one row for each vocabulary id
 _EPS: Final = 1e-6  # of Adam

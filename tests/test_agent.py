@@ -111,6 +111,27 @@ def test_slates_may_be_longer_than_places_are_told_apart():
     assert torch.equal(chance[:, 0], chance[:, 1])
 
 
+def test_a_slate_counts_for_one_in_how_long_they_are_however_many_slots_it_has():
+    """Half of the slates have one slot and half twelve, of which one in thirteen transitions is of the former; those of
+    two slots are drawn ten times as often as they should be, and weighed back."""
+    agent, told, rng = new_agent(), batch(0), np.random.default_rng(0)
+    for _ in range(3000):
+        told.organic[:] = np.arange(16) > 2  # few rows tell of slates
+        told.slots[:] = np.where(told.organic, 1, rng.choice([1, 12, 2], 16, p=[1 / 33, 12 / 33, 20 / 33]))
+        told.weight[:] = np.where(told.slots == 2, 0.1, 1.0)
+        agent._rows(told, 1.0)
+    assert agent.slots == pytest.approx((1 + 12 + 2) / 3, abs=0.5)
+    again = Agent(SETTINGS)
+    again.restore(agent.state())
+    for each in (agent, again):
+        each._rows(told, 1.0)
+    assert again.slots == agent.slots
+    again.restore({**agent.state(), "slots": np.array([7.0])})  # as they were kept before
+    assert again.slots == 7.0
+    again._rows(told, 1.0)
+    assert 6.9 < again.slots < 7.1
+
+
 def test_no_single_record_makes_what_is_learnt_overflow():
     agent, odd = new_agent(), batch(0)
     agent.items.vector[3] = torch.tensor([3e38, -3e38])
