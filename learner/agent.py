@@ -1052,7 +1052,8 @@ class Agent:
     def _rows(self, batch: Batch, share: float) -> _Rows:
         """The batch on the device, its items as rows of the keys that this update will make."""
         state, next_state = self._state(batch.state), self._state(batch.next_state)
-        width = max(1, int(np.count_nonzero(batch.slate, axis=1).max()))
+        # to the last that is known: among them there may be unknown ones
+        width = 1 + int(np.flatnonzero(batch.slate.any(axis=0)).max(initial=0))
         slate = self._to(batch.slate[:, :width], torch.int64)
         present = slate > 0
         for ids in (slate, state.item):

@@ -132,6 +132,21 @@ def test_a_slate_counts_for_one_in_how_long_they_are_however_many_slots_it_has()
     assert 6.9 < again.slots < 7.1
 
 
+def test_slots_after_an_unknown_item_are_learnt_from():
+    agent, told = new_agent(), batch(0)
+    told.slate[:] = told.slate_reward[:] = 0
+    told.slate[:, :4], told.slate_slot[:, :4] = [3, 0, 0, 7], np.arange(4)
+    told.slate_reward[:, 3] = 1.0
+    rows = agent._rows(told, 1.0)
+    assert rows.slate[0].tolist() == [3, 0, 0, 7]
+    assert rows.present[0].tolist() == [True, False, False, True]
+    assert rows.slot[0].tolist() == [0, 1, 2, 3]
+    assert rows.slate_reward[0, 3] == 1.0 / agent.unit
+    assert rows.each[0].tolist() == [0.5, 0.0, 0.0, 0.5]
+    told.slate[:] = 0  # of nothing that is known
+    assert agent._rows(told, 1.0).slate.shape == (16, 1)
+
+
 def test_no_single_record_makes_what_is_learnt_overflow():
     agent, odd = new_agent(), batch(0)
     agent.items.vector[3] = torch.tensor([3e38, -3e38])
