@@ -130,6 +130,8 @@ class WeightStore:
         self._keep = keep
         self._fence = fence
         self._published: dict[int, Manifest] = {}  # every version that is still there, once publishing began
+        self._unsure: dict[int, Manifest] = {}  # whose manifest failed to be written, or was all the same
+        self._leftovers: set[str] = set()  # files that go unless a version needs them
         self._last = 0  # the highest version number ever given
         self._opened = False
         self._chunks: list[_Chunk] = []  # of the vocabulary published last, in order
@@ -239,7 +241,8 @@ class WeightStore:
 
         tensors: numpy arrays or torch tensors. vocabulary: the same one, grown or not, at each call of this store.
         Raises: Fenced when a newer learner has taken over; WeightsError on a tensor that is not finite (nothing is
-        published); OSError where a retry may help.
+        published); OSError where a retry may help. That old versions could not be deleted is no error: it is tried
+        again with the next one.
         """
         self._allow()
         self._open()
@@ -251,6 +254,7 @@ class WeightStore:
                 )
         data = safetensors.numpy.save(arrays)
         sha256 = hashlib.sha256(data).hexdigest()
+        self._leftovers.add(f"{sha256}.safetensors")  # until its manifest is written
         self._blobs.write(f"{sha256}.safetensors", data)
         there = self._blobs.names()  # one listing for both
         chunks = self._write_vocabulary(vocabulary, set(there))
@@ -267,13 +271,17 @@ class WeightStore:
             vocabulary_sha256=chunks,
             items=sum(len(chunk.items) for chunk in self._chunks),
         )
+        # before it is written: a number is not given again where nobody can tell whether that was
+        self._last, self._unsure[version] = version, manifest
         self._blobs.write(_manifest_name(version, manifest.epoch), _manifest_json(manifest))
-        self._published[version] = manifest
-        self._last = version
+        self._published[version] = self._unsure.pop(version)
         if label is not None:
             self._set_label(label, version, held=False)
-        self._check()  # or files that a successor has come to use would go
-        self._drop_old()
+        try:
+            self._check()  # or files that a successor has come to use would go
+            self._drop_old()
+        except OSError as error:  # the version is there all the same
+            logger.warning("old versions stay in %s until the next one: %s", self.url, error)
         return manifest
 
     def set_label(self, label: str, version: int) -> None:
@@ -321,20 +329,21 @@ class WeightStore:
         manifests = self._manifests()
         numbers = (version for version, _, _ in manifests)
         self._last = max([0, *numbers, *(label.version for label in self._labels().values())])
+        published: dict[int, Manifest] = {}  # not ours yet: where this fails, it begins anew
         for version, epoch, name in manifests:
             try:
                 manifest = _parse_manifest(name, self._get(version, name), version, epoch)
             except WeightsDamaged:  # nobody can use it; its number is not given again
                 self._blobs.remove(name)
                 continue
-            if version in self._published:  # by a learner that was replaced meanwhile
-                self._blobs.remove(_manifest_name(version, self._published[version].epoch))
-            self._published[version] = manifest
-        named = {name for manifest in self._published.values() for name in _files(manifest)}
+            if version in published:  # by a learner that was replaced meanwhile
+                self._blobs.remove(_manifest_name(version, published[version].epoch))
+            published[version] = manifest
+        named = {name for manifest in published.values() for name in _files(manifest)}
         for name in self._blobs.names():
             if re.fullmatch(r"(vocabulary-)?[0-9a-f]{64}\.(json|safetensors)", name) and name not in named:
                 self._blobs.remove(name)
-        self._opened = True
+        self._published, self._opened = published, True
 
     def _write_vocabulary(self, vocabulary: Vocabulary, there: set[str]) -> tuple[str, ...]:
         """Write the chunks that are not there; returns the hashes of all, in order.
@@ -353,19 +362,36 @@ class WeightStore:
         for chunk in self._chunks:
             name = f"vocabulary-{chunk.sha256}.json"
             if name not in there:
+                self._leftovers.add(name)
                 self._blobs.write(name, _chunk_json(chunk.items))
         return tuple(chunk.sha256 for chunk in self._chunks)
 
     def _drop_old(self) -> None:
-        """Delete versions beyond `keep` that no label names, then the files that only they had."""
-        named = {label.version for label in self._labels().values()}
-        dropped = [v for v in sorted(self._published)[: -self._keep] if v not in named]
-        manifests = [self._published.pop(version) for version in dropped]
-        files = {name for manifest in manifests for name in _files(manifest)}
-        for manifest in manifests:  # before the files: who finds one must find its files
-            self._blobs.remove(_manifest_name(manifest.version, manifest.epoch))
-        for name in files - {name for manifest in self._published.values() for name in _files(manifest)}:
+        """Delete versions beyond `keep` that no label names, and those of which it is not sure that they are any; then
+        the files that no other has. What cannot be deleted is remembered."""
+        named, failed = {label.version for label in self._labels().values()}, list[OSError]()
+        for versions, kept in ((self._published, self._keep), (self._unsure, 0)):
+            for version in sorted(versions)[: max(0, len(versions) - kept)]:
+                name = _manifest_name(version, versions[version].epoch)
+                # before the files: who finds one must find its files
+                if version not in named and self._removed(name, failed):
+                    self._leftovers.update(_files(versions.pop(version)))
+        there = (*self._published.values(), *self._unsure.values())
+        self._leftovers -= {name for manifest in there for name in _files(manifest)}
+        self._leftovers = {name for name in sorted(self._leftovers) if not self._removed(name, failed)}
+        if failed:
+            logger.warning(
+                "%d old files stay in %s until the next version: %s", len(failed), self.url, failed[-1]
+            )
+
+    def _removed(self, name: str, failed: list[OSError]) -> bool:
+        """Delete a file; whether that succeeded."""
+        try:
             self._blobs.remove(name)
+        except OSError as error:
+            failed.append(error)
+            return False
+        return True
 
 
 class _Chunk(NamedTuple):

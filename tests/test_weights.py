@@ -265,6 +265,101 @@ class Sleeper:
             meanwhile()
 
 
+class Shaky:
+    """The blobs of a store in which a verb fails for names that begin so, as an object store's do for a moment. late:
+    it does what it was asked to before it fails."""
+
+    def __init__(self, store, verb, begins, late=False):
+        self.blobs, self._fails, self._late = store._blobs, (verb, begins), late
+        store._blobs = self
+
+    def _maybe(self, verb, name, *data):
+        fails = verb == self._fails[0] and name.startswith(self._fails[1])
+        result = getattr(self.blobs, verb)(name, *data) if self._late or not fails else None
+        if fails:
+            raise OSError(f"503: {verb} {name}")
+        return result
+
+    def read(self, name):
+        return self._maybe("read", name)
+
+    def write(self, name, data):
+        self._maybe("write", name, data)
+
+    def remove(self, name):
+        self._maybe("remove", name)
+
+    def __getattr__(self, name):
+        return getattr(self.blobs, name)
+
+
+def published_files(store):
+    """What should be there: manifests, and what they name."""
+    needed = set()
+    for version in store.versions():
+        manifest = store.load(version).manifest
+        needed |= {module._manifest_name(version, manifest.epoch), *module._files(manifest)}
+    return needed | {f"labels/{name}" for name in store._blobs.names("labels")}
+
+
+@pytest.mark.parametrize("begins", ["v0", "vocabulary-", ""])
+def test_what_could_not_be_deleted_goes_with_a_later_version_and_hinders_none(url, begins, caplog):
+    store, grown = WeightStore(url, keep=2), items("a")
+    for n in range(3):
+        store.publish(tensors(n), Meta(), grown)
+    grown.intern("b")
+    shaky = Shaky(store, "remove", begins)
+    for n in (3, 4):
+        assert store.publish(tensors(n), Meta(), grown).version == store.latest() == n + 1
+    assert "stay in" in caplog.text
+    store._blobs = shaky.blobs
+    store.publish(tensors(5), Meta(), grown)
+    assert store.versions() == [5, 6]
+    assert files(url) == published_files(store)
+
+
+def test_a_version_that_could_not_be_deleted_and_got_a_label_since_stays(url):
+    store = WeightStore(url, keep=1)
+    store.publish(tensors(1), Meta(), items("a"))
+    shaky = Shaky(store, "remove", "v0")
+    store.publish(tensors(2), Meta(), items("a"))
+    store._blobs = shaky.blobs
+    WeightStore(url).set_label("canary", 1)
+    store.publish(tensors(3), Meta(), items("a"))
+    assert store.versions() == [1, 3]
+    store.load(1)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("begins", ["v0", "vocabulary-", ""])
+def test_of_a_version_that_could_not_be_written_nothing_stays(url, begins, late):
+    store, grown = WeightStore(url, keep=3), items("a")
+    last = store.publish(tensors(0), Meta(), grown).version
+    for n in range(3):
+        grown.intern(f"more {n}")
+        shaky = Shaky(store, "write", begins, late=late)
+        with pytest.raises(OSError, match="503"):
+            store.publish(tensors(10 + n), Meta(), grown)
+        store._blobs = shaky.blobs
+        assert store.latest() == last  # no label has moved
+        last = store.publish(tensors(20 + n), Meta(), grown).version
+        assert store.latest() == last
+    assert len(store.versions()) == 3
+    assert files(url) == published_files(store)
+
+
+def test_a_store_that_could_not_be_opened_at_once_keeps_its_versions(url):
+    for n in range(3):
+        WeightStore(url).publish(tensors(n), Meta(), items("a"))
+    store = WeightStore(url)
+    shaky = Shaky(store, "read", "v00000003")
+    with pytest.raises(OSError, match="503"):
+        store.publish(tensors(3), Meta(), items("a"))
+    store._blobs = shaky.blobs
+    store.publish(tensors(3), Meta(), items("a"))
+    assert store.versions() == [1, 2, 3, 4]
+
+
 @pytest.mark.parametrize("begins", ["v0", "labels/"])
 @pytest.mark.parametrize("published", [1, 2, 4])
 def test_what_a_learner_writes_that_slept_while_it_was_replaced_is_used_by_nobody(
