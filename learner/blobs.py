@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import fsspec
+
+ABANDONED_S: Final = 600.0  # nobody writes one file for longer
 
 
 class Blobs(Protocol):
@@ -27,6 +30,9 @@ class Blobs(Protocol):
     def remove(self, name: str) -> None:
         """Delete; no matter if it is gone."""
 
+    def sweep(self, folder: str = "") -> None:
+        """Delete what writers that were killed have left of files directly in a folder. Raises: OSError."""
+
 
 def open_blobs(url: str | os.PathLike[str]) -> Blobs:
     """The store at a path, `file://` URL or any fsspec URL (`s3://bucket/prefix`, `memory://name`).
@@ -42,6 +48,9 @@ def open_blobs(url: str | os.PathLike[str]) -> Blobs:
     except (ValueError, ImportError) as error:
         raise ValueError(f"cannot open {text!r}: {error}") from error
     return _Remote(filesystem, root)
+
+
+_TEMPORARY: Final = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 
 
 class _Directory:
@@ -65,7 +74,7 @@ class _Directory:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         finally:
-            temporary.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)  # unless we are killed: see `sweep`
 
     def names(self, folder: str = "") -> list[str]:
         try:
@@ -76,6 +85,22 @@ class _Directory:
 
     def remove(self, name: str) -> None:
         (self._root / name).unlink(missing_ok=True)
+
+    def sweep(self, folder: str = "") -> None:
+        try:
+            with os.scandir(self._root / folder) as entries:
+                left = [Path(e.path) for e in entries if _TEMPORARY.fullmatch(e.name)]
+        except FileNotFoundError:
+            return
+        if not left:
+            return
+        probe = self._root / folder / f".now.{uuid.uuid4().hex}.tmp"
+        probe.touch()  # what time it is where the others were written; another process may still be at some
+        now_s = probe.stat().st_mtime
+        for path in (*left, probe):
+            with suppress(FileNotFoundError):
+                if path == probe or now_s - path.stat().st_mtime > ABANDONED_S:
+                    path.unlink()
 
 
 class _Remote:
@@ -111,6 +136,9 @@ class _Remote:
                 self._fs.rm_file(self._path(name))
         except FileNotFoundError:
             return
+
+    def sweep(self, folder: str = "") -> None:
+        """Nothing: what was not uploaded whole is not there."""
 
 
 @contextmanager

@@ -53,6 +53,7 @@ class Fence:
         for e, token in self._claims():
             if e < epoch:  # the highest stays for ever: numbers are never used again
                 self._blobs.remove(f"{self._folder}/{e:08d}-{token}")
+        self._blobs.sweep(self._folder)
         return epoch
 
     def _claims(self) -> list[tuple[int, str]]:

@@ -379,6 +379,8 @@ class WeightStore:
         there = (*self._published.values(), *self._unsure.values())
         self._leftovers -= {name for manifest in there for name in _files(manifest)}
         self._leftovers = {name for name in sorted(self._leftovers) if not self._removed(name, failed)}
+        for folder in ("", "labels"):  # each time: what was killed lately is left, as it may be alive
+            self._blobs.sweep(folder)
         if failed:
             logger.warning(
                 "%d old files stay in %s until the next version: %s", len(failed), self.url, failed[-1]

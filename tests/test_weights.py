@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -449,6 +450,26 @@ def test_leftovers_of_a_killed_learner_go_and_other_files_stay(url):
     WeightStore(url).publish(tensors(2), Meta(), items())
     assert f"{'0' * 64}.safetensors" not in files(url)
     assert "README.txt" in files(url)
+
+
+def test_what_a_learner_was_killed_while_writing_goes_once_nobody_can_be_at_it_any_more(tmp_path):
+    data, root = tmp_path / "data", tmp_path / "weights"
+    WeightStore(root, fence=Fence(data, "main")).publish(tensors(), Meta(), items())
+    folders = (root, root / "labels", data / "fence" / "main")
+    old, young, other = (
+        f".{name}" for name in (f"v1.json.{'a' * 32}.tmp", f"v2.json.{'b' * 32}.tmp", "x.tmp")
+    )
+    for folder in folders:
+        for name in (old, young, other):
+            (folder / name).write_bytes(b"half")
+        for name, age_s in ((old, 3600), (young, 10), (other, 3600)):
+            then_s = (folder / young).stat().st_mtime - age_s
+            os.utime(folder / name, (then_s, then_s))
+    WeightStore(root).load(1)  # who reads deletes nothing
+    assert all((folder / old).exists() for folder in folders)
+    WeightStore(root, fence=Fence(data, "main")).publish(tensors(2), Meta(), items())
+    for folder in folders:
+        assert {path.name for path in folder.glob(".*")} == {young, other}
 
 
 def test_a_reader_beside_a_publisher_always_gets_a_whole_version(tmp_path):
