@@ -342,17 +342,30 @@ class Agent:
         self._catalog_copy = None
 
     def _describe(self, rows: Tensor | None = None) -> None:
-        """Note which items have a vector, which tells them from others of their category; of these rows, or all. Their
-        ids have nothing to tell apart before they are learnt of, and start from zero.
-        """
+        """Note which items have a vector, which tells them from others of their category; of these rows, or all."""
         at = slice(None) if rows is None else rows  # all of them in place: there may be a million
         described = (self._items.vector[at] != 0).any(dim=1)
-        self._described[at] = described
+        others = torch.nonzero(described != self._described[at]).squeeze(1)
+        if len(others):
+            self._turn(others if rows is None else torch.unique(rows[others]))
+
+    def _turn(self, rows: Tensor) -> None:
+        """These have a vector from now on, or none any more, [M]. Where they have one their ids have nothing to tell
+        apart before they have rows of their own (see `meet`), and start from zero: now, whatever was learnt of them
+        while nothing described them, and not when the catalog is next taken over, or after a restart.
+        """
+        if self._at is not None:  # what lies behind stood by what was so until now
+            behind = self._table()
+            behind.put(rows, caught_up(behind.take(rows), self._described[rows], self.updates, self._rule))
+        self._described[rows] = ~self._described[rows]
         self._any_described = bool(self._described.any())
-        new = torch.nonzero(described & ~self._items.seen[at]).squeeze(1)
-        told_apart = new if rows is None else rows[new]
-        for network in (self.online, self.target):
-            network.tower.id.weight.detach()[told_apart] = 0.0
+        young = ~self._items.seen[rows] | (self._met[rows] < MEETINGS)
+        told_apart = rows[self._described[rows] & young]
+        self._items.seen[told_apart] = False
+        own = self.online.tower.id.weight
+        moments = (value for value in self._optimiser.state.get(own, {}).values() if value.ndim)
+        for table in (own.detach(), self.target.tower.id.weight.detach(), *moments):
+            table[told_apart] = 0.0
 
     def set_catalog(self, catalog: CatalogArrays) -> None:
         """Take over the catalog as it stands: features, and what may be recommended. Grows as needed. Items of which
@@ -989,11 +1002,11 @@ class Agent:
             )
         )
         self._roomy_offer = on_offer.to(self.device)
-        self._roomy_described = torch.zeros_like(self._roomy_offer)
+        self._roomy_described = (self._roomy_items.vector != 0).any(dim=1)
+        self._any_described = bool(self._roomy_described.any())
         self._met = torch.from_numpy(state["met"].copy()).to(self.device)
         self._price_scale = torch.from_numpy(state["catalog.price_scale"].copy()).to(self.device)
         self._show(len(on_offer))
-        self._describe()
         fresh = first_rows(len(on_offer), self.online.tower.id.num_embeddings, self.settings.dim)
         for prefix, network in (("online", self.online), ("target", self.target)):
             for name, parameter in network.named_parameters():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -232,10 +233,96 @@ def test_ids_start_apart_where_no_vector_tells_them_apart_and_at_zero_where_one_
         assert not rows[2].any()
         assert torch.cdist(rows[[1, 3, 4]], rows[[1, 3, 4]]).fill_diagonal_(1.0).min() > 0.1
         assert not rows[:, -1].any()  # no item is better liked than others before anything is known
-    agent._items.seen[5] = True  # was learnt of
-    agent._items.vector[5] = 1.0
+    agent._items.seen[5:7] = True  # were learnt of, the one often enough to have a row of its own
+    agent.meet(np.repeat(5, MEETINGS))
+    agent._items.vector[5:7] = 1.0
     agent._describe()
     assert agent.online.tower.id.weight[5].abs().sum() > 0
+    assert not agent.online.tower.id.weight[6].any()
+
+
+def catalog(rows, vector=None):
+    """Which knows item 1 alone, and what it says of it."""
+    known, vectors = np.arange(rows) == 1, np.zeros((rows, 2), np.float32)
+    vectors[1:2] = 0.0 if vector is None else vector
+    hashes, yes = np.zeros(rows, np.uint64), np.ones(rows, np.bool_)
+    price = np.full(rows, np.nan, np.float32)
+    return SimpleNamespace(
+        **{"category": hashes, "brand": hashes, "price": price, "in_stock": yes, "gone": ~yes},
+        **{"known": known, "recorded": known, "vector": vectors},
+    )
+
+
+def described(agent, *ids):
+    """A request says what these items are."""
+    items = catalog(len(ids))
+    items.known, items.vector = np.zeros(len(ids), np.bool_), np.ones((len(ids), 2), np.float32)
+    agent.describe(np.array(ids), items)
+
+
+@pytest.mark.parametrize("exact_items", [100, 1])
+def test_an_item_described_after_it_was_learnt_of_goes_on_after_a_restart_as_if_there_had_been_none(
+    exact_items,
+):
+    def first():
+        agent = new_agent(replace(SETTINGS, exact_items=exact_items, candidates=1, target_tau=0.1))
+        agent.set_catalog(catalog(ITEMS + 1))
+        agent.meet(np.repeat([5, 6], [1, MEETINGS]))
+        trained(range(10), agent)
+        described(agent, 5, 6, 5)
+        return trained(range(10, 12), agent)
+
+    unbroken, again = first(), Agent(first().settings, seed=99)
+    again.restore(first().state())
+    again.set_catalog(catalog(ITEMS + 1))  # as the learner does after a restart
+    for agent in (unbroken, again):
+        agent.meet(np.array([5, 5]))
+        trained(range(12, 20), agent)
+    assert_same(again, unbroken)
+
+
+@pytest.mark.parametrize("exact_items", [100, 1])
+@pytest.mark.parametrize("by_catalog", [True, False])
+def test_what_was_learnt_of_an_items_id_goes_when_it_becomes_described_and_not_again(by_catalog, exact_items):
+    agent = new_agent(replace(SETTINGS, exact_items=exact_items, candidates=1, target_tau=0.1))
+    agent.set_catalog(catalog(ITEMS + 1))
+    trained(range(10), agent)
+    before = {name: value for name, value in agent.state().items() if name.endswith("tower.id.weight")}
+    assert all(value[1].any() for value in before.values() if value.ndim)
+    if by_catalog:
+        agent.set_catalog(catalog(ITEMS + 1, vector=1.0))
+    else:
+        agent._items.vector[1] = 1.0
+        agent._describe(torch.tensor([1]))
+    now = agent.state()
+    for name, value in before.items():  # both networks, and Adam's moments
+        if value.ndim:
+            assert not now[name][1].any()
+            np.testing.assert_array_equal(now[name][2:], value[2:])
+    trained(range(10, 13), agent)
+    assert not agent.online.tower.id.weight[1].any()
+    assert not agent.items.seen[1]
+    with torch.no_grad():
+        agent.online.tower.id.weight[1] = 0.5
+    agent.set_catalog(catalog(ITEMS + 1, vector=2.0))  # it was described before
+    assert (agent.online.tower.id.weight[1] == 0.5).all()
+
+
+def test_rows_that_lie_behind_are_drawn_to_zero_for_as_long_only_as_a_vector_described_them():
+    agent = new_agent(replace(FEW, weight_decay=1.0, learning_rate=0.01))
+    agent.grow(300)
+    trained(range(3), agent)
+    agent.meet(np.repeat(250, MEETINGS))
+    agent._items.seen[250] = True
+    lies = agent._at[250].item()
+    row = agent.online.tower.id.weight[250].detach().clone()
+    trained(range(3, 20), agent)
+    assert agent._at[250] == lies  # no update has read it
+    described(agent, 250)
+    assert torch.equal(agent.online.tower.id.weight[250], row)
+    trained(range(20, 22), agent)
+    agent._catch_up()
+    torch.testing.assert_close(agent.online.tower.id.weight[250], row * 0.99**2)
 
 
 def test_what_ids_start_from_does_not_depend_on_when_room_was_made_for_them():
