@@ -27,6 +27,9 @@ from streaming.jit import jit
 NEIGHBOURS: Final = 64  # kept of an item; the rarest makes room
 WINDOW: Final = 5  # items before a step that are its neighbours
 BACKWARDS: Final = np.float32(0.7)  # weight of the neighbour that came before
+# of a count: beyond that the least that is added would be rounded, and at 2^24 be nothing. Then an item's counts and
+# total are halved, so that what it leads to stays as likely; what was so long ago also fades
+MOST: Final = np.float32(1 << 18)
 PRIOR: Final = np.float32(5.0)  # counts below which an item's neighbours say little
 HOP: Final = np.float32(3.0)  # weight of two steps: on them lies most of what is yet to be seen
 BRANCHES: Final = 16  # neighbours of a neighbour looked at, the most counted
@@ -43,7 +46,7 @@ class CoViews:
     def __init__(self) -> None:
         self._id = np.zeros((1, NEIGHBOURS), np.int32)  # [N, M] 0: free
         self._count = np.zeros((1, NEIGHBOURS), np.float32)  # [N, M]
-        self._total = np.zeros(1)  # [N] of all that were ever counted
+        self._total = np.zeros(1)  # [N] of all that were counted
 
     def grow(self, rows: int) -> None:
         """Make room for ids below `rows`, by doubling."""
@@ -132,6 +135,8 @@ def _observe(
                 _add(ids[item[b]], count[item[b]], before, BACKWARDS * weight)
                 total[before] += weight
                 total[item[b]] += BACKWARDS * weight
+                _halve(count[before], total, before)
+                _halve(count[item[b]], total, item[b])
                 changed[before] = changed[item[b]] = True
             place += 1
             if place == WINDOW:
@@ -166,6 +171,14 @@ def _add(ids: Ints, count: Floats, item: np.int32, weight: np.float32) -> None:
         ids[m], count[m] = ids[m - 1], count[m - 1]
         m -= 1
     ids[m], count[m] = item, weight
+
+
+@jit
+def _halve(count: Floats, total: npt.NDArray[np.float64], item: np.int32) -> None:
+    """Make room for more, where an item's counts have none: the first is the largest."""
+    if count[0] > MOST:
+        count *= np.float32(0.5)
+        total[item] *= 0.5
 
 
 @jit

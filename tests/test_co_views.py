@@ -132,6 +132,24 @@ def test_what_is_seen_together_most_stays_when_there_is_no_more_room(monkeypatch
     assert np.count_nonzero(score) <= 4
 
 
+def test_in_a_log_however_long_steps_go_on_counting():
+    table, count = CoViews(), 1 << 24  # float32 has no number that is one more
+    table.grow(3)
+    there, steps = np.array([[1]], np.int32), 1 << 22
+    table.observe(there, np.array([2]))
+    state = table.state()
+    factor = np.float32(count) / state["count"][1, 0]
+    table.restore({"id": state["id"], "count": factor * state["count"], "total": factor * state["total"]})
+    before = table.walks(np.array([1, 2]))[1]
+    table.observe(np.repeat(there, steps, axis=0), np.full(steps, 2))  # nobody goes anywhere else
+    np.testing.assert_allclose(table.walks(np.array([1, 2]))[1], before, rtol=0.01)
+    assert table.state()["count"].max() <= co_views.MOST
+    table.grow(4)
+    table.observe(np.repeat(there, 1 << 18, axis=0), np.full(1 << 18, 3))
+    score = table.scores(there, 4)[0]
+    assert 0.4 < score[3] < 0.7  # what has come lately counts
+
+
 def test_room_grows_and_what_is_known_stays():
     table = CoViews()
     table.grow(3)
