@@ -65,7 +65,7 @@ from learner.entries import (
 )
 from learner.feature_levels import MOST_IN_VECTOR
 from learner.recall import Recall, Recalled
-from learner.response import Response
+from learner.response import SMALLEST, Response
 from learner.shares import shares
 from learner.stacking import Stack
 from streaming.rewards import CODES
@@ -662,8 +662,3 @@ class QNetwork(nn.Module):
     def position_of(self, slot: Tensor) -> Tensor:
         """Choice log-odds of places in a slate, 0, 1, ..., against the first; of the shape of `slot`."""
         return self.position[slot.clamp(max=MAX_SLOTS - 1)] * (slot > 0)
-
-
-# of a size that heads of value read in, usually 1 to 3: where all that was shown so far is alike, what is not is not
-# thousands off
-SMALLEST: Final = 0.25
