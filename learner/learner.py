@@ -37,8 +37,8 @@ from streaming.log import RecordBatch
 from streaming.schemas import Codec, SchemaError, frame_of
 from streaming.transitions import Joined, Rejects
 
-STATE_FORMAT: Final = 13
-READABLE_FORMATS: Final = (STATE_FORMAT,)
+STATE_FORMAT: Final = 14
+READABLE_FORMATS: Final = (13, STATE_FORMAT)
 
 
 class CannotContinue(Exception):

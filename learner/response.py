@@ -113,9 +113,11 @@ class Fit:
         self.response = response
         d, new = response.shared.shape[1], response.own.new_zeros
         self.information = new(len(response.own), 2)  # F of b_a and, summed over its numbers, of w_a
-        self.at = new(len(response.own), dtype=torch.float64)  # passes when each row was last caught up
+        # passes, and those paced, when each row was last caught up
+        self.at = new((len(response.own), 2), dtype=torch.float64)
         # over replay, in all; by batches that held slates; and by batches that moments were taken from
         self.passes = self.looked = self.measured = 0.0
+        self.paced = 0.0  # sum of k q, of all batches
         self.shared_information = new(2)  # F of μ and M, summed over their numbers
         # F of each pull: what its row of the information matrix sums to, so that all may move at once
         self.copy_information, self.alike_information = (new(len(response.copy)) for _ in range(2))
@@ -127,23 +129,26 @@ class Fit:
 
     def enter(self, ids: slice) -> None:
         """These rows, of which nothing is known, are there from now on."""
-        self.at[ids] = self.passes
+        self.at[ids] = self._now()
+
+    def _now(self) -> Tensor:
+        return self.at.new_tensor((self.passes, self.paced))
 
     @torch.no_grad()
     def catch_up(self, ids: Tensor | slice = slice(None)) -> None:
         """Let rows fade for as long as no batch has visited them."""
         self.response.own[ids] *= self._kept(ids)
-        self.information[ids] *= torch.exp(self.at[ids] - self.passes).float().unsqueeze(1)
-        self.at[ids] = self.passes
+        self.information[ids] *= torch.exp(self.at[ids, :1] - self.passes).float()
+        self.at[ids] = self._now()
 
     def _kept(self, ids: Tensor | slice) -> Tensor:
         """Share of each number of these rows that has not faded by now, [M, d + 1]."""
-        passed = (self.passes - self.at[ids]).float().unsqueeze(1)
-        kept = torch.exp(-PACE * self._fading(self.information[ids]) * passed)  # [M, 2]
+        paced = (self.paced - self.at[ids, 1:]).float()
+        kept = torch.exp(-self._fading(self.information[ids]) * paced)  # [M, 2]
         return torch.cat((kept[:, 1:].expand(-1, self.response.own.shape[1] - 1), kept[:, :1]), dim=1)
 
     def _fading(self, information: Tensor) -> Tensor:
-        """Share of b and of w that their priors take back in a pass, [M, 2]."""
+        """Share of b and of w that their priors take back in a pass at k = 1, [M, 2]."""
         prior = self._prior[:2]
         return prior / (information / self.dimensions[:2] + prior)
 
@@ -164,6 +169,7 @@ class Fit:
     def learn(self, shown: Shown, q: float) -> None:
         """One batch, which visits a share q of replay. The rows of `shown.ids` are caught up."""
         self.passes += q
+        self.paced += _pace(q) * q
         if not bool((shown.weight > 0).any()):
             if self.looked == 0 and bool((shown.unaided > 0).any()):  # until there are slates, it is as good
                 self._look(shown, shown.unaided, q)
@@ -214,7 +220,7 @@ class Fit:
         prior = self._prior[2:]
         precision = self.shared_information / self.dimensions[2:] + prior
         for which, rows in ((1, slice(None, -1)), (0, slice(-1, None))):
-            self.response.shared[rows] *= torch.exp(-PACE * q * prior[which] / precision[which])
+            self.response.shared[rows] *= torch.exp(-_pace(q) * q * prior[which] / precision[which])
             self.response.shared[rows] += _pace(q) * gradient[rows] / precision[which]
 
     def _move_pulls(self, shown: Shown, gradient: Tensor, told: Tensor, q: float) -> None:
@@ -235,14 +241,14 @@ class Fit:
         values, information = getattr(self.response, name), getattr(self, f"{name}_information")
         information.mul_(math.exp(-q)).add_(told)
         precision = information + 1 / PULL_WIDTH
-        values.mul_(torch.exp(-PACE * q / (PULL_WIDTH * precision))).add_(_pace(q) * gradient / precision)
+        values.mul_(torch.exp(-_pace(q) * q / (PULL_WIDTH * precision))).add_(_pace(q) * gradient / precision)
 
     # --- room and state
 
     def variance(self, rows: int) -> Tensor:
         """[rows, 2] how uncertain the first rows are by now: Var b_a, and Var w_a · φ̄ for φ̄'Cφ̄ = 1, as Laplace's
         approximation has them. That of what items share is left out: it is small once anything has been shown."""
-        known = self.information[:rows] * torch.exp(self.at[:rows] - self.passes).float().unsqueeze(1)
+        known = self.information[:rows] * torch.exp(self.at[:rows, :1] - self.passes).float()
         return 1 / (known / self.dimensions[:2] + self._prior[:2])
 
     def reserve(self, items: int) -> None:
@@ -250,14 +256,15 @@ class Fit:
         more = items - len(self.at)
         self.response.own = functional.pad(self.response.own, (0, 0, 0, more))
         self.information = functional.pad(self.information, (0, 0, 0, more))
-        self.at = functional.pad(self.at, (0, more), value=self.passes)
+        self.at = torch.cat((self.at, self._now().expand(more, -1)))
 
     def state(self, rows: int) -> dict[str, Tensor]:
         """Everything, exactly; of tables the first rows. Copies, on the CPU."""
         mine = {name: getattr(self, name) for name in _STATE}
         mine |= {name: table[:rows] for name, table in mine.items() if name in _BY_ITEM}
         mine |= self.response.state_dict() | {"own": self.response.own[:rows]}
-        mine["passes"] = torch.tensor([self.passes, self.looked, self.measured], dtype=torch.float64)
+        clocks = [self.passes, self.looked, self.measured, self.paced]
+        mine["passes"] = torch.tensor(clocks, dtype=torch.float64)
         return {name: value.cpu().clone() for name, value in mine.items()}
 
     def served(self, rows: int) -> dict[str, Tensor]:
@@ -275,8 +282,12 @@ class Fit:
 
         Raises: ValueError when it is of another shape.
         """
-        self.passes, self.looked, self.measured = state["passes"].tolist()
-        self.at.fill_(self.passes)
+        clocks, at = state["passes"].tolist(), state["at"]
+        if at.ndim == 1:  # of an earlier version, in which everything faded at the same pace
+            clocks, at = [*clocks, PACE * clocks[0]], torch.stack((at, PACE * at), dim=1)
+        state = {**state, "at": at}
+        self.passes, self.looked, self.measured, self.paced = clocks
+        self.at[:] = self._now()
         for name in (*_STATE, *self.response.state_dict()):
             mine = getattr(self if name in _STATE else self.response, name)
             if mine.shape[1:] != state[name].shape[1:]:

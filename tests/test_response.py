@@ -135,6 +135,34 @@ def test_items_that_are_not_shown_stand_where_interest_alone_puts_them():
     assert fit.response.own[4].any()
 
 
+def test_what_priors_take_back_goes_as_fast_as_steps_however_much_of_replay_a_batch_is():
+    """Where batches are large beside replay neither goes further than all of replay asks for."""
+
+    def level(share):
+        fit = fitted(Log(1), 60, share)
+        return fit.response.own[1:, -1].norm(), fit.response.copy.norm(), fit.response.shared[-1].norm()
+
+    for all_of_it, third in zip(level(1.0), level(1 / PACE), strict=True):
+        assert float(all_of_it) == pytest.approx(float(third), rel=0.15)
+
+
+def test_a_checkpoint_in_which_all_faded_at_one_pace_is_gone_on_from():
+    fit, nobody = fitted(Log(4), 2, share=0.1), Log(4)
+    nobody.weight = nobody.weight * 0.0
+    for _ in range(10):
+        fit.learn(nobody.shown(fit.response), 0.1)  # rows lie behind
+    state = fit.state(ITEMS)
+    state["passes"], state["at"] = state["passes"][:3], state["at"][:, 0].contiguous()
+    again = Fit(layer())
+    again.restore(state)
+    torch.testing.assert_close(again.own_now(ITEMS), fit.own_now(ITEMS))
+    torch.testing.assert_close(again.variance(ITEMS), fit.variance(ITEMS))
+    for each in (again, fit):
+        each.catch_up()
+        each.learn(Log(4).shown(each.response), 0.1)
+    torch.testing.assert_close(again.own_now(ITEMS), fit.own_now(ITEMS))
+
+
 def test_rows_fade_alike_whether_they_are_read_often_or_once():
     often, once = fitted(Log(4), 2), fitted(Log(4), 2)
     nobody = Log(4)
@@ -164,8 +192,11 @@ def test_a_batch_without_slates_teaches_nothing():
     nobody.weight = nobody.weight * 0.0
     fit.learn(nobody.shown(fit.response), 0.1)
     after = fit.state(ITEMS)
-    (passes, *looked), (passes_before, *looked_before) = (x.pop("passes").tolist() for x in (after, before))
+    (passes, *looked, paced), (passes_before, *looked_before, paced_before) = (
+        x.pop("passes").tolist() for x in (after, before)
+    )
     assert passes == pytest.approx(passes_before + 0.1)
+    assert paced == pytest.approx(paced_before + 0.1 * PACE)
     assert looked == looked_before
     for name, value in before.items():
         assert torch.equal(after[name], value), name
@@ -208,7 +239,7 @@ def test_it_grows_and_comes_back_as_it_was():
     fit.reserve(20)
     assert torch.equal(fit.response.own[:ITEMS], own)
     assert not fit.response.own[ITEMS:].any()
-    assert (fit.at == fit.passes).all()  # nothing to fade yet
+    assert (fit.at == torch.tensor([fit.passes, fit.paced])).all()  # nothing to fade yet
     again = Fit(layer(D, 30))
     again.restore(fit.state(20))
     for name, value in fit.state(20).items():
