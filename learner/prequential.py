@@ -275,7 +275,7 @@ class _Scorer:
 def _ranks_of(scores: Tensor, history: Tensor, target: Tensor) -> _Ranks:
     """By scores [B, N], which are spoilt; id 0 is no item."""
     scores[:, 0] = -torch.inf
-    lot = torch.from_numpy(_lots(scores.shape[1])).to(scores.device)
+    lot = torch.from_numpy(lots(scores.shape[1])).to(scores.device)
     wanted = target.unsqueeze(1)
     own, theirs, drawn = scores.gather(1, wanted), scores.gather(1, history), lot[wanted]
     before = (scores > own) | ((scores == own) & (lot < drawn))
@@ -283,7 +283,7 @@ def _ranks_of(scores: Tensor, history: Tensor, target: Tensor) -> _Ranks:
     return _Ranks((before.sum(dim=1) + 1).cpu().numpy(), ahead.cpu().numpy())
 
 
-def _lots(items: int) -> Ints:
+def lots(items: int) -> Ints:
     """[items] a number of its own for each id, whose order tells nothing of theirs: the lower wins ties. An id's number
     is the same however many there are."""
     return (np.arange(items, dtype=np.uint64) * np.uint64(_GOLDEN)).view(np.int64)
@@ -291,7 +291,7 @@ def _lots(items: int) -> Ints:
 
 def _places(score: Ints) -> Ints:
     """[N] each item's place by falling score, from 1; id 0 comes last."""
-    order = np.lexsort((_lots(len(score))[1:], -score[1:])) + 1
+    order = np.lexsort((lots(len(score))[1:], -score[1:])) + 1
     places = np.full(len(score), len(score), np.int64)
     places[order] = np.arange(1, len(score))
     return places

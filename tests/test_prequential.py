@@ -15,7 +15,7 @@ import torch
 from learner.agent import Agent, AgentSettings
 from learner.co_views import CoViews
 from learner.entries import StateTensors
-from learner.prequential import METHODS, Prequential, half_width
+from learner.prequential import METHODS, Prequential, half_width, lots
 from learner.replay import Replay
 from streaming.interning import Vocabulary
 from streaming.join_settings import JoinSettings
@@ -37,6 +37,7 @@ SETTINGS = AgentSettings(
     forget=0.02,
 )
 ITEMS = 30
+LOT = lots(ITEMS + 1).tolist()  # what ties go by
 
 
 def vocabulary(items: int = ITEMS) -> Vocabulary:
@@ -77,14 +78,31 @@ def test_recent_items_come_newest_first_and_once_each() -> None:
     assert ranks(prequential, "recent")[2:] == [2, 2]
 
 
-def test_the_rest_follow_by_popularity_and_then_in_order_of_their_ids() -> None:
+def test_the_rest_follow_by_popularity_and_then_by_lot() -> None:
     prequential = Prequential(vocabulary())
     prequential.observe(joined(views(9, 9, 9, 4, 4, 1, user="bob")), agent())  # 9 three times, 4 twice
     prequential.observe(joined(views(4, 9, 3, 1)), agent())
-    #                    no history: 9 4 | 4, then 9 | 9 4 1 2, then 3
-    assert ranks(prequential, "recent")[-3:] == [2, 2, 5]
-    #                    9 4 1 2 3 ... all along: the block is counted when it is over
-    assert ranks(prequential, "popularity")[-3:] == [2, 1, 5]
+    others = sorted((set(range(1, ITEMS + 1)) - {9, 4}), key=lambda i: LOT[i])
+    #                    no history: 9 4 | 4, then 9 | 9 4, then 3 among the others
+    assert ranks(prequential, "recent")[-3:] == [2, 2, 3 + others.index(3)]
+    #                    9 4 ... all along: the block is counted when it is over
+    assert ranks(prequential, "popularity")[-3:] == [2, 1, 3 + others.index(3)]
+
+
+def test_the_order_in_which_items_are_told_of_says_nothing_of_what_comes_next() -> None:
+    """A catalog that was made of a log is in the order in which its items will be gone to."""
+    items = 600
+    network = agent(items)
+    network.items.category[1:] = 1
+    prequential = Prequential(vocabulary(items))
+    for first in range(1, items, 20):
+        prequential.observe(joined(views(*range(first, first + 20))), network)
+    for method in ("popularity", "alike", "recent"):
+        beyond = (
+            np.array(ranks(prequential, method)) - prequential.ranked().number
+        )  # of those not gone to yet
+        assert np.mean(beyond <= 20) < 0.3, method
+    assert len(set(lots(10**6).tolist())) == 10**6
 
 
 def test_ranks_equal_a_count_by_hand_on_random_streams() -> None:
@@ -122,15 +140,15 @@ def test_ranks_equal_a_count_by_hand_on_random_streams() -> None:
             organic = (queries.organic.vector @ keys.organic.T)[0]
             for weight, item in zip(queries.organic.copy[0], queries.organic.item[0], strict=True):
                 organic[item] += weight
-        popular = sorted(range(1, ITEMS + 1), key=lambda i: -visits[i])
+        popular = sorted(range(1, ITEMS + 1), key=lambda i: (-visits[i], LOT[i]))
         next_item = sorted(range(1, ITEMS + 1), key=lambda i: -float(organic[i]))
         near = together.scores(states.item[row].tolist(), ITEMS + 1)
         walks = table.walk_scores(states.item[row : row + 1], ITEMS + 1)[0]
         often = 1e-6 / max(1, *visits.values(), 1) * np.array([visits[i] for i in range(ITEMS + 1)])
         near, walks = near + often.astype(np.float32), walks + often.astype(np.float32)
         orders = {
-            "co_views": sorted(range(1, ITEMS + 1), key=lambda i: -near[i]),
-            "walks": sorted(range(1, ITEMS + 1), key=lambda i: -walks[i]),
+            "co_views": sorted(range(1, ITEMS + 1), key=lambda i: (-near[i], LOT[i])),
+            "walks": sorted(range(1, ITEMS + 1), key=lambda i: (-walks[i], LOT[i])),
             "popularity": popular,
             "recent": history + [i for i in popular if i not in history],
             "alike": history[:8] + [i for i in popular if i not in history[:8]],  # no catalog
@@ -160,7 +178,8 @@ def test_shown_items_count_where_they_earned_something() -> None:
     ]
     prequential = watched(rows)
     assert prequential.report()["steps"] == 1
-    assert ranks(prequential, "recent") == [1 + 12 - 1]  # 4 first, then 1 2 3 5 ... 12
+    others = sorted((set(range(1, ITEMS + 1)) - {4}), key=lambda i: LOT[i])
+    assert ranks(prequential, "recent") == [2 + others.index(12)]  # 4 first
     assert prequential.ranked().repeat.tolist() == [False]
 
 
@@ -227,8 +246,9 @@ def test_items_of_the_newest_ones_category_come_after_the_users_own_and_its_bran
     prequential.observe(joined(rows), network)
     found = prequential.ranked().rows(prequential.ranked().known)
     place = found.rank[:, list(METHODS).index("alike")]
-    # 3 itself, 7 of its brand, then 6, which is popular, and 4; of the others the first known
-    assert place.tolist() == [2, 3, 4, 9]
+    # 3 itself, 7 of its brand, then 6, which is popular, 4 and 5 by lot, and so all others
+    others = sorted((set(range(1, ITEMS + 1)) - {3, 4, 5, 6, 7}), key=lambda i: LOT[i])
+    assert place.tolist() == [2, 3, 4 + (LOT[5] < LOT[4]), 6 + others.index(9)]
 
 
 def test_steps_of_one_visit_are_one_witness() -> None:
@@ -249,7 +269,8 @@ def test_steps_of_one_visit_are_one_witness() -> None:
 
 
 def test_places_beyond_the_top_are_misses() -> None:
-    figures = watched(views(25, 2, 1)).report()["all"]["popularity"]  # places 25 and 2
+    order = sorted(range(1, ITEMS + 1), key=lambda i: LOT[i])
+    figures = watched(views(order[24], order[1], 1)).report()["all"]["popularity"]  # places 25 and 2
     assert (figures["hit_rate_at_20"], figures["mrr_at_20"]) == (0.5, 0.25)
 
 
