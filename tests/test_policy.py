@@ -126,7 +126,7 @@ def test_draws_deviate_by_what_is_not_known_of_how_items_answer(tmp_path):
         phi = (queries.organic.vector[0, :-1] - more.state_mean) / more.state_scale
         size = phi @ fit.directions @ phi
     log_odds = np.log(1 / ((gain.numpy() / (drawn - value.numpy())) - 1))
-    shown = fit.information.numpy() * np.exp(fit.at.numpy() - fit.passes)[:, None]
+    shown = fit.information.numpy() * np.exp(fit.at.numpy()[:, :1] - fit.passes)
     prior = 1 / np.array(WIDTHS[:2])
     variance = 1 / (shown[: ITEMS + 1] / fit.dimensions[:2].numpy() + prior)
     expected = 1.5 * np.sqrt(variance[:, 0] + float(size) * variance[:, 1])
