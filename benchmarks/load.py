@@ -27,9 +27,7 @@ SLOTS: Final = 4
 DECISION_SHARE: Final = 0.4
 DUPLICATE_SHARE: Final = 0.02
 BAD_SHARE: Final = 0.005
-LEAST_SHARE: Final = (
-    0.5  # of what the rate promises; after a stall it catches up, so that much less is no load at all
-)
+LEAST_SHARE: Final = 0.5  # of what the rate promises: it catches up after a stall, and less is no load
 
 
 @dataclass

@@ -39,9 +39,7 @@ from streaming.transitions import Joined
 TOP: Final = 20  # hit rate and reciprocal rank count down to this place
 BLOCK: Final = 256  # steps ranked at once, at most
 MOST_OPEN: Final = 1 << 20  # visits that may go on
-_GOLDEN: Final = (
-    0x9E3779B97F4A7C15  # odd: products with it are all different (Knuth 6.4, multiplicative hashing)
-)
+_GOLDEN: Final = 0x9E3779B97F4A7C15  # odd: products with it are all different (Knuth 6.4)
 _NEWEST: Final = 8  # items of the user's that `alike` puts first
 _MOST_SCORES: Final = 1 << 24  # at once: bounds memory where there are very many items
 METHODS: Final = {

@@ -57,9 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def body() -> int:
         if launch.log_url is not None:
-            log_from(
-                namespace
-            ).close()  # once, before any process is started: what is wrong with it is one line
+            log_from(namespace).close()  # what is wrong with it is one line, before any process starts
         return serve(launch, stop)
 
     return run(body)

@@ -247,10 +247,8 @@ class Traffic:
         self._strategies: Counter[str] = Counter()
         self._decisions = self._impressions = self._clicks = self._errors = self._empty = self._version = 0
         self._strategy = ""
-        self._paced_s, self._paced = (
-            self._began,
-            0,
-        )  # when the rate allowed the newest turn, and decisions before it
+        self._paced_s = self._began  # when the rate allowed the newest turn
+        self._paced = 0  # decisions before it
 
     def run(self, stop: threading.Event, each_turn: Callable[[Status], None] | None = None) -> Report:
         """Until `stop` is set, or the configured duration or number of recommendations is reached.
