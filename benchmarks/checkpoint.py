@@ -15,6 +15,7 @@ import argparse
 import os
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Mapping
@@ -125,8 +126,10 @@ class Bench:
         topic_id = log.identity(TOPIC)
         resumed = _resume(self.config, self.learner, checkpoints.load(), watch, topic_id)
         written: Any = self.checkpoints
-        parts = (self.config, resumed, log, Codec(), watch, written, store, Metrics(), topic_id, closing)
-        self.trainer: Trainer = _prepared(*parts)
+        never = threading.Event()
+        self.trainer: Trainer = _prepared(
+            self.config, resumed, log, Codec(), watch, written, store, Metrics(), topic_id, closing, never
+        )
         self.held_s: list[float] = []
         self.held_cpu_s: list[float] = []
         self._time_snapshots()
