@@ -8,7 +8,8 @@ WORLDS := recogym==0.1.3.0 recsim==0.2.4
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Bellwether needs Python 3.11 or newer, not " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
-	$(PYTHON) -m venv $(VENV)
+	@# an installation that was interrupted leaves packages in pieces, which pip cannot mend
+	$(PYTHON) -m venv $(if $(wildcard $@),,--clear) $(VENV)
 	@echo "installing into $(VENV) (PyTorch is large: minutes on a slow line)"
 	$(BIN)/pip install --quiet --disable-pip-version-check -e .
 	@touch $@
