@@ -26,7 +26,18 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
-from simulator.shop import CLICK, PURCHASE, VIEW, Events, Outcome, Shop, ShopSettings, Turn, joined
+from simulator.shop import (
+    CLICK,
+    NO_EVENTS,
+    PURCHASE,
+    VIEW,
+    Events,
+    Outcome,
+    Shop,
+    ShopSettings,
+    Turn,
+    joined,
+)
 from streaming.rewards import EVENT_NAMES
 
 ID: Final = "bellwether/Shop-v0"
@@ -49,7 +60,8 @@ class ShopEnv(gymnasium.Env[Any, np.int64]):
     value: price
 
     `info`: `shopper`, `visit` (of that shopper), `timestamp_ms` of the page, and `events`, what the storefront
-    published since the page before: at a reset everybody's purchases of the meantime too.
+    published since the page before: at a reset everybody's purchases of the meantime too, after what a shopper who was
+    left in the middle of a visit went on to do.
     """
 
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 (gymnasium's own declaration)
@@ -109,15 +121,16 @@ class ShopEnv(gymnasium.Env[Any, np.int64]):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation | Vector, dict[str, Any]]:
         """The first page of the next visit; options are not used."""
-        first = self._np_random is None
+        first, untold = self._np_random is None, NO_EVENTS
         super().reset(seed=seed)
         if first or seed is not None:
             self.shop = Shop(self._settings, self._seed, luck=int(self.np_random.integers(2**63)))
         elif self._turn is not None:
             while not self._show(-1).ended[0]:
                 self._turn = self.shop.next_page(int(self.turn.shopper[0]))
+                untold = joined(untold, self._turn.events)
         self._turn = self.shop.next_visit()
-        return self._observation(self._turn), self._info(self._turn, self._turn.events)
+        return self._observation(self._turn), self._info(self._turn, joined(untold, self._turn.events))
 
     def step(self, action: np.int64) -> tuple[Observation | Vector, float, bool, bool, dict[str, Any]]:
         """Show this row of the catalog. Raises: ValueError for one that is none."""

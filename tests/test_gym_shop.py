@@ -97,8 +97,10 @@ def test_a_visits_rewards_add_up_to_what_the_shop_books_for_it() -> None:
     assert sorted(earned) == pytest.approx(sorted(booked.reward))
 
 
-def test_an_observation_is_what_was_published_of_the_shopper_newest_first() -> None:
+@pytest.mark.parametrize("left_after", [1000, 2], ids=["visits to their end", "visits left after two pages"])
+def test_an_observation_is_what_was_published_of_the_shopper_newest_first(left_after: int) -> None:
     env, oracle = ShopEnv(**SMALL), GreedyOracle()
+    pages = 0
     observation, info = env.reset(seed=3)
     published: dict[int, list[tuple[int, int]]] = {}
     for _ in range(800):
@@ -111,13 +113,15 @@ def test_an_observation_is_what_was_published_of_the_shopper_newest_first() -> N
         assert seen == published.get(info["shopper"], [])[:32]
         assert (observation["item"][entries:] == 0).all()
         assert (np.diff(observation["age_s"][:entries]) >= 0).all()
-        if env.in_a_visit:
+        if env.in_a_visit and pages < left_after:
             observation, _, _, _, info = env.step(oracle.recommend(env.shop, env.turn, 1)[0, 0])
+            pages += 1
             assert set(info["events"].shopper) <= {info["shopper"]}, (
                 "others' deeds have their time before a visit"
             )
         else:
             observation, info = env.reset()
+            pages = 0
     assert {name for deeds in published.values() for _, name in deeds} >= {VIEW, CLICK, PURCHASE}
 
 
