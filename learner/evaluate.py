@@ -159,9 +159,7 @@ def targets_of(
         targets.append(Uniform())
     if "popularity" in config.policies:
         # a server counts deeds by the default rewards, whatever the learner's are
-        targets.append(
-            Popularity(len(vocabulary), RewardTable(), config.popularity_half_life, config.epsilon)
-        )
+        targets.append(Popularity(vocabulary, RewardTable(), config.popularity_half_life, config.epsilon))
     known = padded(catalog.known | catalog.gone, len(vocabulary) + 1)
     for name, (policy, read_to) in versions.items():
         targets.append(Learned(name, policy, vocabulary, known, config.epsilon, read_to))

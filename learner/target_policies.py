@@ -20,7 +20,7 @@ from learner.policy import Candidate, Policy
 from learner.replay import Histories
 from streaming.columns import Columns, Kind
 from streaming.commandline import nearest
-from streaming.interning import Vocabulary
+from streaming.interning import Vocabulary, hash_string
 from streaming.rewards import CODES, EVENT_NAMES, HISTORY_NAMES, RewardTable
 
 LOGGING: Final = "logging"
@@ -92,14 +92,21 @@ class Uniform:
 
 
 class Popularity:
-    """By what users did with the items so far, weighted by the reward table; older deeds count less."""
+    """By what users did with the items so far, weighted by the reward table; older deeds count less.
+
+    Items that nobody has gone to yet come last, by lot: their ids follow the log, and would tell what comes next in it.
+    """
 
     name = "popularity"
 
-    def __init__(self, items: int, rewards: RewardTable, half_life: float, epsilon: float) -> None:
-        """items: the largest vocabulary id. half_life: of a deed's weight, in events."""
+    def __init__(
+        self, vocabulary: Vocabulary, rewards: RewardTable, half_life: float, epsilon: float
+    ) -> None:
+        """vocabulary: the log's, complete. half_life: of a deed's weight, in events."""
         self.epsilon = epsilon
-        self._score = np.zeros(items + 1)
+        self._score = np.zeros(len(vocabulary) + 1)
+        hashes = [hash_string(item_id) for item_id in vocabulary.item_ids()]
+        self._lot = np.array([0, *hashes], np.uint64) / 2.0**64  # [N] in 0..1, the lower the sooner
         # a refund makes an item no less popular
         self._weight = np.maximum(rewards.columns()[0], 0.0) * _EVENT_WEIGHT
         self._half_life = half_life
@@ -117,6 +124,8 @@ class Popularity:
 
     def scores(self, contexts: Contexts) -> Scores:
         score = self._score[contexts.items] * (contexts.items > 0)
+        if contexts.candidates is None:  # these stand as the request had them
+            score = np.where(score > 0, score, -self._lot[contexts.items])
         return np.broadcast_to(score, (len(contexts.states.item), len(score)))
 
     def allows(self, contexts: Contexts) -> Mask:

@@ -385,6 +385,19 @@ def test_popularity_is_judged_by_what_came_before(front, monkeypatch):
     assert estimates(front.report(policies=("popularity",), epsilon=0.0), "popularity")["SNIPS"] >= 0.8
 
 
+def test_the_order_of_a_log_does_not_tell_popularity_what_comes_next_in_it(tmp_path):
+    """Nobody has gone to anything yet: of two logs, each beginning with another of two items, it fits one."""
+    first = []
+    for order in ("ab", "ba"):
+        front = Storefront(f"sqlite:///{tmp_path / order}.db")
+        for item in order:
+            front.decide([(item, 0.5)], epsilon=1.0)
+        (popularity,) = front.report(policies=("popularity",), epsilon=0.0, until=START_MS + 1500).policies
+        first.append(popularity.mean_ratio.value)
+        front.close()
+    assert sorted(first) == pytest.approx([0.0, 2.0])
+
+
 # --- parts ---------------------------------------------------------------------------------------------------
 
 

@@ -39,7 +39,9 @@ def test_a_name_that_is_none_is_answered_with_the_nearest(text, hint):
 def test_popularity_is_what_a_server_without_weights_ranks_by():
     rng, rewards = np.random.default_rng(0), RewardTable()
     server = UserState(100, 8, 4, 30.0, rewards)
-    target = Popularity(6, rewards, 30.0, 0.0)
+    words = Vocabulary()
+    words.intern_all(NAMES[:6])
+    target = Popularity(words, rewards, 30.0, 0.0)
     names = ["view_item", "purchase", "refund", "search", "begin_checkout", "add_to_cart"]
     rows = [
         event(str(rng.choice(names)), *rng.choice(np.arange(1, 7), rng.integers(0, 3), False).tolist(), at=n,
