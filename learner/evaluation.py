@@ -377,6 +377,16 @@ class Evaluation:
                 f"none of {left_out.learnt_from:,} decisions is unseen: all were read by the learner of the versions "
                 "judged; judge an older one (--policies weights:VERSION), or let the log grow"
             )
+        if left_out.not_a_candidate:
+            return (
+                f"none of {left_out.not_a_candidate:,} decisions shows items of its own candidates alone; "
+                "whoever writes them must log all that was to choose from (proto/decision.avsc)"
+            )
+        if left_out.other_users:
+            return (
+                f"none of {left_out.other_users:,} decisions is of the users that "
+                f"--users-share {self._config.users_share:g} draws; judge more of them"
+            )
         return (
             f"none of {decisions:,} decisions in {topic!r} is within --since and --until "
             f"({left_out.other_times:,} are at other times)"

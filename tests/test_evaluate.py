@@ -473,6 +473,22 @@ def test_a_log_that_was_never_explored_tells_nothing(front):
         front.report()
 
 
+def test_a_share_without_users_is_named(front):
+    two_items(front)
+    with pytest.raises(
+        NothingToEvaluate, match="none of 4 decisions is of the users that --users-share 1e-06"
+    ):
+        front.report(users_share=1e-6)
+
+
+def test_decisions_that_show_no_candidate_of_their_own_are_named(front):
+    front.decide([("b", 0.5)], candidates=[Candidate("a"), Candidate("new")])
+    with pytest.raises(
+        NothingToEvaluate, match="none of 1 decisions shows items of its own candidates alone"
+    ):
+        front.report()
+
+
 def test_a_span_without_decisions_is_named(front):
     two_items(front)
     with pytest.raises(
