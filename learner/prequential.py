@@ -31,6 +31,7 @@ from torch import Tensor
 from learner.agent import Agent
 from learner.co_views import CoViews
 from learner.entries import StateTensors
+from learner.intervals import student_t
 from learner.recall import newest_entries
 from streaming.interning import Vocabulary
 from streaming.rewards import RewardTable
@@ -339,16 +340,17 @@ def _figures(ranked: Ranked) -> Mapping[str, Any]:
 
 def half_width(values: npt.NDArray[np.float64], group: Ints) -> float | None:
     """Of the 95 % interval of the values' mean, where those of one group (from 0) hang together: the mean's linearised
-    variance over groups (Cochran 1977, 6.4, a ratio of sums). None: there are fewer than two groups.
+    variance over groups (Cochran 1977, 6.4, a ratio of sums), with Student's t. None: there are fewer than two groups.
 
     >>> half_width(np.array([0.0, 1.0, 0.0, 1.0]), np.arange(4)), half_width(np.array([0.0, 1.0]), np.zeros(2, int))
-    (0.5658, None)
+    (0.91856, None)
     """
     off = np.bincount(group, values - values.mean())
     groups = len(off)
     if groups < 2:
         return None
-    return round(float(1.96 * (np.square(off).sum() * groups / (groups - 1)) ** 0.5 / len(values)), 5)
+    spread = (np.square(off).sum() * groups / (groups - 1)) ** 0.5
+    return round(float(student_t(groups - 1) * spread / len(values)), 5)
 
 
 _NOTHING: Final = (

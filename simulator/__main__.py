@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import signal
@@ -119,14 +120,13 @@ def describe(before: Status, now: Status, start_ms: int) -> str:
 
 
 def _tell(report: Report, file: Path | None) -> None:
-    s, (low, high) = report.status, report.ci95
+    s = report.status
     if sys.stderr.isatty():
         print(file=sys.stderr)
     print(
         f"{s.decisions:,} recommendations in {s.wall_s:.1f} s, {s.clicks:,} clicks: "
         f"click-through {100 * report.ctr:.2f} %\n"
-        f"{len(report.visits.visit):,} whole visits, reward per visit {report.reward_per_visit:.3f} "
-        f"({low:.3f} to {high:.3f}, 95 %)\n"
+        f"{_visits(report)}\n"
         f"{s.published:,} records published, {s.errors:,} requests unanswered; "
         f"own cost {report.cpu_us_per_event:.0f} µs of CPU for an event"
     )
@@ -135,6 +135,15 @@ def _tell(report: Report, file: Path | None) -> None:
         part = file.with_name(f"{file.name}.{os.getpid()}.part")
         part.write_text(json.dumps(report.summary(), indent=2) + "\n")
         part.replace(file)
+
+
+def _visits(report: Report) -> str:
+    """What whole visits came to."""
+    count, (low, high) = len(report.visits.visit), report.ci95
+    if not count:
+        return "no visit is over"
+    known = f"{low:.3f} to {high:.3f}, 95 %" if math.isfinite(low) else "of one shopper: no interval"
+    return f"{count:,} whole visits, reward per visit {report.reward_per_visit:.3f} ({known})"
 
 
 if __name__ == "__main__":

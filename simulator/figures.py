@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -44,21 +45,25 @@ class Comparison(NamedTuple):
 def ratio_interval(
     numerator: npt.NDArray[np.floating], denominator: npt.NDArray[np.floating], who: npt.NDArray[np.integer]
 ) -> Interval:
-    """sum(numerator) / sum(denominator) and its 95 % interval (normal), with `who`, the shoppers, as the units: one
-    shopper's visits are alike, so they do not count as independent. The ratio is linearised (delta method).
+    """sum(numerator) / sum(denominator) and its 95 % interval (Student's t), with `who`, the shoppers, as the units:
+    one shopper's visits are alike, so they do not count as independent. The ratio is linearised (delta method). Of
+    nothing it is nan; of a single shopper it has no interval (nan).
 
     >>> ratio_interval(np.array([1.0, 3.0, 2.0, 2.0]), np.ones(4), np.array([0, 0, 1, 1]))  # shoppers alike
     Interval(mean=2.0, low=2.0, high=2.0)
+    >>> ratio_interval(np.array([1.0, 3.0]), np.ones(2), np.array([7, 7]))
+    Interval(mean=2.0, low=nan, high=nan)
     """
-    if not len(who):
-        return Interval(0.0, 0.0, 0.0)
     _, unit = np.unique(who, return_inverse=True)
     above, below = np.bincount(unit, numerator), np.bincount(unit, denominator)
-    total = float(below.sum())
+    units, total = len(below), float(below.sum())
     if not total:
-        return Interval(float("nan"), float("nan"), float("nan"))
+        return Interval(math.nan, math.nan, math.nan)
     ratio = float(above.sum()) / total
-    half = 1.96 * float(np.sqrt(((above - ratio * below) ** 2).sum())) / abs(total)
+    if units < 2:
+        return Interval(ratio, math.nan, math.nan)
+    spread = float(np.sqrt(((above - ratio * below) ** 2).sum() * units / (units - 1)))
+    half = student_t(units - 1) * spread / abs(total)
     return Interval(ratio, ratio - half, ratio + half)
 
 
@@ -74,7 +79,7 @@ def over_seeds(values: Sequence[float]) -> Interval:
     Interval(mean=2.0, low=-0.484..., high=4.484...)
     """
     n, mean = len(values), float(np.mean(values))
-    half = student_t(n - 1) * float(np.std(values, ddof=1)) / n**0.5 if n > 1 else float("nan")
+    half = student_t(n - 1) * float(np.std(values, ddof=1)) / n**0.5 if n > 1 else math.nan
     return Interval(mean, mean - half, mean + half)
 
 
@@ -122,3 +127,16 @@ def compare(paired: Mapping[str, Visits]) -> Comparison:
         gain=ratio_interval(learned - popularity, np.ones(len(who)), who),
         gap_closed=ratio_interval(learned - random, oracle - random, who),
     )
+
+
+def without_nan(value: Any) -> Any:
+    """The same with null, None, for NaN, which JSON lacks.
+
+    >>> without_nan({"ci95": (math.nan, 2.0)})
+    {'ci95': [None, 2.0]}
+    """
+    if isinstance(value, dict):
+        return {key: without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -11,7 +11,15 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from simulator.figures import Comparison, Interval, compare, mean_interval, over_seeds, same_visits
+from simulator.figures import (
+    Comparison,
+    Interval,
+    compare,
+    mean_interval,
+    over_seeds,
+    same_visits,
+    without_nan,
+)
 from simulator.freshness import Freshness
 from simulator.goods import DAY_MS
 from simulator.shop import HOUR_MS, Visits
@@ -154,7 +162,7 @@ def curve(found: Findings, end_ms: int) -> list[Json]:
 
 def write(folder: Path, made: Json) -> None:
     """Write report.json and report.png."""
-    (folder / "report.json").write_text(json.dumps(_without_nan(made), indent=2) + "\n")
+    (folder / "report.json").write_text(json.dumps(without_nan(made), indent=2) + "\n")
     picture(made, folder / "report.png")
 
 
@@ -359,12 +367,3 @@ def _hours(found: Findings, event_ms: float) -> float:
 
 def _signed(value: Interval, what: str = "mean") -> str:
     return f"{value.low:+.2f} to {value.high:+.2f}" if what == "to" else f"{value.mean:+.2f}"
-
-
-def _without_nan(value: Any) -> Any:
-    """NaN, which JSON lacks, becomes null."""
-    if isinstance(value, dict):
-        return {key: _without_nan(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(inner) for inner in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

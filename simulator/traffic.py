@@ -21,7 +21,7 @@ import numpy as np
 
 from serving import policy_pb2 as pb
 from serving.client import CallError, Client
-from simulator.figures import mean_interval
+from simulator.figures import mean_interval, without_nan
 from simulator.shop import (
     HOUR_MS,
     NO_EVENTS,
@@ -109,22 +109,23 @@ class Status(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What a run came to. Intervals are 95 %, over visits."""
+    """What a run came to. Intervals are 95 %, over shoppers."""
 
     status: Status
     visits: Visits
     ctr: float  # clicks per item shown
-    reward_per_visit: float
-    ci95: tuple[float, float]  # of reward_per_visit
+    reward_per_visit: float  # nan: no visit is over
+    ci95: tuple[float, float]  # of reward_per_visit; nan: fewer than two shoppers
     strategies: dict[str, int]  # recommendations by what ranked them
     cpu_us_per_event: float  # decisions and published records count as events
 
     def summary(self) -> dict[str, Any]:
         """The report without its columns, for JSON."""
         status = self.status._asdict()
-        return {**status, **{k: v for k, v in self._asdict().items() if k not in ("status", "visits")}} | {
+        whole = {**status, **{k: v for k, v in self._asdict().items() if k not in ("status", "visits")}} | {
             "visits": len(self.visits.visit)
         }
+        return {name: without_nan(value) for name, value in whole.items()}
 
 
 class Publisher:

@@ -264,8 +264,17 @@ def test_steps_of_one_visit_are_one_witness() -> None:
         half_width(np.repeat([0.0, 1.0], 24), np.repeat(np.arange(12), 4)),
         half_width(np.repeat([0.0, 1.0], 24), np.arange(48)),
     )
-    assert wide == pytest.approx(2 * narrow, rel=0.05)
+    assert wide == half_width(np.repeat([0.0, 1.0], 6), np.arange(12)) > 2 * narrow
     assert together["recent"]["ci95"] == half_width(hit, ranked.visit)
+
+
+@pytest.mark.parametrize("visits", [2, 3, 10])
+def test_few_visits_have_an_interval_that_holds_the_truth_as_often_as_many(visits: int) -> None:
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(1000):
+        drawn = rng.normal(0.0, 1.0, visits)
+        held += abs(drawn.mean()) <= (half_width(drawn, np.arange(visits)) or 0.0)
+    assert 930 <= held <= 970  # 95 % of 1,000, give or take three sigma
 
 
 def test_places_beyond_the_top_are_misses() -> None:

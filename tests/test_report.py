@@ -73,7 +73,7 @@ def found(seed=1, **changes):
 def test_a_mean_over_shoppers_who_came_once_has_the_textbook_interval():
     reward = np.array([1.0, 2.0, 3.0, 6.0])
     mean, low, high = mean_interval(visits(reward))
-    half = 1.96 * reward.std() / 2  # s / sqrt(n)
+    half = 3.182 * reward.std(ddof=1) / 2  # t s / sqrt(n)
     assert (mean, low, high) == pytest.approx((3.0, 3.0 - half, 3.0 + half))
 
 
@@ -89,7 +89,24 @@ def test_visits_of_one_shopper_count_as_one_witness():
     alike = visits([0.0, 0.0, 4.0, 4.0], shopper=[0, 0, 1, 1])
     apart = visits([0.0, 0.0, 4.0, 4.0])
     assert mean_interval(alike).mean == mean_interval(apart).mean == 2.0
-    assert mean_interval(alike).high - 2.0 == pytest.approx(math.sqrt(2) * (mean_interval(apart).high - 2.0))
+    assert mean_interval(alike) == pytest.approx(mean_interval(visits([0.0, 4.0])))
+    assert mean_interval(alike).high > mean_interval(apart).high > 2.0
+
+
+@pytest.mark.parametrize("shoppers", [2, 3, 5, 30])
+def test_few_shoppers_have_an_interval_that_holds_the_truth_as_often_as_many(shoppers):
+    rng, held = np.random.default_rng(1), 0
+    for _ in range(1000):
+        _, low, high = mean_interval(visits(rng.normal(3.0, 1.0, shoppers)))
+        held += low <= 3.0 <= high
+    assert 930 <= held <= 970  # 95 % of 1,000, give or take three sigma
+
+
+def test_one_shopper_and_none_have_no_interval_and_beat_nobody():
+    one, none = mean_interval(visits([5.0, 9.0], shopper=[7, 7])), mean_interval(visits([]))
+    assert (one.mean, math.isnan(one.low), math.isnan(one.high)) == (7.0, True, True)
+    assert all(map(math.isnan, none))
+    assert "not better than popularity" in report.verdict(17, 2400, one)
 
 
 def test_the_interval_of_a_ratio_covers_the_truth_nineteen_times_in_twenty():

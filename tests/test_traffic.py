@@ -405,6 +405,19 @@ def test_the_command_runs_and_reports(world, tmp_path, capsys, signals_restored)
     assert len(users) > 10
 
 
+def test_a_run_in_which_no_visit_ended_says_so_and_its_report_is_json(
+    world, tmp_path, capsys, signals_restored
+):
+    file = tmp_path / "report.json"
+    where = f"--log {world.url} --server 127.0.0.1:{world.port} --report {file}"
+    status = command.main(f"{where} --items 60 --shoppers 100 --seed 1 --rate 0 --decisions 1".split())
+    report = json.loads(file.read_text(), parse_constant=pytest.fail)
+
+    assert status == 0
+    assert (report["visits"], report["reward_per_visit"], report["ci95"]) == (0, None, [None, None])
+    assert "\nno visit is over\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
