@@ -25,7 +25,7 @@ def show(figures: Mapping[str, float]) -> None:
 
 
 def commit() -> str:
-    """Of what runs; empty outside of a repository."""
+    """The newest; empty outside of a repository."""
     return _git("rev-parse", "HEAD").strip()
 
 
@@ -42,13 +42,14 @@ def _git(*arguments: str) -> str:
 
 
 def append(file: Path | None, benchmark: str, arguments: Sequence[str], figures: Mapping[str, Any]) -> None:
-    """Append what was measured, and with what; None: don't. What is not a finite number is null, as JSON has none."""
+    """Append what was measured, and with what; None: don't. A commit that was changed since is told as `code`
+    does. What is not a finite number is null, as JSON has none."""
     if file is None:
         return
     about = {
         "benchmark": benchmark,
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
+        "commit": code(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         "command": shlex.join(["python", "-m", f"benchmarks.{benchmark}", *arguments]),
     }

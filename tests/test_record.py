@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 
@@ -30,3 +31,6 @@ def test_code_is_told_by_its_changes_and_not_by_the_results_that_it_finds(
     assert changed.startswith(clean + " with ")
     source.write_text("three\n")
     assert record.code() not in (clean, changed)
+    kept = result.with_name("kept.jsonl")
+    record.append(kept, "shop", [], {"ctr": 0.1})
+    assert json.loads(kept.read_text())["commit"] == record.code() != clean
