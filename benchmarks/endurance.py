@@ -177,7 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
     show({name: value for name, value in figures.items() if not isinstance(value, list)})
     append(options.json, "endurance", arguments or sys.argv[1:], figures)
     wrong = judge(figures)
-    print("\n".join(wrong) or "nothing lost, nothing doubled, every probe answered")
+    print("\n".join(wrong) or "nothing lost, nothing doubled, all answered")
     return 1 if wrong else 0
 
 
@@ -187,8 +187,11 @@ def judge(figures: dict[str, Any]) -> list[str]:
         "the audit found differences": figures["audit_status"] != 0,
         "answers whose decision is not in the log": figures["log_decisions"] < figures["answered"],
         "a probe was not answered": figures["probes_failed"] > 0,
+        "a shopper was not answered": figures["unanswered_shoppers"] > 0,
         "a process did not end cleanly": any(figures["exit_statuses"]),
         "published records are not in the log": figures["log_events"] < figures["published_events"],
+        "records are in the log that nobody published": figures["log_events"] > figures["published_events"],
+        "records are twice in the log": figures["log_records_beyond"] > 0,
     }
     return [what for what, is_wrong in checks.items() if is_wrong]
 

@@ -10,7 +10,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from benchmarks import checkpoint, growth, replay, soak, updates
+from benchmarks import checkpoint, endurance, growth, replay, soak, updates
 
 
 def test_replay_is_measured_beside_the_ring():
@@ -132,6 +132,35 @@ def test_a_process_that_leaks_is_found_out_and_one_that_does_not_is_not(leak, gr
     assert any("the server's files went from" in line for line in wrong) == grows
     if not grows:
         assert wrong == []
+
+
+ENDURED = {
+    "audit_status": 0,
+    "exit_statuses": [0, 0, 0],
+    "published_events": 900,
+    "log_events": 900,
+    "answered": 600,
+    "log_decisions": 601,  # one was answered twice, for the first answer came too late
+    "log_records_beyond": 0,
+    "unanswered_shoppers": 0,
+    "probes_failed": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("figure", "wrong"),
+    [
+        ({}, []),
+        ({"log_records_beyond": 1}, ["records are twice in the log"]),
+        ({"log_events": 901}, ["records are in the log that nobody published"]),
+        ({"log_events": 899}, ["published records are not in the log"]),
+        ({"unanswered_shoppers": 1}, ["a shopper was not answered"]),
+        ({"probes_failed": 1}, ["a probe was not answered"]),
+        ({"audit_status": 1}, ["the audit found differences"]),
+    ],
+)
+def test_what_endurance_promises_is_what_it_judges(figure, wrong):
+    assert endurance.judge(ENDURED | figure) == wrong
 
 
 def test_a_slope_has_an_interval_that_holds_it():
