@@ -10,7 +10,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from benchmarks import checkpoint, endurance, growth, replay, soak, updates
+from benchmarks import checkpoint, endurance, freshness, growth, replay, soak, updates
 
 
 def test_replay_is_measured_beside_the_ring():
@@ -161,6 +161,14 @@ ENDURED = {
 )
 def test_what_endurance_promises_is_what_it_judges(figure, wrong):
     assert endurance.judge(ENDURED | figure) == wrong
+
+
+def test_a_probe_that_is_never_seen_is_counted_and_the_others_are_told():
+    tracker = freshness.Tracker.__new__(freshness.Tracker)
+    tracker.sent, tracker.took = {b"a": 0.0, b"b": 0.0}, {b"a": 0.5}
+    assert tracker.settle(timeout_s=0.05) == 1
+    tracker.took[b"b"] = 0.7
+    assert tracker.settle(timeout_s=60.0) == 0
 
 
 def test_a_slope_has_an_interval_that_holds_it():
