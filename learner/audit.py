@@ -39,7 +39,8 @@ from streaming.plain_joiner import PlainPartition, Transition
 from streaming.schemas import DEAD_LETTER, DECISION, EVENT, Codec, SchemaError
 
 TRIES: Final = 5  # to read a partition while its beginning moves on
-REWARD_TOLERANCE: Final = 1e-4  # relative: replay adds up numbers that travelled as float32
+ROUNDED: Final = 2.0**-23  # twice what float32, as which rewards travel, takes from each, relative
+LEAST_REWARD: Final = 2e-6  # nothing that is worth less is looked for
 MOST_WANTED: Final = 1_000_000  # rows whose letters are looked for at once
 SLOT_BITS: Final = 15  # of a key: offset << SLOT_BITS | slot
 
@@ -138,6 +139,17 @@ def _memory(generation: int, meta: Mapping[str, Any], parts: Mapping[str, Any]) 
 # --- replay against the log ------------------------------------------------------------------------------
 
 
+def tolerance(sizes: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """By how much a reward in replay may differ from what the log says. sizes: of all that it adds up, together.
+
+    A refund leaves behind what rounding did to its purchase, and a click must be missed beside an order however large.
+
+    >>> tolerance(np.array([0.0, 150_000.0])).round(6)
+    array([2.0000e-06, 1.7881e-02])
+    """
+    return np.maximum(LEAST_REWARD, ROUNDED * sizes)
+
+
 class _Held:
     """One partition's share of replay, and beside it what the log says that it should be."""
 
@@ -153,6 +165,7 @@ class _Held:
         self.seen = np.zeros(len(keys), np.bool_)
         columns = [*self.held]
         self.expected = Contents(*(np.zeros_like(column) for column in columns))
+        self.sizes = np.zeros(len(keys))  # of the rewards that each adds up
         self.evicted = 0
         self.amended = np.zeros(len(keys), np.bool_)
         self._may_evict = may_evict  # of what comes first; once one is kept, all that follow must be
@@ -179,13 +192,16 @@ class _Held:
         for name, column in zip(_COMPARED, zip(*map(_compared, transitions), strict=True), strict=True):
             target = getattr(self.expected, name)
             target[at[there]] = np.array(column, target.dtype)[there]
+        self.sizes[at[there]] = np.abs(self.expected.reward[at[there]])
         return [transitions[i] for i in missing]
 
     def amend(self, amendments: list[tuple[int, int, int, float]]) -> None:
         """The log gives these rewards later."""
         at = self.find(np.array([o << SLOT_BITS | s for _, o, s, _ in amendments], np.int64))
         kept = np.flatnonzero(at >= 0)
-        np.add.at(self.expected.reward, at[kept], np.array([a[3] for a in amendments])[kept])
+        rewards = np.array([a[3] for a in amendments])[kept]
+        np.add.at(self.expected.reward, at[kept], rewards)
+        np.add.at(self.sizes, at[kept], np.abs(rewards))
         self.amended[at[kept]] = True
 
 
@@ -421,10 +437,9 @@ class Audit:
 
     def _compare_column(self, name: str, held: _Held, known: npt.NDArray[np.int64]) -> None:
         mine, theirs = getattr(held.held, name)[known], getattr(held.expected, name)[known]
+        differ = mine != theirs
         if name == "reward":
-            differ = ~(np.abs(mine - theirs) <= REWARD_TOLERANCE * np.maximum(1.0, np.abs(theirs)))
-        else:
-            differ = mine != theirs
+            differ = ~(np.abs(mine - theirs) <= tolerance(held.sizes[known]))
         word = _WORDS.get(name, name)
         for i in np.flatnonzero(differ).tolist():
             found, wanted = self._named(name, mine[i]), self._named(name, theirs[i])

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from learner.audit import REWARD_TOLERANCE, AuditConfig, NothingToAudit, checkpoint_of, ids_of, subject
+from learner.audit import AuditConfig, NothingToAudit, checkpoint_of, ids_of, subject, tolerance
 from learner.retelling import Retelling, first_offset, open_steps, read_partition, rows_of
 from streaming.columns import Kind
 from streaming.dead_letters import dlq_topic, late_topic
@@ -108,7 +108,8 @@ class Explanation:
 def _agrees(slot: Slot) -> bool:
     if slot.held is None:
         return True  # open, or it made room since: the audit of all counts those
-    return abs(slot.held - slot.reward) <= REWARD_TOLERANCE * max(1.0, abs(slot.reward))
+    sizes = np.array(sum(abs(credit.reward) for credit in slot.credits))
+    return bool(abs(slot.held - slot.reward) <= tolerance(sizes))
 
 
 class Explainer:

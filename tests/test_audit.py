@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from learner.__main__ import main
 from learner.agent import AgentSettings
 from learner.audit import Audit, AuditConfig, NothingToAudit
 from learner.audit_report import as_json, as_text
@@ -27,11 +28,13 @@ from streaming.columns import Kind
 from streaming.dead_letters import dlq_topic, late_topic
 from streaming.join_settings import JoinSettings
 from streaming.log import RecordBatch, open_log
-from streaming.rewards import RewardTable
+from streaming.rewards import Reward, RewardTable
 from streaming.schemas import Codec
+from tests.intakes import JOIN as AUDITED
 from tests.intakes import Way
 from tests.shop_log import write_shop
 from tests.small_shop import delete_topic
+from tests.test_bad_input import decided, did
 
 AGENT = AgentSettings(batch_size=32, dim=8, hidden=16, history_length=8)
 SETTINGS = LearnerSettings(min_replay=200, replay_capacity=50_000)
@@ -375,6 +378,41 @@ def test_one_wrong_step_is_named_in_each_of_its_slots(shop, tmp_path, column, va
     assert [(d.partition, d.offset, d.slot) for d in report.named] == [
         (*place(learner, first)[:2], slot) for slot in range(4)
     ]
+
+
+BY_VALUE = RewardTable({"select_item": Reward(0.3), "purchase": Reward(0, 1), "refund": Reward(0, -1)})
+
+
+@pytest.mark.parametrize(
+    ("price", "sent_back", "lost", "differences"),
+    [
+        (150_000.0, False, 0.0, {}),
+        (150_000.0, False, 0.3, {"reward": 1}),  # the click that led to it
+        (
+            100_000.013,
+            True,
+            0.0,
+            {},
+        ),  # what is left of it, 0.296875, is the click, and what float32 made of both
+        (1_234_567.89, True, 0.0, {}),
+        (10.0, True, 0.01, {"reward": 1}),
+    ],
+)
+def test_a_reward_may_differ_by_what_rounding_does_to_its_parts(
+    tmp_path, price, sent_back, lost, differences
+):
+    back = [did("refund", "a", at=90, price=price)] if sent_back else []
+    url = f"sqlite:///{tmp_path / 'log.db'}"
+    with Way(url, join=replace(AUDITED, rewards=BY_VALUE)) as way:
+        way.send([
+            decided("r1", "a", "b", at=0), did("select_item", "a", at=1, seen="r1"),
+            did("purchase", "a", at=2, seen="r1", price=price), decided("r2", "c", "d", at=60), *back,
+        ]).take()  # fmt: skip
+        change = put("rewards", "reward", 0, lambda reward: reward - lost)
+        report = audit_of(way.learner, tmp_path, url, way.intake.position(), change)
+    assert report.differences == differences
+    flags = ["--log", url, "--data-dir", str(tmp_path), "--weights", str(tmp_path / "weights")]
+    assert main(["audit", *flags, "--explain", "0/0"]) == len(differences)
 
 
 def test_rounding_is_no_difference(shop, tmp_path):
