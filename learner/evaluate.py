@@ -23,7 +23,7 @@ from streaming.chunks import concatenate, rows, split
 from streaming.decoder import Decoder
 from streaming.interning import Vocabulary
 from streaming.join_settings import JoinSettings
-from streaming.log import Bounds, Log, OffsetOutOfRange, RecordBatch
+from streaming.log import Bounds, Log, LogUnavailable, OffsetOutOfRange, RecordBatch
 from streaming.rewards import RewardTable
 from streaming.schemas import Codec
 
@@ -31,7 +31,9 @@ POLL_RECORDS: Final = 5000
 # The reward model learns once a batch: it must not be ignorant for thousands of records.
 FIRST_RECORDS: Final = 64
 POLL_S: Final = 1.0
-QUIET_S: Final = 10.0  # with nothing more to read, a partition is believed to end
+QUIET_S: Final = (
+    60.0  # of silence, before the end: longer than a reader of ours takes to find out that it has stalled
+)
 TRIES: Final = 5  # to read a log whose beginning retention takes meanwhile
 
 
@@ -78,7 +80,8 @@ def _evaluate(log: Log, codec: Codec, config: EvaluateConfig, join: JoinSettings
 def read(log: Log, topic: str, bounds: Mapping[int, Bounds], identity: str) -> Iterator[RecordBatch]:
     """All records within the bounds; the partitions advance side by side, and batches grow as more was read.
 
-    Raises: OffsetOutOfRange, TopicReplaced; LogUnavailable.
+    Raises: OffsetOutOfRange, TopicReplaced; LogUnavailable, also where what is within the bounds does not come: what a
+    part of a log says is no estimate of the whole.
     """
     left = {p: bound.high for p, bound in bounds.items() if bound.low < bound.high}
     if not left:
@@ -86,7 +89,13 @@ def read(log: Log, topic: str, bounds: Mapping[int, Bounds], identity: str) -> I
     reader = log.reader(topic, {p: bounds[p].low for p in left}, identity=identity)
     size, quiet_s = FIRST_RECORDS, 0.0
     try:
-        while left and quiet_s < QUIET_S:
+        while left:
+            if quiet_s >= QUIET_S:
+                at = ", ".join(f"{p} at {reader.position()[p]} of {high}" for p, high in sorted(left.items()))
+                raise LogUnavailable(
+                    f"the end of topic {topic!r} could not be read: nothing came in {QUIET_S:.0f} s (partition {at}); "
+                    "is the log up?"
+                )
             batch = reader.poll(min(size, POLL_RECORDS), POLL_S)
             size = min(2 * size, POLL_RECORDS)
             quiet_s = 0.0 if len(batch) else quiet_s + POLL_S

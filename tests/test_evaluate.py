@@ -17,7 +17,7 @@ from learner.evaluation import EvaluateConfig, NothingToEvaluate, group_of, unif
 from learner.policy import Candidate, Entry, Policy
 from learner.weights import WeightsMissing, WeightStore
 from streaming.join_settings import JoinSettings
-from streaming.log import OffsetOutOfRange, open_log
+from streaming.log import LogUnavailable, OffsetOutOfRange, open_log
 from streaming.rewards import RewardTable
 from streaming.schemas import Codec
 from tests.rows import START_MS
@@ -592,6 +592,35 @@ def test_what_went_wrong_is_one_line_and_status_1(capsys, front):
     status, _, err = told(capsys, "--log", front.log.url, "--topic", "nothing")
     assert status == 1
     assert "nothing" in err
+
+
+class Stalling:
+    """A log whose readers fall silent after so many records."""
+
+    def __init__(self, log, after):
+        self._log, self._after = log, after
+
+    def __getattr__(self, name):
+        return getattr(self._log, name)
+
+    def reader(self, topic, offsets, **more):
+        reader = self._log.reader(topic, offsets, **more)
+        poll = reader.poll
+        reader.poll = lambda most, timeout_s: poll(
+            max(0, min(most, self._after - sum(reader.position().values()))), 0.0
+        )
+        return reader
+
+
+def test_a_log_whose_end_does_not_come_is_no_estimate(front):
+    two_items(front)
+    front.producer.flush()
+    config = EvaluateConfig(topic=front.topic, policies=("logging",))
+    assert evaluate(Stalling(front.log, 6), front.codec, config, JOIN).decisions == 4
+    with pytest.raises(
+        LogUnavailable, match=r"the end of topic 'events' could not be read: nothing came in 60 s"
+    ):
+        evaluate(Stalling(front.log, 3), front.codec, config, JOIN)
 
 
 def test_numbers_that_are_none_are_null_in_json(front):
