@@ -13,7 +13,7 @@ from streaming.chunks import rows
 from streaming.columns import Columns, Kind, Reason
 from streaming.decoder import Decoder
 from streaming.join_settings import JoinSettings
-from streaming.log import Log, RecordBatch
+from streaming.log import Bounds, Log, LogUnavailable, RecordBatch
 from streaming.plain_joiner import Line, Output, PlainPartition, Row, Step
 from streaming.rewards import EVENT_NAMES
 from streaming.schemas import frame_of
@@ -21,18 +21,27 @@ from streaming.schemas import frame_of
 POLL_RECORDS: Final = 5000
 POLL_S: Final = 1.0
 QUIET_S: Final = (
-    10.0  # with nothing more to read, a partition is believed to end: what is missing then is reported
+    60.0  # of silence, before the end: longer than a reader of ours takes to find out that it has stalled
 )
 
 
 def read_partition(log: Log, topic: str, partition: int, start: int, end: int) -> Iterator[RecordBatch]:
-    """The records start <= offset < end, in order. Raises: OffsetOutOfRange; LogUnavailable when it stays away."""
+    """The records start <= offset < end that there are, in order.
+
+    Raises: OffsetOutOfRange; LogUnavailable, also where what is there does not come: it must not seem to be lost.
+    """
+    end = min(end, log.bounds(topic).get(partition, Bounds(0, 0)).high)
     if start >= end:
         return
     reader = log.reader(topic, {partition: start})
     quiet_s = 0.0
     try:
-        while reader.position()[partition] < end and quiet_s < QUIET_S:
+        while (at := reader.position()[partition]) < end:
+            if quiet_s >= QUIET_S:
+                raise LogUnavailable(
+                    f"{topic}/{partition} could not be read: nothing came in {QUIET_S:.0f} s at offset {at}, "
+                    f"and it ends at {end}; is the log up?"
+                )
             batch = reader.poll(POLL_RECORDS, POLL_S)
             quiet_s = 0.0 if len(batch) else quiet_s + POLL_S
             inside = int(np.searchsorted(batch.offset, end))

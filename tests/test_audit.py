@@ -27,7 +27,7 @@ from streaming.chunks import rows
 from streaming.columns import Kind
 from streaming.dead_letters import dlq_topic, late_topic
 from streaming.join_settings import JoinSettings
-from streaming.log import RecordBatch, open_log
+from streaming.log import LogUnavailable, RecordBatch, open_log
 from streaming.rewards import Reward, RewardTable
 from streaming.schemas import Codec
 from tests.intakes import JOIN as AUDITED
@@ -449,6 +449,37 @@ def test_transitions_beyond_the_offsets_are_named(shop, tmp_path):
     report = audit_of(taught(batch), tmp_path, shop, {**ends(batch), 1: 100})
     assert report.differences["invented"] > 0
     assert {d.partition for d in report.named} == {1}
+
+
+class Stalling:
+    """A log whose readers fall silent after so many records."""
+
+    def __init__(self, log, after):
+        self._log, self._after = log, after
+
+    def __getattr__(self, name):
+        return getattr(self._log, name)
+
+    def reader(self, topic, offsets, **more):
+        reader = self._log.reader(topic, offsets, **more)
+        poll = reader.poll
+        reader.poll = lambda most, timeout_s: poll(
+            max(0, min(most, self._after - sum(reader.position().values()))), 0.0
+        )
+        return reader
+
+
+def test_records_that_do_not_come_are_not_lost(shop, tmp_path):
+    batch = records(shop)
+    learner = taught(batch)
+    assert audit_of(learner, tmp_path, shop, ends(batch)).clean
+    log = open_log(shop)
+    config = AuditConfig(data_dir=str(tmp_path), weights=str(tmp_path / "weights"))
+    with pytest.raises(
+        LogUnavailable, match=r"events/0 could not be read: nothing came in 60 s at offset 100"
+    ):
+        Audit(Stalling(log, 100), Codec(), config).run()
+    log.close()
 
 
 def test_offsets_beyond_the_log_are_another_log(shop, tmp_path):

@@ -22,6 +22,7 @@ from streaming.rewards import RewardTable
 from streaming.schemas import Codec
 from tests.rows import START_MS
 from tests.serving_process import publish
+from tests.test_audit import Stalling
 from tests.test_audit import shop as shop  # a fixture
 
 ITEMS = [f"item-{i}" for i in range(9)]
@@ -592,24 +593,6 @@ def test_what_went_wrong_is_one_line_and_status_1(capsys, front):
     status, _, err = told(capsys, "--log", front.log.url, "--topic", "nothing")
     assert status == 1
     assert "nothing" in err
-
-
-class Stalling:
-    """A log whose readers fall silent after so many records."""
-
-    def __init__(self, log, after):
-        self._log, self._after = log, after
-
-    def __getattr__(self, name):
-        return getattr(self._log, name)
-
-    def reader(self, topic, offsets, **more):
-        reader = self._log.reader(topic, offsets, **more)
-        poll = reader.poll
-        reader.poll = lambda most, timeout_s: poll(
-            max(0, min(most, self._after - sum(reader.position().values()))), 0.0
-        )
-        return reader
 
 
 def test_a_log_whose_end_does_not_come_is_no_estimate(front):
