@@ -203,6 +203,12 @@ class _Ensemble:
         return self._heads.count(item) / len(self._heads)
 
 
+def compile_exploration() -> None:
+    """Have the loops compiled: for Q (float32), and for popularity and what Boltzmann draws (float64)."""
+    for scores in (np.zeros(2, np.float32), np.zeros(2)):
+        best_ids(scores, np.ones(2, np.bool_), 1)
+
+
 @jit
 def best_ids(q: npt.NDArray[np.floating], eligible: npt.NDArray[np.bool_], k: int) -> npt.NDArray[np.int64]:
     """[k] the eligible items of highest q, best first. Whatever was taken before, the best left is among them.

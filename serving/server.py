@@ -19,7 +19,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from learner.compiled import compile_q
-from learner.exploration import EPSILON, Exploration, Kind
+from learner.exploration import EPSILON, Exploration, Kind, compile_exploration
 from learner.policy import use_threads
 from learner.weights import store_url
 from serving import metrics
@@ -29,6 +29,7 @@ from serving.requests import MAX_MESSAGE_BYTES
 from serving.service import SERVICE, Service, Streams
 from serving.view import Follower, View, ViewConfig, compile_view
 from serving.weights import WeightsFollower
+from streaming.interning import compile_vocabulary
 from streaming.log import Log, LogError
 from streaming.schemas import Codec
 
@@ -204,6 +205,8 @@ class PolicyServer:
         if self._config.metrics_port:
             metrics.expose(self._config.metrics_port + self._instance.index, self._config.host)
         compile_q()
+        compile_exploration()
+        compile_vocabulary()
         self._weights.start()
         if self._log is not None:
             compile_view(self._view_config)

@@ -349,6 +349,14 @@ def _intern_all(
     return len(ids)
 
 
+def compile_vocabulary() -> None:
+    """Have the loops compiled that take strings in, look them up, and make room."""
+    vocabulary = Vocabulary(1)
+    vocabulary.reserve(1, 1)  # tables grow when they are full
+    vocabulary.ids(["i"])
+    vocabulary.intern("i")
+
+
 class Vocabulary:
     """Item ids ↔ 1, 2, 3, ... in order of first sight; append-only, so an id once given stays.
 

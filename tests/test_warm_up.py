@@ -53,9 +53,41 @@ assert before
 Policy.from_weights(WeightStore("weights").load(1)).check()
 print(sorted(compiled() - before))
 """
+ANSWERS = """
+from serving import policy_pb2 as pb
+from serving.client import Client
+from serving.server import Instance, PolicyServer, ServingConfig
+from serving.view import ViewConfig
+from streaming.log import open_log
+from streaming.schemas import Codec
+from tests.serving_process import eventually
+
+def ask_all():
+    told = [pb.Candidate(item_id="a"), pb.Candidate(item_id="new", price=3.0, vector=[1.0])]
+    client.recommend(pb.RecommendRequest(user_id="u"))
+    client.recommend(pb.RecommendRequest(user_id="u", epsilon=0.0, exclude_item_ids=["a"]))
+    client.recommend(pb.RecommendRequest(user_id="u", candidates=told))
+    client.recommend(pb.RecommendRequest(user_id="u", history=[pb.HistoryEntry(item_id="b")]))
+
+log, codec = open_log("sqlite:///log.db"), Codec()
+log.create_topic("catalog", 1)
+config = ServingConfig(weights="weights", port=0, exploration="boltzmann")
+server = PolicyServer(config, ViewConfig(), log, codec, Instance("s"), lambda: 1_700_000_000_000)
+with Client(f"127.0.0.1:{server.start()}") as client:
+    before = compiled()
+    ask_all()
+    producer = log.producer()
+    for i in range(2000):  # more than there is room for at first
+        producer.send("catalog", f"more-{i}".encode(), codec.encode_item({"item_id": f"more-{i}"}))
+    producer.flush(10.0)
+    eventually(lambda: "more-1999" in server._view.items())
+    ask_all()
+print(sorted(compiled() - before))
+server.drain()
+"""
 
 
-@pytest.mark.parametrize("script", [LEARNER, SERVER], ids=["learner", "server"])
+@pytest.mark.parametrize("script", [LEARNER, SERVER, ANSWERS], ids=["learner", "server", "answers"])
 def test_nothing_is_left_to_compile_once_records_and_weights_come(tmp_path, script):
     log = open_log(f"sqlite:///{tmp_path / 'log.db'}")
     write_shop(log, 300, partitions=2, items=60, shoppers=40)
