@@ -159,8 +159,8 @@ class View:
         for entry in history:
             if entry.name == "purchase" and since_ms <= entry.timestamp_ms:
                 bought[entry.item_id] = bought.get(entry.item_id, 0) + 1
-            elif entry.name == "refund":
-                bought[entry.item_id] = bought.get(entry.item_id, 0) - 1
+            elif entry.name == "refund":  # of a purchase before it, not of one to come
+                bought[entry.item_id] = max(0, bought.get(entry.item_id, 0) - 1)
         return {item_id for item_id, pieces in bought.items() if pieces > 0 and self._bought_window_ms}
 
     def items(self) -> list[str]:

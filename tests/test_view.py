@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from learner.policy import Entry
 from serving.metrics import VIEW_FAILURES
 from serving.view import Follower, View, ViewConfig
 from streaming.chunks import batch_of
@@ -55,6 +56,18 @@ def test_users_who_just_met_a_new_item_may_be_asked_for_at_any_moment() -> None:
     asker.join()
     assert errors == []
     assert view.history("u")[-1].item_id == "item-99"
+
+
+def test_what_a_history_says_was_returned_long_ago_and_bought_again_since_is_bought() -> None:
+    view, day = View(ViewConfig(max_users=10), CODEC), 86_400_000
+
+    def bought(*deeds: tuple[str, int]) -> set[str]:
+        return view.bought_in([Entry("a", name, NOW_MS - days * day) for name, days in deeds], NOW_MS)
+
+    assert bought(("purchase", 60), ("refund", 59), ("purchase", 1)) == {"a"}
+    assert bought(("refund", 5), ("purchase", 1)) == {"a"}  # the history begins after what it returns
+    assert bought(("purchase", 9), ("purchase", 8), ("refund", 7)) == {"a"}
+    assert bought(("purchase", 9), ("refund", 7)) == bought(("purchase", 60)) == set()
 
 
 class Stumbling(View):
