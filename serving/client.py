@@ -29,9 +29,11 @@ class Client:
         self, target: str, *, timeout_s: float = 5.0, retries: int = 4, connections: int = 1
     ) -> None:
         """target: host:port. timeout_s: for each call, retries included. retries: 0..4 (gRPC makes at most five
-        attempts). connections: TCP connections; a server of several processes needs several to use them all."""
+        attempts). connections: TCP connections, 1 or more: a server of several processes has use for several."""
         if not 0 <= retries <= 4:
             raise ValueError(f"retries must be within 0..4, not {retries}")
+        if connections < 1:
+            raise ValueError(f"connections must be >= 1, not {connections}")
         options = _options(retries)
         self._timeout_s = timeout_s
         self._channels = [

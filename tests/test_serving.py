@@ -862,6 +862,12 @@ def test_a_wrong_command_line_ends_in_one_line(
     assert capsys.readouterr().err == line + "\n"
 
 
+@pytest.mark.parametrize("wrong", [{"retries": 5}, {"retries": -1}, {"connections": 0}])
+def test_a_client_that_cannot_be_is_refused_when_it_is_made(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=f"^{next(iter(wrong))} must be"):
+        Client("127.0.0.1:1", **wrong)
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
