@@ -22,6 +22,7 @@ _EVENT: Final = int(Kind.EVENT)
 _PURCHASE: Final = CODES["purchase"]
 _REFUND: Final = CODES["refund"]
 _TOO_LARGE: Final = 1e100  # popularity is rescaled before it leaves the range of a float
+LEAST_HALF_LIFE: Final = 0.01  # events; with each, popularity grows by 2 ** 100, and stays within that range
 
 
 class History(NamedTuple):

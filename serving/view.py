@@ -18,7 +18,7 @@ import numpy.typing as npt
 from learner.policy import Entry, described_in
 from serving import metrics
 from serving.described import Described
-from serving.user_state import UserState
+from serving.user_state import LEAST_HALF_LIFE, UserState
 from streaming.catalog import Catalog
 from streaming.chunks import batch_of
 from streaming.columns import Kind
@@ -80,7 +80,7 @@ class ViewConfig:
     )
     popularity_half_life: float = field(
         default=100_000.0,
-        metadata={"help": "popularity of an item halves with so many events; events, > 0"},
+        metadata={"help": "popularity of an item halves with so many events; events, >= 0.01"},
     )
 
     def __post_init__(self) -> None:
@@ -96,8 +96,10 @@ class ViewConfig:
         for name, (low, high) in bounds.items():
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} must be within {low}..{high}, not {getattr(self, name)}")
-        if not self.popularity_half_life > 0:
-            raise ValueError(f"popularity_half_life must be > 0, not {self.popularity_half_life}")
+        if not self.popularity_half_life >= LEAST_HALF_LIFE:
+            raise ValueError(
+                f"popularity_half_life must be >= {LEAST_HALF_LIFE}, not {self.popularity_half_life}"
+            )
 
 
 class View:

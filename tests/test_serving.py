@@ -839,6 +839,10 @@ def test_metrics_are_there_for_prometheus(world: World) -> None:
             ["--processes", "4", "--metrics-port", "65533"],
             "serving: metrics_port must be within 0..65532, not 65533",
         ),
+        (
+            ["--popularity-half-life", "0.0005"],
+            "serving: popularity_half_life must be >= 0.01, not 0.0005",
+        ),
         (["--epsilom", "0.1"], "serving: no such flag --epsilom; did you mean '--epsilon'?"),
         (["--network", "offline"], "serving: --network: no such choice 'offline'; did you mean 'online'?"),
         (
