@@ -115,6 +115,19 @@ def test_what_was_described_last_counts_and_what_was_longest_ago_goes_first():
     assert len(described) == 2
 
 
+def test_who_asks_while_an_item_is_described_again_gets_it_as_it_was_or_as_it_is():
+    described, asked = Described(2), []
+
+    class Watched(list):
+        def __array__(self, dtype=None, copy=None):
+            asked.append(described.get("a"))
+            return np.array([2.0], dtype)
+
+    described.note([Candidate("a", vector=[1.0])])
+    described.note([Candidate("a", vector=Watched([2.0]))])
+    assert [known.vector.tolist() for known in (*asked, described.get("a"))] == [[1.0], [2.0]]
+
+
 def decision(slate, candidates):
     return CODEC.encode_decision(
         {
