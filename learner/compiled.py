@@ -110,9 +110,8 @@ class CompiledQ:
         self._items = len(shelf.category)
         self._buckets = network.settings.category_buckets
 
-    def put(self, shelf: Shelf, first: int) -> None:
-        """Have these M items be N + first, N + first + 1, ... in histories from now on; first + M <= ROOM."""
-        rows = slice(first, first + len(shelf.category))
+    def put(self, shelf: Shelf, rows: npt.NDArray[np.int64]) -> None:
+        """Have these M items be N + rows in histories from now on. rows: [M], each below ROOM."""
         self._parameters.more_tower[rows] = shelf.tower.numpy()
         self._parameters.more_category[rows] = shelf.category.numpy()
 

@@ -149,6 +149,7 @@ class Policy:
             self._shelf = network.shelf(items)
             self._compiled = CompiledQ(network, self._shelf)
         self._newcomers: dict[str, int] = {}  # item id → row beyond `items`: see `_meet`
+        self._told: dict[str, Candidate] = {}  # by which these are known
 
     @classmethod
     def from_weights(
@@ -237,24 +238,27 @@ class Policy:
         return self._id_of.get(item_id) or self._newcomers.get(item_id, 0)
 
     def _meet(self, item_ids: Set[str], described: Callable[[str], Candidate | None]) -> None:
-        """Have histories know items that these weights do not, by what is told of them."""
+        """Have histories know items that these weights do not, by what is told of them now."""
         told = [
             candidate
             for item_id in sorted(item_ids)
-            if item_id not in self._newcomers and (candidate := described(item_id)) is not None
+            if (candidate := described(item_id)) is not None and candidate is not self._told.get(item_id)
         ]
         if not told:
             return
-        if len(self._newcomers) + len(told) > ROOM:  # those of these histories are looked at again
+        new = sum(candidate.item_id not in self._newcomers for candidate in told)
+        if len(self._newcomers) + new > ROOM:  # those of these histories are looked at again
             self._newcomers.clear()
+            self._told.clear()
             told = [
                 candidate for item_id in sorted(item_ids) if (candidate := described(item_id)) is not None
-            ]
-        told, first = told[:ROOM], len(self._newcomers)
+            ][:ROOM]
+        for candidate in told:
+            self._newcomers.setdefault(candidate.item_id, self.items + 1 + len(self._newcomers))
+            self._told[candidate.item_id] = candidate
         with torch.inference_mode():
-            self._compiled.put(self._shelf_of(told)[0], first)
-        rows = range(self.items + 1 + first, self.items + 1 + first + len(told))
-        self._newcomers |= {candidate.item_id: row for candidate, row in zip(told, rows, strict=True)}
+            shelf, rows = self._shelf_of(told)
+            self._compiled.put(shelf, rows.numpy() - self.items - 1)
 
     def q(self, states: Histories) -> npt.NDArray[np.float32]:
         """Q(s, a) of all items, [B, items + 1], by vocabulary id; row 0 of the catalog (column 0) means nothing."""

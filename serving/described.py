@@ -30,16 +30,22 @@ class Described:
         with self._lock:
             for candidate in shown:
                 if candidate.says_something:
-                    vector = np.asarray(candidate.vector, np.float32)  # a tenth of a list's memory
+                    # a vector takes a tenth of a list's memory
+                    told = candidate._replace(vector=np.asarray(candidate.vector, np.float32))
                     # never taken out in between: who asks meanwhile is to get the one or the other
-                    self._items[candidate.item_id] = candidate._replace(vector=vector)
+                    if not _same(told, self._items.get(candidate.item_id)):
+                        self._items[candidate.item_id] = told
                     self._items.move_to_end(candidate.item_id)
             while len(self._items) > self._most:
                 self._items.popitem(last=False)
 
     def get(self, item_id: str) -> Candidate | None:
-        """As it was described last; None where it was not, or long ago."""
+        """As it was described last, one object until that changes; None where it was not, or long ago."""
         return self._items.get(item_id)
 
     def __len__(self) -> int:
         return len(self._items)
+
+
+def _same(told: Candidate, known: Candidate | None) -> bool:
+    return known is not None and told[:-1] == known[:-1] and np.array_equal(told.vector, known.vector)

@@ -99,6 +99,20 @@ def test_where_there_is_no_more_room_those_asked_for_now_are_known(both, monkeyp
     assert np.count_nonzero(states.item[:, 0]) == 2
 
 
+def test_an_item_that_is_described_otherwise_is_known_by_that_from_then_on(both):
+    before, _ = both
+    described = Described(10)
+    first, other = (
+        before.q(before.encode([history(name)], [NOW], NEWS.get)) for name in ("news-0", "news-3")
+    )
+    assert np.abs(first - other).max() > 1e-2
+    for told, expected in (("news-0", first), ("news-3", other), ("news-3", other), ("news-0", first)):
+        described.note([NEWS[told]._replace(item_id="news-0")])
+        q = before.q(before.encode([history("news-0")], [NOW], described.get))
+        np.testing.assert_allclose(q, expected, rtol=1e-5)
+    assert len(before._newcomers) == 2
+
+
 def test_there_is_room_for_a_batch_of_the_longest_histories():
     assert compiled.ROOM >= 64 * 32
 
@@ -109,6 +123,9 @@ def test_what_was_described_last_counts_and_what_was_longest_ago_goes_first():
     described.note([Candidate("a", vector=[1.0, 2.0])])
     described.note([Candidate("a")])  # says nothing, and takes nothing away
     described.note([Candidate("c", brand="y")])
+    known = described.get("a")
+    described.note([Candidate("a", vector=[1.0, 2.0])])  # nothing new: nobody need look at it again
+    assert described.get("a") is known
     assert described.get("b") is None
     assert described.get("bare") is None
     assert described.get("a").vector.tolist() == [1.0, 2.0]
