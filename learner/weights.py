@@ -144,12 +144,15 @@ class WeightStore:
     def latest(self, label: str = "stable") -> int | None:
         """The version that the label names now; None before the first. One small read, and a listing if it has moved.
 
-        A label moved by a learner that was replaced stands for what its successor published last.
+        A label moved by a learner that was replaced stands for what its successor published last. One that is
+        gone is forgotten, for the store was emptied: whoever sets it anew is followed.
         Raises: WeightsDamaged when the label cannot be understood; OSError where a retry may help.
         """
         try:
             data = self._blobs.read(f"labels/{label}")
         except FileNotFoundError:
+            self._seen.pop(label, None)
+            self._said.pop(label, None)
             return None
         if data != self._said.get(label):
             found = self._meant(_parse_label(label, data))

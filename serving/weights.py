@@ -53,6 +53,8 @@ class WeightsFollower:
         self.network: Final = network
         self._store = WeightStore(url)
         self._poll_s = poll_s
+        # None: what is in use, if anything, is from before the store was emptied
+        self._taken: int | None = None
         self._refused: int | None = None
         self._failures = 0  # in a row
         self._said: tuple[type[Exception] | None, float] = None, 0.0  # what was complained of last, and when
@@ -76,8 +78,10 @@ class WeightsFollower:
         version = None
         try:
             version = self._store.latest(self.label)
+            if version is None:  # a store that was emptied begins anew, with numbers that were given before
+                self._taken = self._refused = None
             # not only upwards: whoever moves the label back wants the older version served
-            if version is not None and version not in (self._in_use, self._refused):
+            elif version not in (self._taken, self._refused):
                 self._take(version)
             self._failures = 0
         except Exception as error:  # whatever a store's driver may raise: this thread must go on
@@ -115,7 +119,7 @@ class WeightsFollower:
         policy = self._gently(lambda: Policy.from_weights(weights, self.network, before))
         self._timed(policy.check)
         first = self.served is None
-        self.served = Served(weights.manifest, policy)
+        self.served, self._taken = Served(weights.manifest, policy), version
         metrics.WEIGHTS_SWAPPED.inc()
         metrics.POLICY_VERSION.set(version)
         metrics.POLICY_PUBLISHED.set(weights.manifest.published_ms / 1000)

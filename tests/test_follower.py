@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -64,6 +65,22 @@ def test_taking_versions_costs_a_tenth_of_a_core_at_most(tmp_path):
         assert REGISTRY.get_sample_value(metric) == 1_700_000_000.5
     finally:
         follower.stop()
+
+
+def test_a_store_that_was_emptied_is_followed_from_its_first_version_on(tmp_path):
+    publisher(WeightStore(tmp_path / "weights"))()
+    follower = WeightsFollower(str(tmp_path / "weights"), "stable", "target", poll_s=1.0)
+    follower.look()
+    before = follower.served
+    shutil.rmtree(tmp_path / "weights")
+    follower.look()
+    assert follower.served is before
+    publisher(WeightStore(tmp_path / "weights"))()
+    follower.look()
+    assert (follower.served.manifest.version, follower.served is before) == (1, False)
+    now = follower.served
+    follower.look()
+    assert follower.served is now
 
 
 @pytest.mark.parametrize(("remembered", "warned"), [(3, True), (4, False), (None, False)])

@@ -242,6 +242,24 @@ def test_a_replaced_learner_cannot_publish_and_is_not_followed(url, tmp_path):
     assert reader.latest() == 2
 
 
+def test_a_store_that_was_emptied_is_followed_anew_whoever_publishes(url, tmp_path):
+    for _ in range(3):
+        fence = Fence(tmp_path / "data", "main")
+    WeightStore(url, fence=fence).publish(tensors(1), Meta(), items())
+    reader = WeightStore(url)
+    assert reader.latest() == 1
+    blobs = WeightStore(url)._blobs
+    for name in blobs.names():
+        blobs.remove(name)
+    blobs.remove("labels/stable")
+    assert reader.latest() is None
+    other = WeightStore(url, fence=Fence(tmp_path / "another", "main"))
+    made = [other.publish(tensors(seed), Meta(), items()) for seed in (2, 3)][-1]
+    assert (made.version, made.epoch, fence.epoch) == (2, 1, 3)
+    assert reader.latest() == made.version
+    assert reader.load(made.version).manifest == made
+
+
 class Sleeper:
     """The blobs of a learner that sleeps, once, before it writes or removes what begins so; `meanwhile` happens."""
 
