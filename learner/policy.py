@@ -35,7 +35,7 @@ from learner.networks import (
     price_levels,
 )
 from learner.replay import Histories
-from learner.weights import Manifest, Weights
+from learner.weights import CHUNK, Manifest, Weights
 from streaming.interning import hash_string
 from streaming.rewards import CODES, OTHER
 
@@ -192,6 +192,16 @@ class Policy:
             ) from error
         except (ValueError, RuntimeError, TypeError, IndexError) as error:
             raise PolicyDamaged(f"version {weights.manifest.version}: {error}") from error
+
+    def numbers_as(self, other: Policy) -> bool:
+        """Whether each vocabulary id that both know is the same item's."""
+        common = min(self.items, other.items)
+        chunks = common // CHUNK  # that are full in both: of the others each string is looked at
+        rest = slice(chunks * CHUNK, common + 1)
+        return (
+            self.manifest.vocabulary_sha256[:chunks] == other.manifest.vocabulary_sha256[:chunks]
+            and self._item_ids[rest] == other._item_ids[rest]
+        )
 
     def item_id(self, i: int) -> str:
         """Of vocabulary id i; 0 gives the empty string."""

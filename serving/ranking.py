@@ -177,10 +177,10 @@ class _Shelf:
         return self._eligible
 
     def _map(self, policy: Policy, items: int) -> npt.NDArray[np.int32]:
-        """[items + 1] view's vocabulary id → policy's. Ids are for ever within one learner's epoch, so that only
-        items that its earlier versions did not know are looked up again."""
+        """[items + 1] view's vocabulary id → policy's. Where the version before numbers items alike, as those of
+        one learner do, only items that it did not know are looked up again."""
         rows = np.zeros(items + 1, np.int32)
-        if self._policy is not None and self._policy.manifest.epoch == policy.manifest.epoch:
+        if self._policy is not None and policy.numbers_as(self._policy):
             rows[: len(self._rows)] = self._rows[: items + 1]
         rows[rows > policy.items] = 0  # the label moved back to a version with fewer items
         unknown = np.flatnonzero(rows == 0)[1:]

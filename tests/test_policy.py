@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from learner import policy as policies
+from learner import weights
 from learner.agent import bucket
 from learner.exploration import Exploration
 from learner.policy import Candidate, Entry, Policy, PolicyDamaged, state_tensors
@@ -98,6 +100,31 @@ def test_a_policy_says_of_a_state_what_the_agent_that_trained_it_says(tmp_path):
             q = of_agent.q_all(of_agent.queries(made._state(states), keys), keys)
         np.testing.assert_allclose(policy.q(states), q.numpy(), rtol=1e-4, atol=1e-5)
         assert q.std() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("other", "alike"),
+    [
+        (["i0", "i1", "i2", "i3", "i4"], True),
+        (["i0", "i1", "i2", "i3", "i4", "i5"], True),
+        (["i0", "i1", "i2", "i3"], True),
+        (["i1", "i0", "i2", "i3", "i4"], False),  # in a chunk that is full
+        (["i0", "i1", "i2", "i3", "i5"], False),
+        (["i0", "i1", "i3"], False),
+    ],
+)
+def test_versions_number_items_alike_where_what_both_know_has_the_same_ids(
+    tmp_path, monkeypatch, other, alike
+):
+    monkeypatch.setattr(weights, "CHUNK", 2)
+    monkeypatch.setattr(policies, "CHUNK", 2)
+
+    def policy(names):
+        store = WeightStore(tmp_path / "-".join(names))
+        return Policy.from_weights(store.load(publish(store, names)))
+
+    first, second = policy([f"i{i}" for i in range(5)]), policy(other)
+    assert (first.numbers_as(second), second.numbers_as(first)) == (alike, alike)
 
 
 THOMPSON = Exploration("thompson", scale=1.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import socket
 import time
 import tracemalloc
@@ -27,6 +28,7 @@ from serving.server import listen
 from serving.service import Service
 from serving.view import View, ViewConfig
 from serving.weights import WeightsFollower
+from streaming.chunks import batch_of
 from streaming.schemas import Codec
 from tests.serving_process import publish
 from tests.test_decisions import Scripted
@@ -161,6 +163,28 @@ class Decisions:
     def write(self, decision: Any) -> bool:
         self.written.append(decision)
         return True
+
+
+def test_what_is_out_of_stock_is_left_out_also_by_weights_that_number_items_otherwise(tmp_path):
+    store, codec = tmp_path / "weights", Codec()
+    publish(WeightStore(store), ["a", "b", "c"])
+    view = View(ViewConfig(max_users=10), codec)
+    view.absorb_catalog(batch_of([codec.encode_item({"item_id": "a", "in_stock": False})], keys=[b"a"]))
+    weights = WeightsFollower(str(store), "stable", "target", 60.0)
+    ranker = Ranker(weights, view, np.random.default_rng(0))
+
+    def shown() -> set[str]:
+        weights.look()
+        (answer,) = ranker.rank([Query([], NOW_MS, 10, 0.0, set(), ())])
+        return set(answer.item_ids)
+
+    assert shown() == {"b", "c"}
+    publish(WeightStore(store), ["a", "b", "c", "d"])
+    assert shown() == {"b", "c", "d"}
+    shutil.rmtree(store)
+    assert shown() == {"b", "c", "d"}
+    publish(WeightStore(store), ["z", "y", "a", "b"])  # a learner began anew; of the same epoch
+    assert shown() == {"z", "y", "b"}
 
 
 def test_thompsons_draws_take_no_more_memory_for_many_users_than_for_few(tmp_path):
