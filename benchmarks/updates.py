@@ -10,7 +10,8 @@ The plain ones store both states of each transition, and get their n-step return
 
 PYTHON has `pip install torchrl==0.14.1 tensordict==0.14.3 torch numpy numba`. A turn is so many updates by each; a
 rate is of the median update, a ratio the median over turns. `stages`: shares of an update of ours, by CPU time where
-the device is the CPU.
+the device is the CPU. On a GPU ours is also measured without its CUDA graphs (learner.graphs), and the stages are those
+of updates without.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from benchmarks.ingest import traffic
 from benchmarks.other_python import PeerMissing, arguments_without, said
 from benchmarks.peers.stored import WARM_UP, timed
 from learner.agent import AgentSettings
+from learner.graphs import Graphs
 from learner.learner import Learner, LearnerSettings
 from learner.replay import Histories
 from streaming.join_settings import JoinSettings
@@ -44,6 +46,7 @@ PEERS: Final = {"torchrl": "benchmarks.peers.torchrl_dqn", "eager": "benchmarks.
 RECORDS: Final = 60_000
 USERS: Final = 5_000
 STORED: Final = 40_000  # transitions that the peers get
+MOST_UPDATES: Final = 2_000  # until there is a graph
 STAGES: Final = {  # of an update: whose method
     "sample": ("replay", "sample"),
     "to tensors": ("agent", "_rows"),
@@ -51,14 +54,18 @@ STAGES: Final = {  # of an update: whose method
     "next value": ("agent", "_next_value"),
     "losses": ("agent", "_losses"),
     "backward, Adam, target": ("agent", "_step"),
-    "Bayesian layer": ("agent._response", "learn"),
+    "Bayesian layer": ("agent._response", "move"),
     "priorities": ("replay", "update_priorities"),
 }
 
 
-def filled(items: int, batch: int, device: str) -> Learner:
+def filled(items: int, batch: int, device: str, exact_items: int = AgentSettings.exact_items) -> Learner:
     """A learner whose replay holds the slates, clicks and purchases of a shop of so many items."""
-    agent = AgentSettings(batch_size=batch)
+    agent = (
+        AgentSettings(batch_size=batch)
+        if exact_items is None
+        else AgentSettings(batch_size=batch, exact_items=exact_items)
+    )
     join = JoinSettings(gamma=agent.gamma, history_length=agent.entries)
     settings = LearnerSettings(updates_high=1e6)
     learner = Learner(settings, agent, join, Codec(), None, device)
@@ -123,14 +130,19 @@ def stages(learner: Learner, count: int, device: str) -> dict[str, float]:
 
 def measure(items: int, batch: int, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All figures of one size."""
-    learner, file = filled(items, batch, options.device), folder / f"{items}-{batch}.npz"
+    learner, file = filled(items, batch, options.device, options.exact_items), folder / f"{items}-{batch}.npz"
     store(learner, file)
     learner.train(WARM_UP)
+    graphs = settled(learner)
     wanted = ["--batch", batch, "--updates", options.updates, "--threads", options.threads]
     arguments = [str(file), *map(str, wanted), "--device", options.device]
     rates: dict[str, list[float]] = defaultdict(list)
     for _ in range(options.turns):
         seconds = {"ours": timed(lambda: learner.train(1), options.updates, options.device)}
+        if graphs is not None:
+            learner.agent.graphs = None
+            seconds["launched"] = timed(lambda: learner.train(1), options.updates, options.device)
+            learner.agent.graphs = graphs
         for peer, module in PEERS.items():
             python = options.torchrl if peer == "torchrl" else sys.executable
             if python is not None:
@@ -139,17 +151,32 @@ def measure(items: int, batch: int, options: argparse.Namespace, folder: Path) -
             rates[name].append(batch / median(each))
     found: dict[str, Any] = {"items": items, "batch": batch}
     found |= {f"{name}_per_s": median(of_turns) for name, of_turns in rates.items()}
-    for peer in PEERS:
+    for peer in (*PEERS, "launched"):
         if peer in rates:
             paired = zip(rates["ours"], rates[peer], strict=True)
             found[f"ratio_to_{peer}"] = median(ours / theirs for ours, theirs in paired)
+    learner.agent.graphs = None  # in which there are no stages
     return found | {"stages": stages(learner, options.updates, options.device)}
+
+
+def settled(learner: Learner) -> Graphs | None:
+    """Train until updates are CUDA graphs, if they are to be; None: they are not."""
+    graphs = learner.agent.graphs
+    if graphs is None:
+        return None
+    for _ in range(MOST_UPDATES):
+        before = graphs.replayed
+        learner.train(1)
+        if graphs.replayed > before:
+            return graphs
+    print("updates: no CUDA graph was made of them", file=sys.stderr)
+    return None
 
 
 def line(found: dict[str, Any]) -> str:
     """One row of the table."""
     numbers = [f"{found['items']:>9,}", f"{found['batch']:>6,}", f"{found['ours_per_s']:>10,.0f}"]
-    for peer in PEERS:
+    for peer in (*PEERS, "launched"):
         rate, ratio = found.get(f"{peer}_per_s"), found.get(f"ratio_to_{peer}")
         numbers.append(" " * 18 if rate is None else f"{rate:>10,.0f} ({ratio:4.2f} x)")
     return "  ".join(numbers)
@@ -162,6 +189,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--torchrl", metavar="PYTHON", help="the Python that has TorchRL; without: left out")
     parser.add_argument("--items", type=int, nargs="+", default=[1000, 10_000])
     parser.add_argument("--batches", type=int, nargs="+", default=[256, 1024])
+    exact = AgentSettings.exact_items
+    parser.add_argument("--exact-items", type=int, default=exact, help="as the learner's; a GPU can do more")
     parser.add_argument("--updates", type=int, default=30, help="in a turn")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1, help="of each, as the learner's --threads")
@@ -171,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     rows = []
     print("transitions a second, ours in so many times as many")
-    print(f"{'items':>9}  {'batch':>6}  {'ours':>10}  {'TorchRL':>18}  {'eager':>18}")
+    print(f"{'items':>9}  {'batch':>6}  {'ours':>10}  {'TorchRL':>18}  {'eager':>18}  {'no graphs':>18}")
     with tempfile.TemporaryDirectory() as folder:
         for items in options.items:
             for batch in options.batches:

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from learner import dqn
 from learner.entries import StateTensors, place_buckets
+from learner.graphs import CudaCapture, Graphs
 from learner.lazy_table import BETAS, Rows, Rule, catch_up, caught_up, follow_share, networks_now, stepped
 from learner.networks import (
     MAX_SLOTS,
@@ -34,7 +35,7 @@ from learner.networks import (
 )
 from learner.recall import BLOCK, EVERY, RecallFit
 from learner.replay import Batch, Histories
-from learner.response import Fit, Shown
+from learner.response import Fit, Pace, Shown
 from learner.stacking import StackFit
 from streaming.transitions import Joined
 
@@ -128,6 +129,9 @@ class AgentSettings:
         0, "newest history entries in a state; 0: about 1 / (1 - gamma), in 32s, at most 160; 0..1000"
     )
     vector_dim: int = _setting(32, "dense catalog features used; 1..256")
+    graphs: bool = _setting(
+        True, "on a GPU, updates of catalogs up to --exact-items are launched as one CUDA graph"
+    )
 
     def __post_init__(self) -> None:
         bounds = {
@@ -225,10 +229,31 @@ class _Aisle(NamedTuple):
     own: Tensor  # [M, d + 1] of the online table, gathers the gradient
 
 
+class Facts(NamedTuple):
+    """What is decided before an update's tensors are worked out, and decides which of them there are."""
+
+    told: str  # what learner.response learns from: see `Fit.advance`
+    aided: bool  # see `Agent.aided`
+    went: bool  # users may have gone to what is known, unaided
+    follows: bool  # a step follows some transition, and something is on offer then
+    offered: bool  # something is on offer
+    slots: int  # of the slate that is best next
+    decays: bool
+
+
+class Rates(NamedTuple):
+    """How far an update goes."""
+
+    pace: Pace
+    unaided: tuple[float | Tensor, float | Tensor]  # see `_look_unaided`; 0 where nothing of it is there
+    follow: float | Tensor  # share of the way that the target network goes
+
+
 class _Rows(NamedTuple):
     """A batch as tensors; `here`, `there` and `slate` are its items as rows of the keys in use."""
 
-    share: float  # of replay that the batch is
+    facts: Facts
+    rates: Rates
     aisle: _Aisle | None  # what the N rows are; None: row i is id i
     stands_for: (
         Tensor | None
@@ -247,11 +272,22 @@ class _Rows(NamedTuple):
     weight: Tensor  # [B] mean 1
     each: Tensor  # [B, K] of the slots: shares of the step's
     organic: Tensor  # [B] bool
+    went: Tensor | None  # [W] of the batch: `Facts.went`; None: where `organic` and `present` say so
+    goes_on: Tensor | None  # [G] of the batch, what is followed; None: what `discount` says is
+    reading: Reading  # of state
+    next_reading: Reading  # of next_state, of those that `goes_on` names
+    offer: Tensor | None  # [G, O] rows that could be shown next; None: all that are on offer
+    forgotten: Tensor | None  # [N] bool; see `_forgotten`
 
     @property
     def ids(self) -> Tensor | None:
         """[N] vocabulary ids of the rows; None: row i is id i."""
         return None if self.aisle is None else self.aisle.ids
+
+
+def _went(batch: Batch) -> npt.NDArray[np.intp]:
+    """Which rows of a batch tell of users who went to what is known, unaided."""
+    return np.flatnonzero((batch.slate[:, 0] > 0) & batch.organic)
 
 
 class Agent:
@@ -265,6 +301,8 @@ class Agent:
         self.device = torch.device(device)
         self.updates = 0
         self.last_target_sync_update = 0
+        self._parts: tuple[str, ...] = ()  # of the loss
+        self.graphs = Graphs(CudaCapture()) if self.device.type == "cuda" and settings.graphs else None
         self.slots = 1.0  # shown in a slate, lately
         self._slates = np.zeros(2)  # lately: weight of transitions from slates, and of the slates themselves
         # lately: decisions, those that brought their candidates, and how many these were in all
@@ -338,6 +376,7 @@ class Agent:
         """Let the items be the first so many rows of the room that there is."""
         self._items = ItemTensors(*(column[:rows] for column in self._roomy_items))
         self._on_offer = self._roomy_offer[:rows]
+        self._count_offered: int | None = None  # see `_offered`
         self._described = self._roomy_described[:rows]
         self._catalog_copy = None
 
@@ -379,6 +418,7 @@ class Agent:
         self._put_features(told, *features)
         self._on_offer[: len(known)] = torch.from_numpy(~gone & (np.asarray(catalog.in_stock) | ~known))
         self._on_offer[0] = False
+        self._count_offered = None
         self._describe()
         self._catalog_copy = None
 
@@ -557,9 +597,50 @@ class Agent:
         self.online.look()
         self._trust_recall()
         rows = self._rows(batch, len(batch.action) / max(kept or 0, len(batch.action)))
-        keys = self._keys(rows.aisle)
-        reading = self._read(rows.state, rows.ids)
-        queries = self.online.queries(rows.state, keys, rows.here, rows.ids, reading)
+        self._set_value_rate()
+        told = self._learnt(rows).cpu()
+        self._follow_up(rows)
+        values, error = told[: -len(batch.action)].tolist(), told[-len(batch.action) :].numpy()
+        losses = dict(zip(self._parts, values[3:], strict=True))
+        return Update(values[0], error, values[1] * self.unit, values[2] * self.unit, losses)
+
+    def _learnt(self, rows: _Rows) -> Tensor:
+        """What `_learn` gives."""
+        if (
+            self.graphs is None or rows.aisle is not None
+        ):  # of rows that are others each time there is no graph
+            return self._learn(rows)
+        moved, read = self._standing()
+        return self.graphs.run(self._learn, rows, rows.facts, (*moved, *read), moved)
+
+    def _standing(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The tensors that stand from one update to the next, where it looks at all items: those that it moves, and
+        the others that it reads."""
+        networks = (self.online, self.target)
+        moments = (value for state in self._optimiser.state.values() for value in state.values())
+        moved = [
+            *(parameter for network in networks for parameter in network.parameters()),
+            *(value for value in moments if isinstance(value, Tensor)),
+            *self._response.tensors(),
+            self._unaided,
+        ]
+        rate = (group["lr"] for group in self._optimiser.param_groups)
+        read = [
+            *self._items,
+            self._described,
+            *self.online.stack.buffers(),
+            *(each for each in rate if isinstance(each, Tensor)),
+        ]
+        return moved, read
+
+    def _learn(self, rows: _Rows) -> Tensor:
+        """All that is worked out on the device: nothing waits for it, and no number of Python's but `facts` has a say.
+
+        Returns, in a row, the loss; mean and standard deviation of Q of the batch's own actions, in units of
+        `Agent.unit`; each part's loss, in the order of `_parts`; and the errors of Q, [B].
+        """
+        keys = self._keys(rows)
+        queries = self.online.queries(rows.state, keys, rows.here, rows.ids, rows.reading)
         target = dqn.n_step_target(
             rows.reward.unsqueeze(1), rows.discount.unsqueeze(1), self._next_value(rows, keys)
         )
@@ -572,14 +653,11 @@ class Agent:
             parts[0][:, 0] + self.online.position_of(rows.slot[:, 0]),
             *(part[:, 0] for part in parts[1:]),
         )
-        loss = self._step(losses, rows.aisle)
-        self._response.learn(shown, rows.share)
-        if rows.aisle is None:
-            self._response.catch_up(slice(self.rows))
-        error = (target.mean(dim=1) - q).cpu().numpy()
-        q = q * self.unit
-        values = torch.stack([loss, q.mean(), q.std(correction=0), *losses.values()]).tolist()
-        return Update(values[0], error, values[1], values[2], dict(zip(losses, values[3:], strict=True)))
+        loss = self._step(rows, losses)
+        self._response.move(shown, rows.facts.told, rows.rates.pace)
+        self._parts = tuple(losses)
+        told = torch.stack([loss, q.mean(), q.std(correction=0), *losses.values()])
+        return torch.cat((told, target.mean(dim=1) - q)).detach()
 
     def _read(self, state: StateTensors, ids: Tensor | None) -> Reading:
         """What the states say to online and target network. ids: see `QNetwork.queries`."""
@@ -599,11 +677,10 @@ class Agent:
         if not self._ways:
             self.target.trust.zero_()  # else it would only ever come nearer
 
-    def _keys(self, aisle: _Aisle | None) -> Keys:
+    def _keys(self, rows: _Rows) -> Keys:
         """The online network's keys of the rows, with a gradient."""
-        if aisle is None:
-            return self.online.keys(self._items, forget=self._forgotten())
-        return self.online.keys(self._items, aisle.ids, self._forgotten(aisle.ids), aisle.own)
+        own = None if rows.aisle is None else rows.aisle.own
+        return self.online.keys(self._items, rows.ids, rows.forgotten, own)
 
     def _losses(
         self,
@@ -625,7 +702,7 @@ class Agent:
         organic = rows.organic.unsqueeze(1)
         chosen = rows.present & (organic | (rows.slate_reward != 0))
         each = rows.each
-        unaided = self._look_unaided(0, rows.slate_reward - reward, each * organic) * organic
+        unaided = self._look_unaided(rows, 0, rows.slate_reward - reward, each * organic) * organic
         earned = dqn.huber(reward + unaided, rows.slate_reward, settings.huber_delta)
         losses = {
             "choice": dqn.weighted_mean(
@@ -636,13 +713,14 @@ class Agent:
         if settings.gamma > 0:  # else nothing is to come
             later = dqn.continuation_target(target, rows.slate_reward[:, :1], settings.gamma)
             led = (continuation * chosen).sum(dim=1, keepdim=True)
-            if not self.aided:  # all are chosen: how far that is better than none cannot be told
+            if not rows.facts.aided:  # all are chosen: how far that is better than none cannot be told
                 led = led - (led[:, 0] * rows.weight).sum() / rows.weight.sum()
             ahead = queries.unchosen + led
             if settings.centred:
                 ahead = ahead + queries.hint * self._likelier(rows, keys, queries, choice)
             delta = settings.huber_delta if settings.quantiles == 1 else settings.quantile_delta
-            unaided = self._look_unaided(1, (later - ahead).mean(dim=1), rows.weight * rows.organic) * organic
+            left_over = (later - ahead).mean(dim=1)
+            unaided = self._look_unaided(rows, 1, left_over, rows.weight * rows.organic) * organic
             error = dqn.quantile_huber(ahead + unaided, later, delta)
             losses["td"] = settings.td_weight * dqn.weighted_mean(error, rows.weight)
         if settings.sqn_weight > 0:
@@ -650,7 +728,7 @@ class Agent:
         if settings.length_weight > 0:
             squares = queries.organic.vector[:, :-1].square().sum(dim=1)
             losses["length"] = settings.length_weight * dqn.weighted_mean(squares, rows.weight)
-        if settings.cql_weight > 0 and bool(rows.on_offer.any()):
+        if settings.cql_weight > 0 and rows.facts.offered:
             q_all = online.q_all(queries, keys)
             q_action = q_all.gather(1, rows.slate[:, :1]).squeeze(1)
             conservative = dqn.conservative_loss(q_all, q_action, rows.on_offer)
@@ -715,18 +793,16 @@ class Agent:
         return self.settings.unaided_steps if self.aided else 0
 
     @torch.no_grad()
-    def _look_unaided(self, which: int, left_over: Tensor, weight: Tensor) -> Tensor:
+    def _look_unaided(self, rows: _Rows, which: int, left_over: Tensor, weight: Tensor) -> Tensor:
         """Take in by how much what users choose unaided earns (0), or leads to (1), otherwise than chosen slots do: the
         mean of what the heads leave over; returns it, [1], 0 before any slate was seen. Were it a parameter, the heads
         would chase it for as long as Adam moves it; and they would chase the first batch's, were they to learn from it
         before it was looked at.
         """
-        total = weight.sum()
-        if self.aided and bool(total > 0):
-            self._unaided_looks[which] += 1
-            share = 1 / min(self._unaided_looks[which], UNAIDED_MEMORY)
+        if rows.facts.aided:
             left_over = left_over.clamp(-ABSURD, ABSURD)
-            self._unaided[which].lerp_((left_over * weight).sum() / total, share)
+            mean = (left_over * weight).sum() / weight.sum().clamp(min=SMALLEST_WEIGHT)
+            self._unaided[which].lerp_(mean, rows.rates.unaided[which])
         return self._unaided[which : which + 1]
 
     @torch.no_grad()
@@ -756,26 +832,30 @@ class Agent:
 
         What was chosen from a slate is left out: it tells as much of what was shown as of what is liked.
         """
-        went = torch.nonzero(rows.present[:, 0] & rows.organic).squeeze(1)
-        if not len(went):
+        if not rows.facts.went:
             return torch.zeros((), device=self.device)
-        logits = score_all(queries.organic.rows(went), keys.organic, keys.category)
+        organic, action, weight = queries.organic, rows.slate[:, 0], rows.weight
+        if rows.went is None:
+            weight = weight * (rows.present[:, 0] & rows.organic)
+        else:
+            organic, action, weight = organic.rows(rows.went), action[rows.went], weight[rows.went]
+        logits = score_all(organic, keys.organic, keys.category)
         if rows.stands_for is not None:
             logits = logits + rows.stands_for
-        loss = dqn.next_item_loss(logits, rows.slate[went, 0])
-        return dqn.weighted_mean(loss, rows.weight[went]) * (len(went) / len(rows.weight))
+        loss = dqn.next_item_loss(logits, action)
+        return dqn.weighted_mean(loss, weight) * (len(weight) / len(rows.weight))
 
     @torch.no_grad()
     def _next_value(self, rows: _Rows, keys: Keys) -> Tensor:
         """Quantiles of V(s'), [B, M], by double DQN: the online network chooses, the target network judges; 0 where
         nothing follows. Without `double` the target network does both."""
         value = torch.zeros(len(rows.discount), self.settings.quantiles, device=self.device)
-        goes_on = torch.nonzero(rows.discount > 0).squeeze(1)
-        if not len(goes_on) or not bool(rows.on_offer.any()):
+        if not rows.facts.follows:
             return value
-        state, there = rows.next_state.rows(goes_on), rows.there[goes_on]
+        state, there, reading = rows.next_state, rows.there, rows.next_reading
+        if rows.goes_on is not None:
+            state, there = state.rows(rows.goes_on), there[rows.goes_on]
         judge = self._judge(rows.aisle)
-        reading = self._read(state, rows.ids)
         judged = self.target.queries(state, judge, there, rows.ids, reading)
         if self.settings.double:
             chooser = self.online.queries(state, keys, there, rows.ids, reading)
@@ -783,23 +863,24 @@ class Agent:
         else:
             best = self._best(rows, self.target, judged, judge)
         place = torch.arange(best.shape[1], device=self.device)  # the best comes first, and is looked at most
-        value[goes_on] = dqn.slate_value(
+        best_value = dqn.slate_value(
             self.settings.gamma * judged.unchosen, self.target.advantage_at(judged, judge, best, place)
         )
+        if rows.goes_on is None:
+            return torch.where(rows.discount.unsqueeze(1) > 0, best_value, value)
+        value[rows.goes_on] = best_value
         return value
 
     def _best(self, rows: _Rows, network: QNetwork, queries: Queries, keys: Keys) -> Tensor:
         """The best slate in each of S states by this network, [S, K] rows of the keys."""
         states = len(queries.gain)
-        slots = self.settings.slate_size or round(self.slots)
-        offer = self._offer(rows.on_offer, states)
+        slots, offer = rows.facts.slots, rows.offer
         if offer is not None:
             q = network.advantage_at(queries, keys, offer)
             return offer.gather(1, dqn.best_items(q, torch.ones_like(offer[0], dtype=torch.bool), slots))
         # so many states at once as leave what is worked out in the processor's cache
         size = states if self.device.type != "cpu" else max(1, _CACHED // len(rows.on_offer))
         blocks = [slice(start, start + size) for start in range(0, states, size)]
-        slots = min(slots, int(rows.on_offer.sum()))
         return torch.cat(
             [
                 dqn.best_items(network.advantage_all(queries.rows(block), keys), rows.on_offer, slots)
@@ -812,8 +893,10 @@ class Agent:
         catalog. Where requests bring their candidates it is so many as they do, drawn from what there is: the best of
         all that ever was on offer is never to be had again.
         """
+        if self.offers == 0:
+            return None
         there_are = torch.nonzero(on_offer).squeeze(1)
-        if not 0 < self.offers < len(there_are):
+        if self.offers >= len(there_are):
             return None
         # each state's are so many in a row, from anywhere in one order of all: different ones, all as likely
         order = torch.randperm(len(there_are), generator=self._generator)
@@ -827,20 +910,29 @@ class Agent:
             return self.target.keys(self._items, aisle.ids, own=aisle.table.target)
         return self.target.keys(self._items)
 
-    def _step(self, losses: Mapping[str, Tensor], aisle: _Aisle | None) -> Tensor:
-        """Adam on the sum, then the target network when its time has come."""
+    def _step(self, rows: _Rows, losses: Mapping[str, Tensor]) -> Tensor:
+        """Adam on the sum, and the target network a little after it."""
         loss = torch.stack(list(losses.values())).sum()
         self._optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        self._optimiser.param_groups[1]["lr"] = self.settings.learning_rate * self._value_rate
         self._optimiser.step()
-        self.updates += 1
-        if aisle is not None:
-            self._put(aisle)
-        elif self.settings.weight_decay > 0:
+        if rows.facts.decays:
             self._decay()
-        self._follow(all_items=aisle is None)
+        if self.settings.target_tau > 0:
+            self._lerp(rows.rates.follow, all_items=rows.aisle is None)
         return loss.detach()
+
+    def _follow_up(self, rows: _Rows) -> None:
+        """What comes of an update for what is no part of it."""
+        self.updates += 1
+        if rows.aisle is not None:
+            self._put(rows.aisle)
+        if self.settings.target_tau > 0:
+            self.last_target_sync_update = self.updates
+        elif self.updates - self.last_target_sync_update >= self.settings.target_sync_updates:
+            self.sync_target()
+        if rows.aisle is None:
+            self._response.catch_up(slice(self.rows))
 
     @property
     def _value_rate(self) -> float:
@@ -850,27 +942,26 @@ class Agent:
         share = (1 + self.updates / settle) ** -0.5 if settle else 1.0
         return self.settings.value_rate * max(share, LEAST_RATE)
 
-    def _follow(self, *, all_items: bool) -> None:
-        """Let the target network follow: a little each time, or all at once now and then."""
-        settings = self.settings
-        if settings.target_tau > 0:
-            self._lerp(follow_share(self.updates, settings.target_tau), all_items)
-        elif self.updates - self.last_target_sync_update >= settings.target_sync_updates:
-            self.sync_target()
+    def _set_value_rate(self) -> None:
+        group, rate = self._optimiser.param_groups[1], self.settings.learning_rate * self._value_rate
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
     def sync_target(self) -> None:
         """Make the target network equal to the online one."""
         self._catch_up()
         self._lerp(1.0, all_items=True)
+        self.last_target_sync_update = self.updates
 
     @torch.no_grad()
-    def _lerp(self, share: float, all_items: bool) -> None:
+    def _lerp(self, share: float | Tensor, all_items: bool) -> None:
         """Take the target network so far towards the online one; without `all_items`, but for the table by id."""
         table = self.target.tower.id.weight
         for mine, theirs in zip(self.target.parameters(), self.online.parameters(), strict=True):
             if all_items or mine is not table:
                 mine.lerp_(theirs, share)
-        self.last_target_sync_update = self.updates
 
     # --- the table by id, of which an update reads all rows, or few: see learner.lazy_table
 
@@ -1063,7 +1154,8 @@ class Agent:
             )
 
     def _rows(self, batch: Batch, share: float) -> _Rows:
-        """The batch on the device, its items as rows of the keys that this update will make."""
+        """The batch on the device, its items as rows of the keys that this update will make; all that it takes from
+        chance is drawn, and all that must be known of it on the CPU is."""
         state, next_state = self._state(batch.state), self._state(batch.next_state)
         # to the last that is known: among them there may be unknown ones
         width = 1 + int(np.flatnonzero(batch.slate.any(axis=0)).max(initial=0))
@@ -1085,8 +1177,20 @@ class Agent:
             self._response.catch_up(ids)
         self._look_unit(batch)
         weight = self._to(batch.weight / batch.weight.mean())
+        among = None if aisle is None else aisle.ids
+        facts, rates = self._facts(batch, width, share, on_offer, whole=aisle is None)
+        went = goes_on = None
+        followed = next_state
+        if self.device.type == "cpu":  # elsewhere it takes longer to leave out what does not count
+            went = torch.from_numpy(_went(batch))
+            goes_on = torch.from_numpy(np.flatnonzero(batch.discount > 0))
+            followed = next_state.rows(goes_on)
+        forgotten = self._forgotten(among)
+        reading = self._read(state, among)
+        offer = self._offer(on_offer, len(followed.item)) if facts.follows else None
         return _Rows(
-            share,
+            facts,
+            rates,
             aisle,
             stands_for,
             on_offer,
@@ -1103,7 +1207,55 @@ class Agent:
             weight,
             (weight / present.sum(dim=1).clamp(min=1)).unsqueeze(1) * present,
             self._to(batch.organic, torch.bool),
+            went,
+            goes_on,
+            reading,
+            self._read(followed, among) if facts.follows else reading,
+            offer,
+            forgotten,
         )
+
+    def _facts(
+        self, batch: Batch, width: int, share: float, on_offer: Tensor, *, whole: bool
+    ) -> tuple[Facts, Rates]:
+        """Of an update by this batch, a share of replay; the clocks that rates go by go on. on_offer: [N] of the rows;
+        whole: these are all."""
+        settings, weighed = self.settings, batch.weight > 0
+        some = (batch.slate[:, :width] > 0).any(axis=1) & weighed
+        unaided = bool((some & batch.organic).any()), bool((batch.organic & weighed).any())
+        aided = self.aided
+        told, pace = self._response.advance(share, bool((some & ~batch.organic).any()), unaided[0])
+        shares = [
+            self._share_unaided(which) if aided and there else 0.0 for which, there in enumerate(unaided)
+        ]
+        offered = self._offered if whole else int(on_offer.sum())
+        facts = Facts(
+            told,
+            aided,
+            self.device.type != "cpu" or bool(len(_went(batch))),
+            offered > 0 and bool((batch.discount > 0).any()),
+            offered > 0,
+            min(settings.slate_size or round(self.slots), max(offered, 1)),
+            whole and settings.weight_decay > 0 and self._any_described,
+        )
+        rates = [*pace, *shares, follow_share(self.updates + 1, settings.target_tau)]
+        if self.device.type != "cpu":
+            rates = list(self._to(np.array(rates)).unbind())
+        return facts, Rates(Pace(*rates[:4]), (rates[4], rates[5]), rates[6])
+
+    def _share_unaided(self, which: int) -> float:
+        """How far one more look at what is unaided goes."""
+        if which == 1 and self.settings.gamma == 0:
+            return 0.0  # nothing is to come
+        self._unaided_looks[which] += 1
+        return 1 / min(self._unaided_looks[which], UNAIDED_MEMORY)
+
+    @property
+    def _offered(self) -> int:
+        """Items on offer, the catalog over."""
+        if self._count_offered is None or self.device.type == "cpu":  # where to ask costs nothing
+            self._count_offered = int(self._on_offer.sum())
+        return self._count_offered
 
     def _sample(self, *named: Tensor) -> tuple[Tensor, Tensor]:
         """These vocabulary ids, 0, and some drawn from all, ascending, [N]; and of each the logarithm of how many items
@@ -1146,8 +1298,10 @@ class Agent:
         rest = [parameter for parameter in self.online.parameters() if id(parameter) not in theirs]
         groups: list[dict[str, Any]] = [
             {"params": rest},
-            {"params": heads},  # at a rate of their own: see `_step`
+            {"params": heads},  # at a rate of their own: see `_set_value_rate`
         ]
+        if self.device.type != "cpu":
+            groups[1]["lr"] = torch.tensor(rate, device=self.device)
         return torch.optim.AdamW(
             groups,
             lr=rate,
@@ -1155,6 +1309,7 @@ class Agent:
             weight_decay=0.0,
             eps=_EPS,
             fused=True,
+            capturable=self.device.type != "cpu",
         )
 
     @torch.no_grad()
@@ -1163,8 +1318,6 @@ class Agent:
 
         The rest of the network is shared by all items, learns from every click, and suffers from decay.
         """
-        if not self._any_described:
-            return  # all would be multiplied by one
         keep = 1.0 - self._rule.decay * self._described.float()
         self.online.tower.id.weight[: self.rows].mul_(keep.unsqueeze(1))
 
@@ -1209,6 +1362,7 @@ UNIT_MEMORY: Final = 1000  # updates over which what a choice earns is a mean
 _CACHED: Final = 1 << 18  # numbers in one matrix over all items
 OFFER_MEMORY: Final = 1000  # decisions over which what is on offer is a mean
 SLATES_SHARE: Final = 0.01  # of an update in what is known of slates lately
+SMALLEST_WEIGHT: Final = 1e-30  # that anything is divided by
 UNAIDED_MEMORY: Final = 200  # updates over which what sets unaided choices apart is a mean
 BY_ITEM: Final = ("tower.id.weight",)  # tables with one row for each vocabulary id
 _EPS: Final = 1e-6  # of Adam

@@ -8,6 +8,7 @@ On the CPU one compiled loop counts all of it; elsewhere tensors do, and both sa
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -76,8 +77,9 @@ def compile_entries() -> None:
     entries_of(StateTensors(nothing, nothing, nothing.float(), nothing.float()))
 
 
+@lru_cache(maxsize=64)
 def place_buckets(length: int, device: torch.device | str = "cpu") -> Tensor:
-    """[H] in 0..PLACES - 1: of entry h's place, newest first."""
+    """[H] in 0..PLACES - 1: of entry h's place, newest first. The same tensor each time: not to be changed."""
     place = torch.arange(length, device=device)
     return torch.bucketize(place, torch.tensor(PLACE_BOUNDS, device=device), right=True)
 

@@ -165,13 +165,16 @@ class Query(NamedTuple):
     recalled: Recalled | None
     trust: Tensor  # a number
     answers: Pulls | None = None
+    buckets: int = (
+        0  # of categories; 0: those that are met, which is quicker where to ask for them costs nothing
+    )
 
     def rows(self, which: Tensor | slice) -> Query:
         """The view of these states."""
         vector, copy, item, alike, category = (column[which] for column in self[:5])
         recalled = None if self.recalled is None else self.recalled.rows(which)
         answers = None if self.answers is None else self.answers.rows(which)
-        return Query(vector, copy, item, alike, category, recalled, self.trust, answers)
+        return Query(vector, copy, item, alike, category, recalled, self.trust, answers, self.buckets)
 
 
 class Reading(NamedTuple):
@@ -248,8 +251,10 @@ def matches(query: Query, category: Tensor, ids: Tensor) -> tuple[Tensor, Tensor
 
 def of_category(query: Query, category: Tensor) -> Tensor:
     """Σ_h alike[h] [history item h is of the category], [B, N]. category: [N]."""
-    buckets = int(category.max()) + 1 if category.numel() else 1
-    buckets = max(buckets, int(query.category.max()) + 1)
+    buckets = query.buckets
+    if not buckets:
+        buckets = int(category.max()) + 1 if category.numel() else 1
+        buckets = max(buckets, int(query.category.max()) + 1)
     sums = query.alike.new_zeros(len(query.alike), buckets)
     return sums.scatter_add(1, query.category, query.alike).index_select(1, category)
 
@@ -552,9 +557,10 @@ class QNetwork(nn.Module):
         still = (phi.detach() - self.state_mean) / self.state_scale
         choice = torch.cat((organic, self.lean(phi)), dim=1)
         copies, alikes = self.prior * copy + more_copy, self.prior * alike + more_alike
+        buckets = 0 if item.device.type == "cpu" else self.settings.category_buckets
         return Queries(
-            Query(organic, copy, item, alike, category, None, self.trust),
-            Query(choice, copies, item, alikes, category, recalled, self.trust),
+            Query(organic, copy, item, alike, category, None, self.trust, None, buckets),
+            Query(choice, copies, item, alikes, category, recalled, self.trust, None, buckets),
             answers,
             entries.back,
             self.query(still),

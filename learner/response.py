@@ -106,6 +106,15 @@ class Shown(NamedTuple):
     alike: Tensor  # [B, K, H] bool: it is of the slot's category
 
 
+class Pace(NamedTuple):
+    """How far one batch carries the layer."""
+
+    step: float | Tensor  # k
+    back: float | Tensor  # k q: what priors take back goes with it
+    kept: float | Tensor  # of information
+    share: float | Tensor  # of means over a pass
+
+
 class Fit:
     """Learns a `Response`, and keeps what that takes: information and moments."""
 
@@ -125,6 +134,8 @@ class Fit:
         self.key_mean = new(d)
         self.state_cov, self.key_cov, self.item_cov = (new(d, d).fill_diagonal_(1.0) for _ in range(3))
         self._prior = 1 / response.own.new_tensor(WIDTHS)
+        self.directions = new(d, d)  # C: in which directions φ̄ counts how much; the mean of φ̄' C φ̄ is one
+        self.dimensions = new(len(WIDTHS))  # in how many the features of b, w, μ and M spread
         self._derive()
 
     def enter(self, ids: slice) -> None:
@@ -153,77 +164,93 @@ class Fit:
         return prior / (information / self.dimensions[:2] + prior)
 
     def _derive(self) -> None:
-        """What follows from the moments: in which directions φ̄ counts how much, and how many those are."""
+        """What follows from the moments, in place: see learner.graphs."""
         states, d = self.state_cov / self.state_cov.trace(), len(self.state_cov)
         ridge = (_RIDGE * self.key_cov.trace() / d).expand(d).diag()
         directions = self.key_cov + ridge
-        self.directions = directions / (directions * states).sum()  # [d, d] C; the mean of φ̄' C φ̄ is one
+        self.directions.copy_(directions / (directions * states).sum())
         spread = self.directions @ states
         # (Σ λ)² / Σ λ² of their spectra
         of_state = 1 / (spread * spread.T).sum().clamp(min=1e-6)
         of_items = self.item_cov.trace().square() / self.item_cov.square().sum()
-        # [4] in how many directions the features of b, w, μ and M spread
-        self.dimensions = torch.stack((torch.ones_like(of_state), of_state, of_items, of_state * of_items))
+        self.dimensions.copy_(
+            torch.stack((torch.ones_like(of_state), of_state, of_items, of_state * of_items))
+        )
 
-    @torch.no_grad()
     def learn(self, shown: Shown, q: float) -> None:
         """One batch, which visits a share q of replay. The rows of `shown.ids` are caught up."""
+        told = (bool((weight > 0).any()) for weight in (shown.weight, shown.unaided))
+        self.move(shown, *self.advance(q, *told))
+
+    def advance(self, q: float, slates: bool, unaided: bool) -> tuple[str, Pace]:
+        """Let the clocks go on by a batch that visits a share q of replay: in it are slots of slates, and what users
+        went to unaided. Returns what of it is told of, and how far it carries."""
         self.passes += q
         self.paced += _pace(q) * q
-        if not bool((shown.weight > 0).any()):
-            if self.looked == 0 and bool((shown.unaided > 0).any()):  # until there are slates, it is as good
-                self._look(shown, shown.unaided, q)
+        of = "slates" if slates else "unaided" if unaided and self.looked == 0 else "nothing"
+        if of != "nothing":
+            self.measured += q
+        if of == "slates":
+            self.looked += q
+        share = q / min(self.measured, 1.0) if self.measured else 0.0
+        return of, Pace(_pace(q), _pace(q) * q, math.exp(-q), share)
+
+    @torch.no_grad()
+    def move(self, shown: Shown, of: str, pace: Pace) -> None:
+        """Learn from what `advance` said is told of. Of slates, where there are any; until then what users went to
+        unaided is as good for moments."""
+        if of == "unaided":
+            self._look(shown, shown.unaided, pace)
+        if of != "slates":
             return
-        self.looked += q
-        self._look(shown, shown.weight, q)
+        self._look(shown, shown.weight, pace)
         response = self.response
         phi, psi = response.of_state(shown.phi), response.of_item(shown.tower)
         towards = phi @ self.directions  # [B, d]
         size, length = (towards * phi).sum(dim=1, keepdim=True), psi.square().sum(dim=2)  # means of one
         gradient = shown.weight * (shown.chosen.float() - shown.chance)  # [B, K]
         told = shown.weight * shown.chance * (1 - shown.chance)
-        self._move_own(shown.ids, gradient, torch.stack((told, told * size), dim=2), towards, q)
+        self._move_own(shown.ids, gradient, torch.stack((told, told * size), dim=2), towards, pace)
         pulled = (gradient.unsqueeze(2) * psi).sum(dim=1)  # [B, d]
         told = torch.stack(((told * length).sum(), (told * length * size).sum()))
-        self._move_shared(torch.vstack((towards.T @ pulled, pulled.sum(dim=0))), told, q)
-        self._move_pulls(shown, gradient, shown.weight * shown.chance * (1 - shown.chance), q)
+        self._move_shared(torch.vstack((towards.T @ pulled, pulled.sum(dim=0))), told, pace)
+        self._move_pulls(shown, gradient, shown.weight * shown.chance * (1 - shown.chance), pace)
 
-    def _look(self, shown: Shown, weight: Tensor, q: float) -> None:
+    def _look(self, shown: Shown, weight: Tensor, pace: Pace) -> None:
         """Moments of states, items and organic keys, over a pass. weight: [B, K]."""
-        self.measured += q
-        share, response = q / min(self.measured, 1.0), self.response
+        response = self.response
         slots = weight / weight.sum().clamp(min=1e-9)
         for vectors, weights, mean, cov in (
             (shown.phi, slots.sum(dim=1), response.state_mean, self.state_cov),
             (shown.tower.flatten(0, 1), slots.flatten(), response.item_mean, self.item_cov),
             (shown.organic.flatten(0, 1), slots.flatten(), self.key_mean, self.key_cov),
         ):
-            mean.lerp_(weights @ vectors, share)
+            mean.lerp_(weights @ vectors, pace.share)
             apart = vectors - mean
-            cov.lerp_((apart * weights.unsqueeze(1)).T @ apart, share).diagonal().add_(1e-9)
+            cov.lerp_((apart * weights.unsqueeze(1)).T @ apart, pace.share).diagonal().add_(1e-9)
         response.state_scale.fill_(self.state_cov.trace().sqrt()).clamp_(min=SMALLEST)
         response.item_scale.fill_(self.item_cov.trace().sqrt()).clamp_(min=SMALLEST)
         self._derive()
 
-    def _move_own(self, ids: Tensor, gradient: Tensor, told: Tensor, towards: Tensor, q: float) -> None:
+    def _move_own(self, ids: Tensor, gradient: Tensor, told: Tensor, towards: Tensor, pace: Pace) -> None:
         """Rows of items shown: by their gradient; what takes them back is left to `catch_up`."""
         flat = ids.flatten()
         self.information.index_add_(0, flat, told.flatten(0, 1))
         precision = self.information[flat] / self.dimensions[:2] + self._prior[:2]  # [B * K, 2]
-        step = _pace(q) * gradient.flatten().unsqueeze(1) / precision
+        step = pace.step * gradient.flatten().unsqueeze(1) / precision
         slope = towards.repeat_interleave(ids.shape[1], dim=0) * step[:, 1:]
         self.response.own.index_add_(0, flat, torch.cat((slope, step[:, :1]), dim=1))
 
-    def _move_shared(self, gradient: Tensor, told: Tensor, q: float) -> None:
+    def _move_shared(self, gradient: Tensor, told: Tensor, pace: Pace) -> None:
         """M and μ. gradient: [d + 1, d]; told: [2] of μ, of M."""
-        self.shared_information.mul_(math.exp(-q)).add_(told)
+        self.shared_information.mul_(pace.kept).add_(told)
         prior = self._prior[2:]
         precision = self.shared_information / self.dimensions[2:] + prior
         for which, rows in ((1, slice(None, -1)), (0, slice(-1, None))):
-            self.response.shared[rows] *= torch.exp(-_pace(q) * q * prior[which] / precision[which])
-            self.response.shared[rows] += _pace(q) * gradient[rows] / precision[which]
+            self.response.shared[rows] *= torch.exp(-pace.back * prior[which] / precision[which])
+            self.response.shared[rows] += pace.step * gradient[rows] / precision[which]
 
-    def _move_pulls(self, shown: Shown, gradient: Tensor, told: Tensor, q: float) -> None:
+    def _move_pulls(self, shown: Shown, gradient: Tensor, told: Tensor, pace: Pace) -> None:
         """What entries of histories add. gradient, told: [B, K]."""
         kinds = shown.kinds.flatten()
         for name, match in (("copy", shown.same), ("alike", shown.alike)):
@@ -231,19 +258,24 @@ class Fit:
             each = torch.stack((gradient, told * match.sum(dim=2)), dim=1) @ match  # [B, 2, H]
             by_kind = gradient.new_zeros(len(getattr(self.response, name)), 2)
             by_kind.index_add_(0, kinds, each.transpose(1, 2).flatten(0, 1))
-            self._move_pull(name, by_kind[:, 0], by_kind[:, 1], q)
+            self._move_pull(name, by_kind[:, 0], by_kind[:, 1], pace)
         by_channel = shown.alike.float() @ shown.share  # [B, K, C]
         size = by_channel.sum(dim=2)
         each = torch.stack((gradient, told * size)).flatten(1) @ by_channel.flatten(0, 1)  # [2, C]
-        self._move_pull("share", each[0], each[1], q)
+        self._move_pull("share", each[0], each[1], pace)
 
-    def _move_pull(self, name: str, gradient: Tensor, told: Tensor, q: float) -> None:
+    def _move_pull(self, name: str, gradient: Tensor, told: Tensor, pace: Pace) -> None:
         values, information = getattr(self.response, name), getattr(self, f"{name}_information")
-        information.mul_(math.exp(-q)).add_(told)
+        information.mul_(pace.kept).add_(told)
         precision = information + 1 / PULL_WIDTH
-        values.mul_(torch.exp(-_pace(q) * q / (PULL_WIDTH * precision))).add_(_pace(q) * gradient / precision)
+        values.mul_(torch.exp(-pace.back / (PULL_WIDTH * precision))).add_(pace.step * gradient / precision)
 
     # --- room and state
+
+    def tensors(self) -> list[Tensor]:
+        """All that `move` moves, in place."""
+        mine = (getattr(self, name) for name in _STATE)
+        return [*mine, *self.response.buffers(), self.directions, self.dimensions]
 
     def variance(self, rows: int) -> Tensor:
         """[rows, 2] how uncertain the first rows are by now: Var b_a, and Var w_a · φ̄ for φ̄'Cφ̄ = 1, as Laplace's

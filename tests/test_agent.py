@@ -486,7 +486,7 @@ def test_the_next_value_is_the_best_slate_of_the_network_that_chooses_by_the_one
     told = batch(7)
     told.discount[:4] = 0.0
     rows = agent._rows(told, 1.0)
-    values = agent._next_value(rows, agent._keys(None))
+    values = agent._next_value(rows, agent._keys(rows))
     agree = 0
     with torch.no_grad():
         q = {}
