@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from streaming.schemas import DEAD_LETTER, Codec
 
 CUT_BYTES: Final = 65_536  # what is kept of a value that does not fit into a letter
 HELD_BYTES: Final = 32 << 20  # of letters that are not known to be durable
+AGAIN: Final = 256  # letters at once that are written again
 
 logger = logging.getLogger(__name__)
 
@@ -78,14 +80,40 @@ class DeadLetters:
         self._held_bytes = 0
 
     def _write_again(self, timeout_s: float) -> None:
-        """All that are held, one by one, so that one which is refused is known, and cut short."""
+        """All that are held, some at once; where one is refused, fewer, until it is alone, and is cut short."""
         logger.warning("writing the last %d dead letters of %s again", len(self._held), self._topic)
         with contextlib.suppress(LogError):  # of what is queued from before
             self._producer.flush(timeout_s)
+        count, suspect = AGAIN, 0  # letters at once; and those among which one was refused
         while self._held:
-            self._queue(self._held[0], lambda t, k, v: self._send_and_await(t, k, v, timeout_s))
-            self._held.popleft()
+            letters = list(islice(self._held, count))
+            if len(letters) == 1:
+                self._queue(letters[0], lambda t, k, v: self._send_and_await(t, k, v, timeout_s))
+            elif not self._all_durable(letters, timeout_s):
+                count, suspect = len(letters) // 2, len(letters)
+                continue
+            for _ in letters:
+                self._held.popleft()
+            suspect -= len(letters)
+            if suspect <= 0:
+                count = AGAIN
         self._doubtful = False
+
+    def _all_durable(self, letters: Sequence[_Letter], timeout_s: float) -> bool:
+        """Send them and wait; False: the log refused one. Raises: LogUnavailable."""
+        self._doubtful = False  # `_send` says so again, where it finds out
+        try:
+            for letter in letters:
+                self._queue(letter, self._send)
+            self._await(timeout_s)
+            return not self._doubtful
+        except (UnknownTopic, LogUnavailable):
+            raise
+        except LogError as error:
+            logger.warning("%s", error)
+            return False
+        finally:
+            self._doubtful = True  # until none is held
 
     def _letter(self, batch: RecordBatch, row: int, reason: Reason) -> _Letter:
         return _Letter(

@@ -9,8 +9,17 @@ import numpy as np
 import pytest
 
 from streaming.columns import Reason
-from streaming.dead_letters import CUT_BYTES, DeadLetters
-from streaming.log import Log, LogError, LogFull, Producer, RecordBatch, UnknownTopic, open_log
+from streaming.dead_letters import AGAIN, CUT_BYTES, DeadLetters
+from streaming.log import (
+    Log,
+    LogError,
+    LogFull,
+    LogUnavailable,
+    Producer,
+    RecordBatch,
+    UnknownTopic,
+    open_log,
+)
 from streaming.schemas import DEAD_LETTER, Codec
 from streaming.sqlite_log import MAX_RECORD_BYTES
 
@@ -147,3 +156,46 @@ def test_a_full_queue_is_waited_for() -> None:
 def test_letters_that_are_not_durable_in_time_are_an_error() -> None:
     with pytest.raises(LogError, match="2 dead letters of events"):
         DeadLetters(Scripted(stuck=2), CODEC, "events").flush(0.1)
+
+
+class Refusing:
+    """A producer whose log loses all that is sent until `back`, and never takes one key."""
+
+    def __init__(self, refused: bytes) -> None:
+        self.refused, self.back = refused, False
+        self.queued: list[tuple[bytes, bytes | None]] = []
+        self.written: list[tuple[bytes, bytes | None]] = []
+        self.flushes = self.failed = 0
+
+    def send(self, topic: str, key: bytes, value: bytes | None, timestamp_ms: int | None = None) -> None:
+        self.queued.append((key, value))
+
+    def flush(self, timeout_s: float = 30.0) -> int:
+        self.flushes += 1
+        queued, self.queued = self.queued, []
+        taken = [(key, value) for key, value in queued if self.back and key != self.refused]
+        self.written += taken
+        if len(taken) < len(queued):
+            raise (LogError if self.back else LogUnavailable)("records could not be written")
+        return 0
+
+    close: Callable[..., None] = staticmethod(lambda timeout_s=30.0: None)
+
+
+def test_many_letters_are_written_again_together_and_one_that_is_refused_is_found() -> None:
+    count, refused = 5_000, b"user-3210"
+    producer = Refusing(refused)
+    as_producer: Producer = producer
+    letters = DeadLetters(as_producer, CODEC, "events")
+    keys = [f"user-{n}".encode() for n in range(count)]
+    letters.write(
+        batch([b"junk"] * count, keys), np.arange(count), np.full(count, Reason.TRUNCATED, np.uint8)
+    )
+    with pytest.raises(LogUnavailable):
+        letters.flush()
+    producer.back, producer.flushes = True, 0
+    letters.flush()
+    cut = b"3-3310"  # by its place: it cost that letter its key
+    assert {key for key, _ in producer.written} == {*keys, cut} - {refused}
+    assert len(producer.written) < count + 2 * AGAIN  # at least once, and not many twice
+    assert producer.flushes < count / 50  # each takes a round trip, or more
