@@ -47,7 +47,9 @@ class Launch(NamedTuple):
 def run_one(launch: Launch, stop: threading.Event) -> int:
     """Serve in this process until `stop`, then drain; returns 0."""
     server = _server(launch, 0)
-    _announce(launch, server.start())
+    port = server.start(stop=stop)
+    if not stop.is_set():
+        _announce(launch, port)
     stop.wait()
     _drain(server)
     return 0
@@ -150,7 +152,7 @@ def _serve_child(launch: Launch, index: int, port: int, tell: Connection) -> Non
 
     def serve() -> None:
         server = _server(launch, index)
-        server.start(port)
+        server.start(port, stop)
         tell.send_bytes(b"ready")
         stop.wait()
         _drain(server)

@@ -197,8 +197,9 @@ class PolicyServer:
         )
         self._server = self._build()
 
-    def start(self, port: int | None = None) -> int:
-        """Catch up with log and weights, then open the port; returns it. port: None: the configured one.
+    def start(self, port: int | None = None, stop: threading.Event | None = None) -> int:
+        """Catch up with log and weights, then open the port; returns it. port: None: the configured one; stop: that the
+        log is read to its end is not waited for any longer.
 
         Raises: OSError when the port cannot be opened.
         """
@@ -211,10 +212,11 @@ class PolicyServer:
         if self._log is not None:
             compile_view(self._view_config)
             self._register()
-        if self._follower is not None and not self._follower.start(self._view_config.warm_up_s):
+        warm_up_s, stop = self._view_config.warm_up_s, stop or threading.Event()
+        if self._follower is not None and not self._follower.start(warm_up_s, stop) and not stop.is_set():
             logger.warning(
                 "the log was not read to its end within %g s; histories and popularity are behind",
-                self._view_config.warm_up_s,
+                warm_up_s,
             )
         self._service.warm_up()
         port = listen(self._server, self._config.host, self._config.port if port is None else port)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -35,6 +36,7 @@ _REST_S: Final = 0.05  # between two looks at a log that was read to its end
 _LOOK_S: Final = 5.0  # for partitions added since
 _LOOK_FOR_TOPIC_S: Final = 0.5
 _RETRY_S: Final = 1.0
+_HEED_S: Final = 0.2  # that whoever waits for it takes to stop
 _COMPLAIN_S: Final = 30.0
 # a Kafka partition that ends in a transaction marker never lets a reader's position reach its end
 _QUIET_S: Final = 2.0
@@ -231,10 +233,18 @@ class Follower:
         self._said = "", float("-inf")  # the trouble last complained of, and when
         self._thread = threading.Thread(target=self._run, name="view", daemon=True)
 
-    def start(self, warm_up_s: float) -> bool:
-        """Begin; returns once everything that was in the log is absorbed (True), or after warm_up_s (False)."""
+    def start(self, warm_up_s: float, stop: threading.Event | None = None) -> bool:
+        """Begin; returns once everything that was in the log is absorbed (True), after warm_up_s, or soon after `stop`
+        came (False)."""
         self._thread.start()
-        return self._caught_up.wait(warm_up_s)
+        ends = time.monotonic() + warm_up_s
+        while not (stop is not None and stop.is_set()):
+            left_s = ends - time.monotonic()
+            if self._caught_up.wait(max(0.0, min(left_s, _HEED_S))):
+                return True
+            if left_s <= 0:
+                break
+        return False
 
     def stop(self, timeout_s: float | None = None) -> None:
         """End the thread, or leave it behind after that time, where the log does not answer; harmless twice."""

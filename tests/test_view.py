@@ -82,6 +82,25 @@ class Stumbling(View):
         return super().absorb(batch)
 
 
+def test_who_waits_for_a_log_that_is_away_can_be_told_to_stop(tmp_path, monkeypatch) -> None:
+    config, stop = ViewConfig(max_users=10), threading.Event()
+
+    def away(topic: str) -> dict[int, Bounds]:
+        raise LogUnavailable("away")
+
+    with closing(open_log(f"sqlite:///{tmp_path}/log.db")) as log:
+        log.create_topic("events", 1)
+        monkeypatch.setattr(log, "bounds", away)
+        follower = Follower(log, View(config, CODEC), config, time.monotonic)
+        threading.Timer(0.3, stop.set).start()
+        began = time.monotonic()
+        try:
+            assert not follower.start(60, stop)
+        finally:
+            follower.stop()
+        assert 0.25 < time.monotonic() - began < 20
+
+
 def test_a_fault_is_said_and_counted_and_the_view_goes_on_with_what_comes_next(tmp_path, caplog) -> None:
     config, before = ViewConfig(max_users=10), VIEW_FAILURES.labels("fault")._value.get()
     view = Stumbling(config, CODEC)
