@@ -85,6 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings, agent = build(LearnerSettings, namespace), build(AgentSettings, namespace)
     rewards = _rewards(parser, namespace)
     join = build(JoinSettings, namespace, rewards=rewards, gamma=agent.gamma, history_length=agent.entries)
+    _check_device(parser, config.device)
     if config.prequential is not None:
         _make_room(parser, Path(config.prequential))
     logging.basicConfig(
@@ -192,6 +193,17 @@ def _make_room(parser: Parser, report: Path) -> None:
             pass
     except OSError as error:
         parser.error(f"--prequential: no report can be written there: {error}")
+
+
+def _check_device(parser: Parser, name: str) -> None:
+    """Make sure, before anything is read for it, that there is such a device."""
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("is neither cpu nor cuda nor cuda:N")
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter of a PyTorch without CUDA
+        parser.error(f"--device {name}: {str(error).splitlines()[0]}")
 
 
 def _guarded(body: Callable[[], None]) -> int:

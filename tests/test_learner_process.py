@@ -280,6 +280,9 @@ def test_a_checkpoint_of_another_log_is_refused(shop_url, tmp_path):
         (("--epsilon", "0.1"), "no such flag --epsilon"),  # servers explore
         (("--gamma", "1.5"), "gamma"),
         (("--deterministic", "--device", "cuda"), "deterministic needs device cpu"),
+        (("--device", "tpu9"), "--device tpu9: "),
+        (("--device", "meta"), "--device meta: is neither cpu nor cuda nor cuda:N"),
+        (("--device", "cuda:99"), "--device cuda:99: "),
         (("--rewards", "click=1"), "no such event name"),
         (
             ("--prequential", "."),
