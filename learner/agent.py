@@ -598,17 +598,15 @@ class Agent:
         self._trust_recall()
         rows = self._rows(batch, len(batch.action) / max(kept or 0, len(batch.action)))
         self._set_value_rate()
-        told = self._learnt(rows).cpu()
+        told = self._launch(rows).cpu()
         self._follow_up(rows)
         values, error = told[: -len(batch.action)].tolist(), told[-len(batch.action) :].numpy()
         losses = dict(zip(self._parts, values[3:], strict=True))
         return Update(values[0], error, values[1] * self.unit, values[2] * self.unit, losses)
 
-    def _learnt(self, rows: _Rows) -> Tensor:
-        """What `_learn` gives."""
-        if (
-            self.graphs is None or rows.aisle is not None
-        ):  # of rows that are others each time there is no graph
+    def _launch(self, rows: _Rows) -> Tensor:
+        """What `_learn` gives, by a graph where there is one: not of rows that are others each time."""
+        if self.graphs is None or rows.aisle is not None:
             return self._learn(rows)
         moved, read = self._standing()
         return self.graphs.run(self._learn, rows, rows.facts, (*moved, *read), moved)
