@@ -96,10 +96,11 @@ class ServingConfig:
             "shown": f"{_WAITING} times threads",
         },
     )
-    max_streams: int = field(
-        default=16,
+    max_streams: int | None = field(
+        default=None,
         metadata={
-            "help": "streams open at once, per process, those of reflection too; each takes a thread: < threads"
+            "help": "streams open at once, per process, those of reflection too; each takes a thread: < threads",
+            "shown": "half of threads",
         },
     )
     weights_poll_s: float = field(
@@ -145,6 +146,11 @@ class ServingConfig:
             if value is not None and not low <= value <= high:
                 raise ValueError(f"{name} must be within {low}..{high}, not {value}")
 
+    @property
+    def streams(self) -> int:
+        """How many may be open at once: each keeps a thread, and some must be left for other calls."""
+        return self.threads // 2 if self.max_streams is None else self.max_streams
+
 
 @dataclass(frozen=True)
 class Instance:
@@ -188,7 +194,7 @@ class PolicyServer:
             epsilon=config.epsilon,
             exploration=Exploration(config.exploration, config.temperature, config.thompson_scale),
             slate_size=config.slate_size,
-            max_streams=config.max_streams,
+            max_streams=config.streams,
             instance=instance.name,
             now_ms=now_ms,
         )

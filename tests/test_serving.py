@@ -32,6 +32,7 @@ from learner.weights import WeightStore
 from serving import policy_pb2 as pb
 from serving import policy_pb2_grpc
 from serving.client import Client
+from serving.server import ServingConfig
 from streaming.log import Log, open_log, partition_of
 from streaming.schemas import Codec
 from tests.serving_process import ServerProcess, eventually, publish
@@ -722,6 +723,14 @@ def test_new_weights_under_load_are_swapped_whole(world: World) -> None:
         best = np.argsort(-expected[1:], kind="stable")[:8]
         assert shown(answer) == [ITEMS[i] for i in best]
         assert [slot.q for slot in answer.slate] == pytest.approx(expected[best + 1].tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize(("threads", "streams"), [(1, 0), (2, 1), (8, 4), (32, 16)])
+def test_streams_leave_threads_for_other_calls_however_few_there_are(threads: int, streams: int) -> None:
+    assert ServingConfig("weights", threads=threads).streams == streams
+    assert ServingConfig("weights", threads=threads, max_streams=0).streams == 0
+    with pytest.raises(ValueError, match="max_streams must be within"):
+        ServingConfig("weights", threads=threads, max_streams=threads)
 
 
 def test_load_adds_no_threads(world: World) -> None:
