@@ -255,9 +255,8 @@ class _Rows(NamedTuple):
     facts: Facts
     rates: Rates
     aisle: _Aisle | None  # what the N rows are; None: row i is id i
-    stands_for: (
-        Tensor | None
-    )  # [N] logarithm of how many items each does, where they are a sample; see `_stand_for`
+    # [N] logarithm of how many items each row does, where they are a sample (see `_sample`), or some are of no item
+    stands_for: Tensor | None
     on_offer: Tensor  # [N] bool
     state: StateTensors
     next_state: StateTensors
@@ -345,6 +344,17 @@ class Agent:
         return len(self._on_offer)
 
     @property
+    def _spare(self) -> int:
+        """Rows beside those of items that an update looks at, where it looks at all. Not on the CPU; elsewhere all
+        that there is room for, so that new items change neither shapes nor addresses: see learner.graphs."""
+        return 0 if self.device.type == "cpu" else len(self._roomy_offer) - self.rows
+
+    @property
+    def _roomy(self) -> ItemTensors:
+        """The items, and as many rows more."""
+        return self._items if self.device.type == "cpu" else self._roomy_items
+
+    @property
     def items(self) -> ItemTensors:
         """What is known of the items, by vocabulary id."""
         return self._items
@@ -360,17 +370,21 @@ class Agent:
                 capacity *= 2
             self._reserve(capacity)
         if rows > len(self._roomy_offer):
-            # by doubling: new items come in every batch, and each must not cost a copy of all that are known
-            more = self.online.tower.id.num_embeddings - len(self._roomy_offer)
-            fresh = unknown_items(more, self.settings.vector_dim, self.device)
-            self._roomy_items = ItemTensors(
-                *(torch.cat(pair) for pair in zip(self._roomy_items, fresh, strict=True))
-            )
-            self._roomy_offer = torch.cat((self._roomy_offer, self._roomy_offer.new_ones(more)))
-            self._roomy_described = functional.pad(self._roomy_described, (0, more))
-            self._met = functional.pad(self._met, (0, more))
+            self._make_room()
         self._response.enter(slice(self.rows, rows))
         self._show(rows)
+
+    def _make_room(self) -> None:
+        """As much as the tables by id have, which double: new items come in every batch, and each must not cost a copy
+        of all that are known."""
+        more = self.online.tower.id.num_embeddings - len(self._roomy_offer)
+        fresh = unknown_items(more, self.settings.vector_dim, self.device)
+        self._roomy_items = ItemTensors(
+            *(torch.cat(pair) for pair in zip(self._roomy_items, fresh, strict=True))
+        )
+        self._roomy_offer = torch.cat((self._roomy_offer, self._roomy_offer.new_ones(more)))
+        self._roomy_described = functional.pad(self._roomy_described, (0, more))
+        self._met = functional.pad(self._met, (0, more))
 
     def _show(self, rows: int) -> None:
         """Let the items be the first so many rows of the room that there is."""
@@ -624,8 +638,8 @@ class Agent:
         ]
         rate = (group["lr"] for group in self._optimiser.param_groups)
         read = [
-            *self._items,
-            self._described,
+            *self._roomy_items,
+            self._roomy_described,
             *self.online.stack.buffers(),
             *(each for each in rate if isinstance(each, Tensor)),
         ]
@@ -678,7 +692,7 @@ class Agent:
     def _keys(self, rows: _Rows) -> Keys:
         """The online network's keys of the rows, with a gradient."""
         own = None if rows.aisle is None else rows.aisle.own
-        return self.online.keys(self._items, rows.ids, rows.forgotten, own)
+        return self.online.keys(self._roomy, rows.ids, rows.forgotten, own)
 
     def _losses(
         self,
@@ -905,8 +919,8 @@ class Agent:
     def _judge(self, aisle: _Aisle | None) -> Keys:
         """The target network's keys."""
         if aisle is not None:
-            return self.target.keys(self._items, aisle.ids, own=aisle.table.target)
-        return self.target.keys(self._items)
+            return self.target.keys(self._roomy, aisle.ids, own=aisle.table.target)
+        return self.target.keys(self._roomy)
 
     def _step(self, rows: _Rows, losses: Mapping[str, Tensor]) -> Tensor:
         """Adam on the sum, and the target network a little after it."""
@@ -1095,6 +1109,7 @@ class Agent:
         self._any_described = bool(self._roomy_described.any())
         self._met = torch.from_numpy(state["met"].copy()).to(self.device)
         self._price_scale = torch.from_numpy(state["catalog.price_scale"].copy()).to(self.device)
+        self._make_room()
         self._show(len(on_offer))
         fresh = first_rows(len(on_offer), self.online.tower.id.num_embeddings, self.settings.dim)
         for prefix, network in (("online", self.online), ("target", self.target)):
@@ -1167,6 +1182,10 @@ class Agent:
         here, there = state.item, next_state.item
         if self.rows <= self.settings.exact_items:
             self._catch_up()
+            if self.device.type != "cpu":
+                there_is = torch.arange(len(self._roomy_offer), device=self.device) < self.rows
+                on_offer = self._roomy_offer & there_is
+                stands_for = torch.where(there_is, 0.0, -torch.inf)
         else:
             ids, stands_for = self._sample(slate, here, there)
             on_offer = self._on_offer[ids]
@@ -1284,7 +1303,8 @@ class Agent:
             return None
         features = self._spoken_for(slice(None) if ids is None else ids)
         drawn = torch.rand(len(features), generator=self._generator) < self.settings.forget
-        return drawn.to(self.device) & features
+        forgotten = drawn.to(self.device) & features
+        return forgotten if ids is not None else functional.pad(forgotten, (0, self._spare))
 
     def _spoken_for(self, rows: Tensor | slice) -> Tensor:
         """Of these rows, bool: whether features say what kind of item it is, which a price alone does not."""
@@ -1316,8 +1336,9 @@ class Agent:
 
         The rest of the network is shared by all items, learns from every click, and suffers from decay.
         """
-        keep = 1.0 - self._rule.decay * self._described.float()
-        self.online.tower.id.weight[: self.rows].mul_(keep.unsqueeze(1))
+        described = self._roomy_described[: self.rows + self._spare]
+        keep = 1.0 - self._rule.decay * described.float()
+        self.online.tower.id.weight[: len(described)].mul_(keep.unsqueeze(1))
 
     def _reserve(self, capacity: int) -> None:
         """Grow the tables by id to this many rows; what was learnt stays."""
