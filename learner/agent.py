@@ -673,7 +673,8 @@ class Agent:
 
     def _read(self, state: StateTensors, ids: Tensor | None) -> Reading:
         """What the states say to online and target network. ids: see `QNetwork.queries`."""
-        return self.online.read(state, ids, ways=self._ways > 0)
+        # on the CPU both networks read what was counted once; elsewhere a graph may count it twice
+        return self.online.read(state, ids, ways=self._ways > 0, count=self.device.type == "cpu")
 
     @property
     def _ways(self) -> float:

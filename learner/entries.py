@@ -59,7 +59,7 @@ def entries_of(state: StateTensors, *, back: bool = True) -> Entries:
     """Of these states, names 0..NAMES - 1 and no age below 0; no gradient. back: whether somebody asks for it."""
     shape = state.item.shape
     if state.item.device.type != "cpu":
-        kinds = _kinds(state)
+        kinds = kinds_of(state)
         none = torch.zeros(shape, device=kinds.device)
         return Entries(kinds, _counts(state, kinds), going_back(state.item) if back else none)
     kinds, counts = torch.empty(shape, dtype=torch.int64), torch.zeros(shape[0], COUNTS)
@@ -84,7 +84,8 @@ def place_buckets(length: int, device: torch.device | str = "cpu") -> Tensor:
     return torch.bucketize(place, torch.tensor(PLACE_BOUNDS, device=device), right=True)
 
 
-def _kinds(state: StateTensors) -> Tensor:
+def kinds_of(state: StateTensors) -> Tensor:
+    """`Entries.kinds` of these states, by tensors."""
     ages = torch.zeros_like(state.name)
     for bound in AGE_BOUNDS_S:  # a few comparisons are quicker than a search
         ages += state.age_s >= bound

@@ -61,6 +61,7 @@ from learner.entries import (
     Entries,
     StateTensors,
     entries_of,
+    kinds_of,
     place_buckets,
 )
 from learner.feature_levels import MOST_IN_VECTOR
@@ -180,7 +181,7 @@ class Query(NamedTuple):
 class Reading(NamedTuple):
     """What B states say, whichever network reads them."""
 
-    entries: Entries
+    entries: Entries | None  # None: not counted yet
     recalled: Recalled | None
     answers: Pulls | None
 
@@ -518,17 +519,28 @@ class QNetwork(nn.Module):
                 getattr(self, f"{name}_scale").copy_(getattr(known, f"{name}_scale").clamp(min=SMALLEST))
 
     def read(
-        self, state: StateTensors, ids: Tensor | None = None, *, ways: bool = True, right: bool = True
+        self,
+        state: StateTensors,
+        ids: Tensor | None = None,
+        *,
+        ways: bool = True,
+        right: bool = True,
+        count: bool = True,
     ) -> Reading:
         """What the states say to this network and to any other that shares its recall. ids: see `queries`; ways: look
         up where others went; without, choice does not follow them, and `next_all` does not know them either; right:
-        look up what sets choice right by items near the history's; without, only z counts."""
-        entries = entries_of(state, back=self.settings.stack)
+        look up what sets choice right by items near the history's; without, only z counts; count: count the entries
+        now; without, `queries` does."""
         answers = self.stack.answers(state.item, ids) if self.settings.stack and right else None
+        entries = self._entries(state) if count else None
         if not (ways and self.recall.has_any):
             return Reading(entries, None, answers)
         places = place_buckets(state.item.shape[1], state.item.device)
-        return Reading(entries, self.recall.recalled(state.item, entries.kinds, places, ids), answers)
+        kinds = kinds_of(state) if entries is None else entries.kinds
+        return Reading(entries, self.recall.recalled(state.item, kinds, places, ids), answers)
+
+    def _entries(self, state: StateTensors) -> Entries:
+        return entries_of(state, back=self.settings.stack)
 
     def queries(
         self,
@@ -543,6 +555,7 @@ class QNetwork(nn.Module):
         `score_at`; None: row i is vocabulary id i. reading: of these states, where there is one already."""
         item = state.item if local is None else local
         entries, recalled, answers = reading or self.read(state, ids)
+        entries = entries or self._entries(state)
         kinds, category = entries.kinds, shelf.category[item]
         phi, share, total = self.encoder(state, entries, shelf.tower, item)
         # the unknown item (0) and padding must not pull on anything

@@ -29,7 +29,7 @@ def test_the_loop_says_what_tensors_say(histories: list[list[tuple[int, int, flo
     age_s, value = (torch.from_numpy(column.astype(np.float32)) for column in columns[2:])
     state = StateTensors(item * (name > 0), name, age_s, value)
     found = entries_of(state)
-    assert torch.equal(found.kinds, entries._kinds(state))
+    assert torch.equal(found.kinds, entries.kinds_of(state))
     torch.testing.assert_close(found.counts, entries._counts(state, found.kinds))
     torch.testing.assert_close(found.back, entries.going_back(state.item))
 
