@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from learner.agent import Agent
-from learner.graphs import Graphs
+from learner.graphs import CudaCapture, Graphs
 from tests.other_device import DEVICE, OtherDevice
 from tests.test_agent import FEW, ITEMS, SETTINGS, batch
 
@@ -117,6 +117,21 @@ def test_graphs_of_updates_do_what_updates_do(name, device):
         assert (one.td_error == other.td_error).all()
     assert graphs.replayed > 2
     assert differ(with_graphs.state(), without.state(), 0, 0) == []
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="!!! NO GPU WAS TESTED: none is here; a device in software was"
+)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_on_a_gpu_an_agent_learns_what_it_learns_on_the_cpu_and_by_graphs(name, monkeypatch):
+    monkeypatch.setattr("learner.graphs.SETTLED", SETTLED)
+    here = made(VARIANTS[name])
+    there = made(VARIANTS[name], "cuda", Graphs(CudaCapture()))
+    for one, other in zip(learn(here, range(12)), learn(there, range(12)), strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=1e-3)
+        np.testing.assert_allclose(one.td_error, other.td_error, rtol=1e-2, atol=1e-3)
+    assert differ(here.state(), there.state(), 1e-2, 1e-3) == []
+    assert (there.graphs.replayed > 0) is (name != "samples")
 
 
 def test_where_what_stands_is_elsewhere_or_other_things_are_done_there_is_another_graph(device):
