@@ -6,18 +6,21 @@ WORLDS := recogym==0.1.3.0 recsim==0.2.4
 
 .PHONY: demo test lint compose-test faults clean
 
+# .installing: what pip was about when it was interrupted is in pieces, which it cannot mend itself
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Bellwether needs Python 3.11 or newer, not " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
-	@# an installation that was interrupted leaves packages in pieces, which pip cannot mend
-	$(PYTHON) -m venv $(if $(wildcard $@),,--clear) $(VENV)
+	$(PYTHON) -m venv $(if $(wildcard $(VENV)/.installing),--clear) $(VENV)
 	@echo "installing into $(VENV) (PyTorch is large: minutes on a slow line)"
+	@touch $(VENV)/.installing
 	$(BIN)/pip install --quiet --disable-pip-version-check -e .
-	@touch $@
+	@mv $(VENV)/.installing $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
+	@mv $(VENV)/.installed $(VENV)/.installing
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@# other people's worlds, without what they require and we do not use; tests that need them are skipped without
 	-$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(WORLDS)
+	@mv $(VENV)/.installing $(VENV)/.installed
 	@touch $@
 
 demo: $(VENV)/.installed
