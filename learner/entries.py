@@ -80,8 +80,9 @@ def compile_entries() -> None:
 @lru_cache(maxsize=64)
 def place_buckets(length: int, device: torch.device | str = "cpu") -> Tensor:
     """[H] in 0..PLACES - 1: of entry h's place, newest first. The same tensor each time: not to be changed."""
-    place = torch.arange(length, device=device)
-    return torch.bucketize(place, torch.tensor(PLACE_BOUNDS, device=device), right=True)
+    with torch.inference_mode(False):  # whoever asks first, another may learn with it
+        place = torch.arange(length, device=device)
+        return torch.bucketize(place, torch.tensor(PLACE_BOUNDS, device=device), right=True)
 
 
 def kinds_of(state: StateTensors) -> Tensor:

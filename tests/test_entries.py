@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from learner import entries
-from learner.entries import AGE_BOUNDS_S, AGES, COUNTS, NAMES, StateTensors, entries_of, place_buckets
+from learner.entries import AGE_BOUNDS_S, AGES, COUNTS, NAMES, PLACES, StateTensors, entries_of, place_buckets
 
 ENTRY = st.tuples(
     st.integers(0, 5),
@@ -62,3 +62,12 @@ def test_what_was_done_is_counted_by_event_type_now_and_earlier() -> None:
 
 def test_places_are_told_apart_the_nearer_the_finer() -> None:
     assert place_buckets(20).tolist() == [0, 1, 2, 3, 3, *[4] * 4, *[5] * 8, *[6] * 3]
+
+
+def test_places_that_a_policy_asked_for_first_can_be_learnt_with():
+    with torch.inference_mode():
+        places = place_buckets(29)
+    assert places.tolist() == [0, 1, 2, 3, 3, 4, 4, 4, 4, *([5] * 8), *([6] * 12)]
+    weight = torch.zeros(PLACES, requires_grad=True)
+    weight[place_buckets(29)].sum().backward()
+    assert weight.grad.tolist() == [1, 1, 1, 2, 4, 8, 12]
