@@ -59,7 +59,9 @@ def test_one_who_knows_the_shop_has_all_and_one_who_knows_nothing_has_none(monke
     assert [(row["row"], row["share"]) for row in rows] == [("defaults", [1.0, 1.0]), ("double", [0.0, 0.5])]
 
 
-def test_a_run_is_of_its_seed_and_its_switch():
+def test_a_run_is_of_its_seed_and_its_switch(monkeypatch):
+    monkeypatch.setattr("benchmarks.inside.PLANNED", 2000)
+    monkeypatch.setattr("benchmarks.inside.TURNS", 4)
     found = [ablation.share(seed, 400, changes) for seed, changes in ((1, ()), (1, ()), (1, ("gamma=0",)))]
     assert found[0] == found[1] != found[2]
     assert 0.0 < found[0] < 1.0
