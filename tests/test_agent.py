@@ -762,7 +762,7 @@ def test_quantiles_tell_a_gamble_from_a_sure_thing():
     told.state.name[:, 0], told.state.item[:, 0] = 1, 1 + np.arange(16) % 2
     told.slate_reward[:], told.slot_reward[:], told.organic[:], told.discount[:] = 0.0, 0.0, False, 0.0
     sure = np.arange(16) % 2 == 1
-    for _ in range(2000):
+    for _ in range(1000):
         told.reward[:] = np.where(sure, 2.0, 4.0 * (rng.random(16) < 0.5))
         agent.update(told)
     with torch.no_grad():
@@ -910,7 +910,7 @@ def test_a_weight_on_their_length_keeps_states_vectors_short():
 
     def length(weight):
         agent = new_agent(replace(SETTINGS, learning_rate=0.01, length_weight=weight))
-        for seed in range(600):
+        for seed in range(300):
             told = batch(seed)
             told.state.item[:], told.state.name[:], told.state.age_s[:] = 3, 1, 10.0
             agent.update(told, kept=1000)
@@ -961,13 +961,13 @@ def mean_value(agent):
 
 def test_values_do_not_jump_when_the_first_slate_comes():
     agent = new_agent(replace(SETTINGS, learning_rate=0.003, target_tau=0.02))
-    for seed in range(600):
+    for seed in range(300):
         agent.update(unaided_only(seed), kept=1000)
     before = mean_value(agent)
-    first = unaided_only(600)
+    first = unaided_only(300)
     first.organic[0], first.slots[0] = False, 1
     agent.update(first, kept=1000)
-    agent.update(unaided_only(601), kept=1000)
+    agent.update(unaided_only(301), kept=1000)
     assert mean_value(agent) == pytest.approx(before, rel=0.05)
 
 
@@ -988,7 +988,7 @@ def test_without_dueling_no_state_is_worth_more_than_another_where_nothing_is_ch
 def test_without_dueling_states_are_worth_on_average_what_they_are_with_it():
     def value(dueling):
         agent = new_agent(replace(SETTINGS, learning_rate=0.003, target_tau=0.02, dueling=dueling))
-        for seed in range(600):
+        for seed in range(300):
             agent.update(unaided_only(seed), kept=10_000)
         return mean_value(agent)
 
