@@ -197,8 +197,9 @@ def test_memory_does_not_grow_with_the_log(tmp_path, monkeypatch):
         return most
 
     peak(300)  # what is made once
-    # the lesser of two: threads that earlier tests left behind allocate too, now and then
-    assert min(peak(2400), peak(2403)) < 1.5 * peak(600)
+    bound = 1.5 * peak(600)
+    # or once more: threads that earlier tests left behind allocate too, now and then
+    assert peak(2400) < bound or peak(2403) < bound
 
 
 def test_what_made_room_in_a_small_replay_is_counted(shop, tmp_path):
@@ -680,12 +681,16 @@ def test_weights_that_have_seen_more_than_the_checkpoint_are_said_to(trained, sh
         (("--data-dir", "nowhere"), 1, "give the learner's --data-dir and --name"),
     ],
 )
-def test_a_wrong_command_line_is_one_line(flags, status, wanted, tmp_path):
-    done = command("--log", f"sqlite:///{tmp_path / 'log.db'}", *flags)
-    assert done.returncode == status
-    assert wanted in done.stderr
-    assert len(done.stderr.splitlines()) == 1
-    assert not done.stdout
+def test_a_wrong_command_line_is_one_line(flags, status, wanted, tmp_path, capsys):
+    try:
+        ended = main(["audit", "--log", f"sqlite:///{tmp_path / 'log.db'}", *flags])
+    except SystemExit as wrong:
+        ended = wrong.code
+    said = capsys.readouterr()
+    assert ended == status
+    assert wanted in said.err
+    assert len(said.err.splitlines()) == 1
+    assert not said.out
 
 
 def test_a_checkpoint_of_another_topic_is_refused(trained):
