@@ -444,8 +444,16 @@ def test_recsim_s_own_error_reads_what_is_to_come_from_the_state_before(monkeypa
     assert all(learnt_from) if agent == recsim_scores.STALE else not any(learnt_from)
 
 
+def in_short(preset: str, *about: Any) -> dict[str, Any]:
+    """`run`, in whichever process, of a few sessions."""
+    recsim_scores.PRESETS[preset] = replace(recsim_scores.PRESETS[preset], sessions=30)
+    return run(preset, *about)
+
+
 @pytest.mark.usefixtures("recsim")
-def test_the_command_says_the_same_however_many_runs_go_at_once(capsys, tmp_path):
+def test_the_command_says_the_same_however_many_runs_go_at_once(capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(recsim_scores.PRESETS, "evolution, short", recsim_scores.PRESETS["evolution, short"])
+    monkeypatch.setattr("benchmarks.gym_bridge.__main__.run", in_short)
     about = ["--preset", "evolution, short", "--agent", "random", "myopic"]
     keep, found = ["--keep", str(tmp_path / "kept")], tmp_path / "found"
     assert main([*about, "--seeds", "3", *keep]) == 0  # which was stopped then, say
@@ -463,6 +471,6 @@ def test_the_command_says_the_same_however_many_runs_go_at_once(capsys, tmp_path
         *[("random", None), ("myopic", None)],
         *[("random", 3), ("myopic", 3), ("random", 4), ("myopic", 4)],
     ]
-    alone = run("evolution, short", "myopic", 4, seeded(Setup(), 4), processes=False)
+    alone = in_short("evolution, short", "myopic", 4, seeded(Setup(), 4), False)
     assert rows[-1] | {"cpu_ms": 0} == alone | {"cpu_ms": 0}
     assert f"| myopic | {rows[1]['score']:.1f} ± {rows[1]['ci95']:.1f} |" in printed
