@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from benchmarks import record
 from benchmarks.other_python import PeerMissing, arguments_without, said
 from learner import dqn
-from learner.agent import AgentSettings
+from learner.agent_settings import AgentSettings
 from learner.exploration import epsilon_greedy_slate
 from learner.lazy_table import follow_share
 from learner.learner import LearnerSettings

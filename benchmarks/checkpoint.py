@@ -31,7 +31,7 @@ from benchmarks.ingest import traffic
 from benchmarks.processes import TOPIC, LearnerProcess
 from benchmarks.record import append, show
 from learner.__main__ import _prepared, _resume
-from learner.agent import AgentSettings
+from learner.agent_settings import AgentSettings
 from learner.checkpoint import Checkpoints, Disk
 from learner.learner import Learner, LearnerSettings
 from learner.metrics import Metrics

@@ -26,7 +26,7 @@ import torch
 
 from benchmarks import record
 from benchmarks.learning import SLOTS, Loop, LoopSettings, ShopCatalog
-from learner.agent import AgentSettings
+from learner.agent_settings import AgentSettings
 from simulator.figures import Interval, over_seeds
 from simulator.policies import GreedyOracle, Popularity, Random, Recommender, play
 from simulator.shop import Shop, ShopSettings

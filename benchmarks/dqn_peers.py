@@ -32,7 +32,7 @@ from benchmarks.gym_bridge.product import InProcess, Setup, Shop
 from benchmarks.gym_bridge.storefront import Deed, Page
 from benchmarks.other_python import PeerMissing, arguments_without, said
 from benchmarks.shop_visits import FRESH, Clock, Task, online
-from learner.agent import AgentSettings
+from learner.agent_settings import AgentSettings
 from learner.learner import LearnerSettings
 from simulator.figures import over_seeds
 from simulator.gym_shop import ShopEnv

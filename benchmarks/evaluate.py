@@ -30,7 +30,7 @@ import torch
 
 from benchmarks import record
 from benchmarks.learning import Loop, LoopSettings, histories
-from learner.agent import AgentSettings
+from learner.agent_settings import AgentSettings
 from learner.evaluate import FIRST_RECORDS, POLL_RECORDS
 from learner.evaluation import EvaluateConfig, Evaluation
 from learner.exploration import epsilon_greedy_slate

@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.ingest import START_MS, traffic
 from benchmarks.record import append
-from learner.agent import AgentSettings
+from learner.agent_settings import AgentSettings
 from learner.learner import Learner, LearnerSettings
 from streaming.chunks import batch_of
 from streaming.interning import hash_string

@@ -31,7 +31,7 @@ import numpy as np
 from confluent_kafka import Consumer, TopicPartition
 
 from benchmarks.record import append, show
-from learner.agent import AgentSettings
+from learner.agent_settings import AgentSettings
 from learner.replay import Replay
 from streaming.decoder import Decoder
 from streaming.interning import Vocabulary

@@ -24,7 +24,7 @@ import torch
 
 from benchmarks import record
 from benchmarks.learning import SLOTS, Loop, LoopSettings, changed, check_changes
-from learner.agent import AgentSettings
+from learner.agent_settings import AgentSettings
 from learner.networks import score_all
 from learner.policy import state_tensors
 from learner.replay import Histories

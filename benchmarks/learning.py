@@ -29,7 +29,8 @@ import torch
 
 from benchmarks import record
 from benchmarks.shop import policies
-from learner.agent import Agent, AgentSettings
+from learner.agent import Agent
+from learner.agent_settings import AgentSettings
 from learner.exploration import EPSILON, GREEDY, Exploration
 from learner.learner import LearnerSettings
 from learner.pacing import Band

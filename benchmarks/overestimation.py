@@ -29,7 +29,7 @@ import torch
 
 from benchmarks import record
 from benchmarks.learning import Loop, LoopSettings, changed, check_changes
-from learner.agent import AgentSettings
+from learner.agent_settings import AgentSettings
 from learner.networks import MAX_SLOTS
 from learner.policy import state_tensors
 from learner.replay import Batch, Replay

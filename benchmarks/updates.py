@@ -34,7 +34,7 @@ from benchmarks.growth import Shape, batches, introduction
 from benchmarks.ingest import traffic
 from benchmarks.other_python import PeerMissing, arguments_without, said
 from benchmarks.peers.stored import WARM_UP, timed
-from learner.agent import AgentSettings
+from learner.agent_settings import AgentSettings
 from learner.graphs import Graphs
 from learner.learner import Learner, LearnerSettings
 from learner.replay import Histories
@@ -50,9 +50,9 @@ MOST_UPDATES: Final = 2_000  # until there is a graph
 STAGES: Final = {  # of an update: whose method
     "sample": ("replay", "sample"),
     "to tensors": ("agent", "_rows"),
-    "item keys": ("agent", "_keys"),
-    "next value": ("agent", "_next_value"),
-    "losses": ("agent", "_losses"),
+    "item keys": ("agent._objective", "keys"),
+    "next value": ("agent._objective", "next_value"),
+    "losses": ("agent._objective", "losses"),
     "backward, Adam, target": ("agent", "_step"),
     "Bayesian layer": ("agent._response", "move"),
     "priorities": ("replay", "update_priorities"),

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from learner.agent import AgentSettings
+from learner.agent_settings import AgentSettings
 from learner.audit import Audit, AuditConfig, NothingToAudit
 from learner.audit_explain import Explainer
 from learner.audit_report import as_json, as_text

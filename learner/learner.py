@@ -18,7 +18,8 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from learner.agent import Agent, AgentSettings, Update
+from learner.agent import Agent, Update
+from learner.agent_settings import AgentSettings
 from learner.checkpoint import Keep, Later, Part
 from learner.journal import Journal
 from learner.pacing import Band

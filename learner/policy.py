@@ -22,11 +22,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from learner.agent import BOTH, DOUBT, bucket
+from learner.agent import BOTH, DOUBT
 from learner.answers import Table, check_pairs
 from learner.compiled import ROOM, CompiledQ
 from learner.entries import StateTensors
 from learner.exploration import DRAWS, GREEDY, Exploration, Scores, Slate, explore
+from learner.known_items import bucket
 from learner.networks import (
     ItemTensors,
     NetworkSettings,

@@ -7,7 +7,7 @@ import threading
 from dataclasses import replace
 from typing import Any, Final
 
-from learner.agent import AgentSettings
+from learner.agent_settings import AgentSettings
 from learner.answer_fit import compile_answer_fit
 from learner.learner import Learner, LearnerSettings
 from learner.recall import compile_recall

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from learner.agent import AgentSettings
+from learner.agent_settings import AgentSettings
 from learner.audit import Audit, AuditConfig
 from learner.audit_report import Report
 from learner.checkpoint import Checkpoints, decode, encode

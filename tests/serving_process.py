@@ -17,7 +17,8 @@ import grpc
 import numpy as np
 import torch
 
-from learner.agent import Agent, AgentSettings
+from learner.agent import Agent
+from learner.agent_settings import AgentSettings
 from learner.weights import Meta, WeightStore
 from serving.client import Client
 from streaming.interning import Vocabulary

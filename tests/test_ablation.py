@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import ablation
 from benchmarks.learning import LoopSettings, changed
-from learner.agent import AgentSettings
+from learner.agent_settings import AgentSettings
 
 FIELDS = {f.name for f in (*fields(AgentSettings), *fields(LoopSettings))}
 

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from learner.agent import MEETINGS, Agent, AgentSettings
+from learner.agent import Agent
+from learner.agent_settings import AgentSettings
 from learner.entries import entries_of
+from learner.known_items import MEETINGS
 from learner.networks import (
     MAX_SLOTS,
     SMALLEST,
@@ -226,16 +228,16 @@ def test_only_the_ids_of_items_that_a_vector_describes_are_drawn_to_zero():
 
 def test_ids_start_apart_where_no_vector_tells_them_apart_and_at_zero_where_one_does():
     agent = new_agent()
-    agent._items.vector[2] = 1.0
+    agent.items.vector[2] = 1.0
     agent._describe()
     for network in (agent.online, agent.target):
         rows = network.tower.id.weight.detach()
         assert not rows[2].any()
         assert torch.cdist(rows[[1, 3, 4]], rows[[1, 3, 4]]).fill_diagonal_(1.0).min() > 0.1
         assert not rows[:, -1].any()  # no item is better liked than others before anything is known
-    agent._items.seen[5:7] = True  # were learnt of, the one often enough to have a row of its own
+    agent.items.seen[5:7] = True  # were learnt of, the one often enough to have a row of its own
     agent.meet(np.repeat(5, MEETINGS))
-    agent._items.vector[5:7] = 1.0
+    agent.items.vector[5:7] = 1.0
     agent._describe()
     assert agent.online.tower.id.weight[5].abs().sum() > 0
     assert not agent.online.tower.id.weight[6].any()
@@ -292,7 +294,7 @@ def test_what_was_learnt_of_an_items_id_goes_when_it_becomes_described_and_not_a
     if by_catalog:
         agent.set_catalog(catalog(ITEMS + 1, vector=1.0))
     else:
-        agent._items.vector[1] = 1.0
+        agent.items.vector[1] = 1.0
         agent._describe(torch.tensor([1]))
     now = agent.state()
     for name, value in before.items():  # both networks, and Adam's moments
@@ -313,7 +315,7 @@ def test_rows_that_lie_behind_are_drawn_to_zero_for_as_long_only_as_a_vector_des
     agent.grow(300)
     trained(range(3), agent)
     agent.meet(np.repeat(250, MEETINGS))
-    agent._items.seen[250] = True
+    agent.items.seen[250] = True
     lies = agent._at[250].item()
     row = agent.online.tower.id.weight[250].detach().clone()
     trained(range(3, 20), agent)
@@ -486,7 +488,7 @@ def test_the_next_value_is_the_best_slate_of_the_network_that_chooses_by_the_one
     told = batch(7)
     told.discount[:4] = 0.0
     rows = agent._rows(told, 1.0)
-    values = agent._next_value(rows, agent._keys(rows))
+    values = agent._objective.next_value(rows, agent._objective.keys(rows, agent.items), agent.items)
     agree = 0
     with torch.no_grad():
         q = {}
@@ -594,11 +596,11 @@ def test_how_likely_items_are_next_is_learnt_alike_from_a_sample_of_them(exact_i
 
 def test_with_nothing_on_offer_there_is_nothing_to_be_conservative_about():
     agent = new_agent(replace(SETTINGS, cql_weight=1.0))
-    agent._on_offer[:] = False
+    agent._known.on_offer[:] = False
     without = agent.update(batch(0))
     assert "conservative" not in without.losses
     assert np.isfinite(without.loss)
-    agent._on_offer[1:] = True
+    agent._known.on_offer[1:] = True
     assert agent.update(batch(1)).losses["conservative"] > 0.0
 
 
@@ -737,11 +739,11 @@ def test_what_was_learnt_is_restated_when_the_unit_moves():
             keys = agent.online.keys(agent.items)
             return agent.unit * agent.online.q_all(agent.online.queries(q.state, keys), keys)
 
-    before, unaided, unit = said(), agent.unit * agent._unaided.clone(), agent.unit
+    before, unaided, unit = said(), agent.unit * agent._objective.unaided.clone(), agent.unit
     agent._look_unit(dearer(batch(9), 50.0))
     assert agent.unit > 5 * unit
     torch.testing.assert_close(said(), before, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(agent.unit * agent._unaided, unaided)
+    torch.testing.assert_close(agent.unit * agent._objective.unaided, unaided)
 
 
 def test_quantiles_tell_a_gamble_from_a_sure_thing():
@@ -808,7 +810,7 @@ def test_one_price_for_all_or_none_at_all_tells_nothing():
 
 def test_where_requests_bring_their_candidates_so_many_are_on_offer_next():
     agent = new_agent()
-    everything = agent._on_offer
+    everything = agent._known.on_offer
     agent.look_at_offers(10, [])
     assert agent.offers == 0
     assert agent._offer(everything, 5) is None

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from learner.__main__ import main
-from learner.agent import AgentSettings
+from learner.agent_settings import AgentSettings
 from learner.audit import Audit, AuditConfig, NothingToAudit
 from learner.audit_report import as_json, as_text
 from learner.checkpoint import Checkpoints, decode, encode

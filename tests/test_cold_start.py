@@ -9,7 +9,7 @@ import pytest
 from benchmarks import cold_start, record
 from benchmarks.cold_start import FirstImpressions, NamesOnly, pooled, table
 from benchmarks.learning import Loop, LoopSettings
-from learner.agent import AgentSettings
+from learner.agent_settings import AgentSettings
 from simulator.figures import over_seeds
 from simulator.shop import CLICK, Shop, ShopSettings
 

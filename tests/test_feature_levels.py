@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from learner import stacking
-from learner.agent import Agent, AgentSettings
+from learner.agent import Agent
+from learner.agent_settings import AgentSettings
 from learner.answer_fit import FEW
 from learner.feature_levels import FIRST_WIDTH, MOST_SAID, WIDTHS, FeatureFit
 from learner.stacking import Stack, StackFit

@@ -12,7 +12,8 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from learner.agent import Agent, AgentSettings
+from learner.agent import Agent
+from learner.agent_settings import AgentSettings
 from learner.weights import Meta, WeightStore
 from serving.metrics import REGISTRY
 from serving.weights import WeightsFollower

@@ -20,7 +20,8 @@ from benchmarks.gym_bridge.recsim import CANDIDATES, RecSim, RecSimShop, known
 from benchmarks.gym_bridge.runs import run, seeded
 from benchmarks.gym_bridge.simple_agents import SIMPLE
 from benchmarks.gym_bridge.storefront import START_MS, Deed, Page, Timed, Visits
-from learner.agent import Agent, AgentSettings, Update
+from learner.agent import Agent, Update
+from learner.agent_settings import AgentSettings
 from learner.learner import LearnerSettings
 from learner.replay import Batch
 from serving import policy_pb2 as pb

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from learner.agent import AgentSettings
+from learner.agent_settings import AgentSettings
 from learner.checkpoint import decode, encode
 from learner.learner import Learner, LearnerSettings
 from learner.networks import NO_PRICE

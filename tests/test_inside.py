@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.inside import of_turn
 from benchmarks.learning import SLOTS, Loop, LoopSettings
-from learner.agent import AgentSettings
+from learner.agent_settings import AgentSettings
 from simulator.policies import HistoryOracle, PlanningOracle, Random
 from simulator.shop import Shop, ShopSettings
 

@@ -6,8 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from learner.agent import MEETINGS, AgentSettings
+from learner.agent_settings import AgentSettings
 from learner.checkpoint import KEEP, decode, encode
+from learner.known_items import MEETINGS
 from learner.learner import READABLE_FORMATS, CannotContinue, Learner, LearnerSettings
 from streaming.chunks import batch_of, rows
 from streaming.join_settings import JUMP, JoinSettings
@@ -165,7 +166,7 @@ def test_every_transition_is_a_meeting_with_its_item(records):
     feed(learner, records[0], stop=60)
     action = learner.replay.contents().action
     times = np.bincount(action, minlength=learner.agent.rows)
-    assert learner.agent._met[: learner.agent.rows].tolist() == times.clip(max=MEETINGS).tolist()
+    assert learner.agent._known.met[: learner.agent.rows].tolist() == times.clip(max=MEETINGS).tolist()
     assert set(range(1, MEETINGS + 2)) <= set(times)
 
 

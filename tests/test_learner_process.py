@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from learner.agent import AgentSettings
+from learner.agent_settings import AgentSettings
 from learner.checkpoint import Checkpoints
 from learner.learner import Learner, LearnerSettings
 from learner.weights import WeightStore

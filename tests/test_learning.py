@@ -15,7 +15,7 @@ from benchmarks.learning import (
     spend_until,
     told,
 )
-from learner.agent import AgentSettings
+from learner.agent_settings import AgentSettings
 from learner.policy import Policy
 from learner.replay import Histories
 from simulator.figures import same_visits

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import overestimation
 from benchmarks.learning import LoopSettings
-from learner.agent import AgentSettings
+from learner.agent_settings import AgentSettings
 from learner.replay import Replay
 from simulator.shop import Shop, ShopSettings
 from streaming.columns import Kind

@@ -10,8 +10,8 @@ import torch
 
 from learner import policy as policies
 from learner import weights
-from learner.agent import bucket
 from learner.exploration import Exploration
+from learner.known_items import bucket
 from learner.policy import Candidate, Entry, Policy, PolicyDamaged, state_tensors
 from learner.response import WIDTHS
 from learner.weights import Meta, WeightStore

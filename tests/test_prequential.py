@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from learner.agent import Agent, AgentSettings
+from learner.agent import Agent
+from learner.agent_settings import AgentSettings
 from learner.co_views import CoViews
 from learner.entries import StateTensors
 from learner.prequential import METHODS, Prequential, half_width, lots

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from learner import recall
-from learner.agent import Agent, AgentSettings
+from learner.agent import Agent
+from learner.agent_settings import AgentSettings
 from learner.co_views import WALKED, CoViews
 from learner.entries import KINDS, PLACE_BOUNDS, PLACES
 from learner.networks import score_all, score_at

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from learner import stacking
-from learner.agent import Agent, AgentSettings
+from learner.agent import Agent
+from learner.agent_settings import AgentSettings
 from learner.answers import looks_of
 from learner.entries import going_back
 from learner.feature_levels import MOST_IN_VECTOR

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from learner.agent import Agent, AgentSettings
+from learner.agent import Agent
+from learner.agent_settings import AgentSettings
 from learner.replay import Histories, Replay
 from streaming.rewards import CODES
 from streaming.transitions import Amendments, Joined, Rejects, States, Transitions

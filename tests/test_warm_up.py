@@ -23,7 +23,7 @@ def compiled():
     return {(each.py_func.__qualname__, str(signature)) for each in found for signature in each.overloads}
 """
 LEARNER = """
-from learner.agent import AgentSettings
+from learner.agent_settings import AgentSettings
 from learner.learner import LearnerSettings
 from learner.warm_up import warm_up
 from streaming.join_settings import JoinSettings

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from learner.agent import AgentSettings
+from learner.agent_settings import AgentSettings
 from learner.catalog_feed import CatalogFeed
 from learner.checkpoint import Checkpoints, CheckpointWriter, Disk
 from learner.intake import Arrivals

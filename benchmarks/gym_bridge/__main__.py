@@ -30,7 +30,7 @@ from benchmarks import record
 from benchmarks.gym_bridge.product import Setup
 from benchmarks.gym_bridge.runs import WORLDS, Kept, run, seeded, world_of
 from benchmarks.learning import changed, check_changes
-from learner.agent import AgentSettings
+from learner.agent_settings import AgentSettings
 from learner.exploration import GREEDY, KINDS, Exploration
 from learner.learner import LearnerSettings
 from simulator.figures import over_seeds

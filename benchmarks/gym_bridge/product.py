@@ -16,7 +16,8 @@ from typing import Any, Final, Literal, Protocol
 import numpy as np
 
 from benchmarks.gym_bridge.storefront import Deed, Page, Storefront
-from learner.agent import Agent, AgentSettings, Update
+from learner.agent import Agent, Update
+from learner.agent_settings import AgentSettings
 from learner.exploration import GREEDY, Exploration
 from learner.learner import Learner, LearnerSettings
 from learner.policy import Candidate, Policy

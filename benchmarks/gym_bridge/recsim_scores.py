@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks.gym_bridge.product import InProcess, Loop, Setup, Shop
 from benchmarks.gym_bridge.recsim import Myopic, RandomVideos, RecSim, RecSimShop, WhiteBox
 from benchmarks.gym_bridge.storefront import Timed, Visits
-from learner.agent import AgentSettings
+from learner.agent_settings import AgentSettings
 
 OURS: Final = "ours"
 STALE: Final = "stale"  # ours, with the error of RecSim's own SlateQ: see product.Stale
