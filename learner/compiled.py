@@ -42,6 +42,7 @@ from learner.networks import (
     Shelf,
     unknown_items,
 )
+from learner.offered import compile_offered
 from learner.recall import compile_recall
 from learner.replay import Histories
 from learner.shares import LEAST, compile_shares
@@ -137,16 +138,11 @@ class CompiledQ:
         views = self._views(states)
         log_odds, gain = views.scores(_keys(shelf), self._own_of(shelf))
         log_odds += views.alike.index_select(1, shelf.category)
-        item = torch.from_numpy(states.item.astype(np.int64))
-        same = (item.unsqueeze(1) == ids.unsqueeze(1)) & (ids > 0).unsqueeze(1)  # [B, M, H]
-        log_odds += (same * views.copy.unsqueeze(1)).sum(dim=2)
-        if pulls := list(self._pulls(states)):
-            mine, which = torch.unique(ids, return_inverse=True)
-            sums = log_odds.new_zeros(len(log_odds), len(mine))
-            for to, pull in pulls:
-                at = torch.searchsorted(mine, to).clamp(max=len(mine) - 1)
-                sums.scatter_add_(1, at, pull * ((mine[at] == to) & (to > 0)))
-            log_odds += sums[:, which]
+        order = np.argsort(ids.numpy(), kind="stable")
+        ascending, into = ids.numpy()[order], log_odds.numpy()
+        _pull(into, ascending, order, states.item.astype(np.int64), views.copy.numpy())
+        for to, pull in self._pulls(states):
+            _pull(into, ascending, order, to.numpy(), pull.numpy())
         return log_odds, gain, views.value, views.own[:, :-1]
 
     def _known(self, states: Histories) -> npt.NDArray[np.int64]:
@@ -203,15 +199,16 @@ def compile_q() -> None:
     compile_answers()
     compile_entries()
     compile_shares()
+    compile_offered()
     settings = NetworkSettings()
     network, shape = QNetwork(settings, 1), (1, settings.history_length)
+    names, others = np.zeros(shape, np.uint8), np.zeros((2, *shape), np.float32)
+    states = Histories(np.zeros(shape, np.int32), names, *others)
     with torch.inference_mode():
-        q = CompiledQ(network, network.shelf(unknown_items(1, settings.vector_dim)))
-        q.q(
-            Histories(
-                np.zeros(shape, np.int32), np.zeros(shape, np.uint8), *np.zeros((2, *shape), np.float32)
-            )
-        )
+        shelf = network.shelf(unknown_items(1, settings.vector_dim))
+        q = CompiledQ(network, shelf)
+        q.q(states)
+        q.parts_among(states, shelf, torch.zeros(1, dtype=torch.int64))
 
 
 def _parameters(network: QNetwork, shelf: Shelf) -> _Parameters:
@@ -324,6 +321,30 @@ def _vectors(
         _apply(p.unchosen_out, value_hidden, ahead[b], False)
         ahead[b, 0] *= p.gamma
     return vectors, own, constants, ahead, copy, alike
+
+
+@jit
+def _pull(
+    log_odds: Floats,
+    ascending: npt.NDArray[np.int64],
+    order: npt.NDArray[np.int64],
+    to: npt.NDArray[np.int64],
+    pull: Floats,
+) -> None:
+    """Add to what B states say of M items, [B, M], where one is pulled on: the items with vocabulary ids `to`, [B, E],
+    0 for none. ascending: [M] ids of the M; order: [M] which item each is."""
+    for b in range(len(to)):
+        for e in range(to.shape[1]):
+            low, high = 0, len(ascending)
+            while low < high:
+                middle = (low + high) // 2
+                if ascending[middle] < to[b, e]:
+                    low = middle + 1
+                else:
+                    high = middle
+            while to[b, e] > 0 and low < len(ascending) and ascending[low] == to[b, e]:
+                log_odds[b, order[low]] += pull[b, e]
+                low += 1
 
 
 @jit

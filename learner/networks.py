@@ -288,6 +288,11 @@ class ItemTower(nn.Module):
         d = self.dense.out_features
         return own[:, :d] + self.features(items), own[:, d]
 
+    @property
+    def hashed(self) -> tuple[nn.Embedding, nn.Embedding]:
+        """By bucket of category, and of brand."""
+        return self.category, self.brand
+
     def features(self, items: ItemTensors) -> Tensor:
         """[M, d], from catalog features alone."""
         vector = items.vector.clamp(-MOST_IN_VECTOR, MOST_IN_VECTOR)

@@ -35,6 +35,7 @@ from learner.networks import (
     Shelf,
     price_levels,
 )
+from learner.offered import AS_CATALOGUED, CompiledTower, Offered
 from learner.replay import Histories
 from learner.weights import CHUNK, Manifest, Weights
 from streaming.interning import hash_string
@@ -149,6 +150,7 @@ class Policy:
         with torch.inference_mode():
             self._shelf = network.shelf(items)
             self._compiled = CompiledQ(network, self._shelf)
+            self._tower = CompiledTower(network, items)
         self._newcomers: dict[str, int] = {}  # item id → row beyond `items`: see `_meet`
         self._told: dict[str, Candidate] = {}  # by which these are known
 
@@ -238,15 +240,16 @@ class Policy:
             if entries:
                 item_ids, names, timestamps, values = zip(*entries, strict=True)
                 n = len(entries)
-                out.item[b, :n] = [self._row_of(item_id) for item_id in item_ids]
+                out.item[b, :n] = self._rows_of(item_ids)
                 out.name[b, :n] = [CODES.get(name, OTHER) for name in names]
                 out.age_s[b, :n] = np.maximum(now - np.array(timestamps, np.int64), 0) / 1000.0
                 out.value[b, :n] = values
         return out
 
-    def _row_of(self, item_id: str) -> int:
-        """By which histories know an item, 0: they do not."""
-        return self._id_of.get(item_id) or self._newcomers.get(item_id, 0)
+    def _rows_of(self, item_ids: Iterable[str]) -> list[int]:
+        """By which histories know these items, 0: they do not."""
+        known, new = self._id_of.get, self._newcomers.get
+        return [known(item_id) or new(item_id, 0) for item_id in item_ids]
 
     def _meet(self, item_ids: Set[str], described: Callable[[str], Candidate | None]) -> None:
         """Have histories know items that these weights do not, by what is told of them now."""
@@ -399,32 +402,59 @@ class Policy:
             keys = self._network.keys(self._items, ids)
             queries = self._network.queries(state_tensors(states), keys, here, ids)
             said = self._network.q_at(queries, keys, rows).numpy()
-        apart = np.abs(np.take_along_axis(q, some, axis=1) - said).max()
-        if apart > 1e-3 * max(1.0, np.abs(said).max()):  # rounding is a hundredth of that
+        self._agree(np.take_along_axis(q, some, axis=1), said)
+        category, brand = (
+            rng.integers(0, table.num_embeddings, PROBES) for table in self._network.tower.hashed
+        )
+        row, price = rng.integers(0, self.items + 1, PROBES), rng.normal(size=PROBES).astype(np.float32)
+        vector = rng.normal(size=(PROBES, self._network.settings.vector_dim)).astype(np.float32)
+        with torch.inference_mode():
+            mine = self._tower.shelf(Offered(row, category, brand, price, vector, np.ones(PROBES, np.bool_)))
+            ids = torch.from_numpy(row)
+            told = map(torch.from_numpy, (category, brand, price, vector, self._items.seen.numpy()[row]))
+            theirs = self._network.shelf_with(ItemTensors(*told), ids)
+        for compiled, network in zip(mine, theirs, strict=True):
+            self._agree(compiled.numpy(), network.numpy())
+
+    def _agree(self, compiled: npt.NDArray[Any], network: npt.NDArray[Any]) -> None:
+        apart = np.abs(compiled - network).max()
+        if not apart <= 1e-3 * max(
+            1.0, np.abs(network).max()
+        ):  # rounding is a hundredth of that; NaN is more
             raise PolicyDamaged(
                 f"version {self.version}: compiled probe values differ from the network's by {apart:g}"
             )
 
     def _shelf_of(self, candidates: Sequence[Candidate]) -> tuple[Shelf, Tensor]:
         """Items with features of their own, and the ids by which histories know them, [M]."""
-        settings, base = self._network.settings, self._items
-        rows = [self._row_of(c.item_id) for c in candidates]
-        ids = torch.tensor([row if row <= self.items else 0 for row in rows], dtype=torch.int64)
-        items = ItemTensors(*(column[ids] for column in base))
-        for field, buckets in (("category", settings.category_buckets), ("brand", settings.brand_buckets)):
-            given = [(m, text) for m, c in enumerate(candidates) if (text := getattr(c, field)) is not None]
-            hashes = np.array([hash_string(text) for _, text in given], np.uint64)
-            getattr(items, field)[_rows(m for m, _ in given)] = bucket(hashes, buckets)
-        priced = [(m, c.price) for m, c in enumerate(candidates) if c.price is not None]
-        prices = torch.tensor([price for _, price in priced])
-        items.price[_rows(m for m, _ in priced)] = price_levels(prices, self._price_scale)
-        described = [(m, c.vector) for m, c in enumerate(candidates) if len(c.vector)]
-        vectors = np.zeros((len(described), settings.vector_dim), np.float32)
-        for row, (_, vector) in zip(vectors, described, strict=True):
-            width = min(len(row), len(vector))
-            row[:width] = vector[:width]
-        items.vector[_rows(m for m, _ in described)] = torch.from_numpy(vectors)
-        return self._network.shelf_with(items, ids), torch.tensor(rows, dtype=torch.int64)
+        settings, count = self._network.settings, len(candidates)
+        rows = np.array(self._rows_of(c.item_id for c in candidates), np.int64)
+        offered = Offered(
+            np.where(rows <= self.items, rows, 0),
+            _buckets([c.category for c in candidates], settings.category_buckets),
+            _buckets([c.brand for c in candidates], settings.brand_buckets),
+            np.full(count, np.nan, np.float32),
+            np.zeros((count, settings.vector_dim), np.float32),
+            np.array([len(c.vector) > 0 for c in candidates]),
+        )
+        priced = [m for m, c in enumerate(candidates) if c.price is not None]
+        if priced:
+            prices = torch.tensor([candidates[m].price for m in priced])
+            offered.price[priced] = price_levels(prices, self._price_scale).numpy()
+        for mine, c in zip(offered.vector, candidates, strict=True):
+            width = min(len(mine), len(c.vector))
+            mine[:width] = c.vector[:width]
+        return self._tower.shelf(offered), torch.from_numpy(rows)
+
+
+def _buckets(names: Sequence[str | None], buckets: int) -> npt.NDArray[np.int64]:
+    """[M] of these categories or brands."""
+    out = np.full(len(names), AS_CATALOGUED, np.int64)
+    told = [m for m, name in enumerate(names) if name is not None]
+    if told:
+        hashes = np.array([hash_string(names[m] or "") for m in told], np.uint64)
+        out[told] = bucket(hashes, buckets).numpy()
+    return out
 
 
 def _drawn(
@@ -476,10 +506,6 @@ def _owner(network: QNetwork, name: str) -> tuple[nn.Module, str]:
 @lru_cache(maxsize=2)
 def _mould(settings: NetworkSettings) -> QNetwork:
     return QNetwork(settings, 1)
-
-
-def _rows(rows: Iterable[int]) -> Tensor:
-    return torch.tensor(list(rows), dtype=torch.int64)
 
 
 def state_tensors(states: Histories) -> StateTensors:

@@ -22,6 +22,7 @@ from learner.networks import (
     first_rows,
     score_all,
 )
+from learner.objective import Objective
 from learner.replay import empty_batch
 from tests.serving_process import VIEWS
 
@@ -1042,7 +1043,7 @@ def telling(seed):
 @pytest.mark.parametrize("told", [True, False])
 def test_what_choosing_does_is_told_apart_from_who_chooses(told, monkeypatch):
     if not told:
-        monkeypatch.setattr(Agent, "_likelier", lambda self, *read: torch.zeros(16, 1))
+        monkeypatch.setattr(Objective, "_likelier", lambda self, *read: torch.zeros(16, 1))
     agent = new_agent(replace(SETTINGS, learning_rate=0.005, target_tau=0.05, td_weight=1.0, centred=True))
     for seed in range(800):
         agent.update(telling(seed), kept=1000)

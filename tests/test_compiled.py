@@ -18,6 +18,7 @@ from learner.networks import (
     QNetwork,
     Shelf,
 )
+from learner.offered import AS_CATALOGUED, CompiledTower, Offered
 from learner.policy import Policy, PolicyDamaged
 from learner.recall import NEAR, Weights
 from learner.replay import Histories
@@ -125,6 +126,45 @@ def test_the_compiled_q_is_the_networks(
     np.testing.assert_allclose(q, expected, rtol=3e-5, atol=3e-5 * max(1.0, float(np.abs(expected).max())))
 
 
+OFFERED = st.tuples(
+    st.integers(0, ITEMS),
+    st.sampled_from([AS_CATALOGUED, 0, 1, 2]),
+    st.sampled_from([AS_CATALOGUED, 0, 1, 2]),
+    st.sampled_from([np.nan, NO_PRICE, -3.0, 0.0, 0.7]),
+    st.lists(st.sampled_from([0.0, 0.5, -1.0, 99.0]), min_size=3, max_size=3),
+    st.booleans(),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(SHAPES), st.integers(0, 5), st.lists(OFFERED, min_size=1, max_size=6), st.booleans())
+def test_items_that_come_with_features_are_what_the_network_makes_of_them(
+    shape: NetworkSettings,
+    seed: int,
+    told: list[tuple[int, int, int, float, list[float], bool]],
+    slopes: bool,
+) -> None:
+    made, items = network(shape, seed)
+    if not slopes:
+        made.stack.slope.zero_()
+    kinds = (np.int64, np.int64, np.int64, np.float32, np.float32, np.bool_)
+    columns = zip(*told, strict=True)
+    offered = Offered(*(np.array(column, kind) for column, kind in zip(columns, kinds, strict=True)))
+    row, category, brand, price, vector, has_vector = map(torch.from_numpy, offered)
+    catalog = ItemTensors(*(column[row] for column in items))
+    expected = ItemTensors(
+        torch.where(category == AS_CATALOGUED, catalog.category, category),
+        torch.where(brand == AS_CATALOGUED, catalog.brand, brand),
+        torch.where(price.isnan(), catalog.price, price),
+        torch.where(has_vector.unsqueeze(1), vector, catalog.vector),
+        catalog.seen,
+    )
+    with torch.inference_mode():
+        shelf = CompiledTower(made, items).shelf(offered)
+        for mine, theirs in zip(shelf, made.shelf_with(expected, row), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-4)
+
+
 def test_a_version_that_would_serve_otherwise_than_it_was_trained_is_refused(tmp_path: object) -> None:
     store = WeightStore(f"{tmp_path}/weights")
     version = publish(store, [f"item-{i}" for i in range(ITEMS)], made=agent(ITEMS))
@@ -132,6 +172,12 @@ def test_a_version_that_would_serve_otherwise_than_it_was_trained_is_refused(tmp
     policy.check()
     last = policy._network.unchosen[2]
     last.bias = torch.nn.Parameter(last.bias + 1.0)  # the network moves on; what was compiled of it does not
+    with pytest.raises(PolicyDamaged, match="differ from the network's by"):
+        policy.check()
+    last.bias = torch.nn.Parameter(last.bias - 1.0)
+    policy.check()
+    dense = policy._network.tower.dense
+    dense.bias = torch.nn.Parameter(dense.bias + 1.0)  # of which all that the catalog has was made long ago
     with pytest.raises(PolicyDamaged, match="differ from the network's by"):
         policy.check()
 

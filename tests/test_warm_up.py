@@ -44,13 +44,15 @@ print(sorted(compiled() - before))
 """
 SERVER = """
 from learner.compiled import compile_q
-from learner.policy import Policy
+from learner.policy import Candidate, Policy
 from learner.weights import WeightStore
 
 compile_q()
 before = compiled()
 assert before
-Policy.from_weights(WeightStore("weights").load(1)).check()
+policy = Policy.from_weights(WeightStore("weights").load(1))
+policy.check()
+policy.q_candidates(policy.encode([[]], [0]), [Candidate("new", vector=[1.0])])
 print(sorted(compiled() - before))
 """
 ANSWERS = """
