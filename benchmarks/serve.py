@@ -2,6 +2,7 @@
 
     python -m benchmarks.serve --items 10000 --json FILE
     python -m benchmarks.serve --items 10000 --alone --json FILE
+    python -m benchmarks.serve --items 10000 --candidates 10 --json FILE
 
 Real processes: a policy server, a learner that reads the very decisions that the load leaves behind, trains without a
 pause and publishes by its defaults, and the log between them. The load is open-loop: calls are due at a steady rate
@@ -47,6 +48,7 @@ from tests.serving_process import ROOT, ServerProcess, eventually
 SPAWN = multiprocessing.get_context("spawn")
 METHOD = "bellwether.v1.Policy/Recommend"
 VIEWS = 20  # of each user, before the load begins
+WIDTH = 20  # numbers that describe a candidate
 
 
 class Load(NamedTuple):
@@ -66,6 +68,12 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=1000, help="users with a history in the log [1000]")
     parser.add_argument("--processes", type=int, default=1, help="server processes [1]")
     parser.add_argument("--connections", type=int, default=4, help="connections of the load [4]")
+    parser.add_argument(
+        "--candidates",
+        type=int,
+        default=0,
+        help="a request ranks so many of its own, which no catalog has, by their features; 0: the catalog [0]",
+    )
     parser.add_argument("--alone", action="store_true", help="the learner stands still during the load")
     parser.add_argument("--nice", type=int, default=0, help="added to the learner's niceness [0]")
     parser.add_argument("--client", choices=["ghz", "ours"], help="who makes the load [ghz if it is on PATH]")
@@ -109,6 +117,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "rate": options.rate,
         "items": options.items,
+        "candidates": options.candidates,
         "processes": options.processes,
         "client": options.client,
         "beside_learner": not options.alone,
@@ -148,7 +157,23 @@ def fill(log: Log, items: int, users: int) -> None:
 
 def requests(options: argparse.Namespace) -> list[pb.RecommendRequest]:
     """One for each user; the load takes them in turn."""
-    return [pb.RecommendRequest(user_id=f"user-{i}", slate_size=10) for i in range(options.users)]
+    rng = np.random.default_rng(1)
+    return [
+        pb.RecommendRequest(
+            user_id=f"user-{i}",
+            slate_size=10,
+            candidates=[
+                pb.Candidate(
+                    item_id=f"fresh-{i}-{m}",
+                    category=f"c{rng.integers(20)}",
+                    price=float(rng.integers(1, 100)),
+                    vector=rng.normal(size=WIDTH).tolist(),
+                )
+                for m in range(options.candidates)
+            ],
+        )
+        for i in range(options.users)
+    ]
 
 
 @contextmanager
@@ -301,7 +326,10 @@ def print_result(result: dict[str, Any]) -> None:
     beside = (
         f"beside a learner at {told['updates_per_s']:g} updates/s" if result["beside_learner"] else "alone"
     )
-    print(f"{result['rate']:g} Recommend/s from {result['client']}, {result['items']} items, {beside}:")
+    ranked = f"{result['candidates']} candidates each, " if result["candidates"] else ""
+    print(
+        f"{result['rate']:g} Recommend/s from {result['client']}, {ranked}{result['items']} items, {beside}:"
+    )
     for name in ("recommend", "empty_handler"):
         r = result[name]
         print(

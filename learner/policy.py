@@ -441,9 +441,9 @@ class Policy:
         if priced:
             prices = torch.tensor([candidates[m].price for m in priced])
             offered.price[priced] = price_levels(prices, self._price_scale).numpy()
-        for mine, c in zip(offered.vector, candidates, strict=True):
-            width = min(len(mine), len(c.vector))
-            mine[:width] = c.vector[:width]
+        for m in np.flatnonzero(offered.has_vector).tolist():
+            vector = candidates[m].vector[: settings.vector_dim]
+            offered.vector[m, : len(vector)] = vector
         return self._tower.shelf(offered), torch.from_numpy(rows)
 
 
