@@ -89,6 +89,7 @@ class KafkaReader:
         self._broken: dict[int, LogError] = {}  # raised until somebody seeks
         self._heard: dict[int, float] = {}  # when a partition last gave something, or was started
         self._silent: set[int] = set()  # gave nothing since it was started
+        self._gave = False  # records, since an error was raised
         self.stall_s = _STALL_S  # a partition that is silent for longer is looked into
         self._closed = False
         self._start()
@@ -96,6 +97,9 @@ class KafkaReader:
     def poll(self, max_records: int, timeout_s: float) -> RecordBatch:
         if self._closed:
             raise LogError("this reader is closed")
+        if self._broken and self._gave:  # in between: the others might give something each time
+            self._gave = False
+            raise next(iter(self._broken.values()))
         deadline = time.monotonic() + timeout_s
         while True:
             left_s = deadline - time.monotonic()
@@ -107,11 +111,14 @@ class KafkaReader:
                 self._note(trouble)
             if len(records.offset):
                 self._errors.clear()
+                self._gave = True
+                if len(records.offset) + len(troubles) < max_records:  # else there may be more of all at hand
+                    self._look_for_stalls(_asking_s(deadline))
                 return records
             if self._broken:
                 raise next(iter(self._broken.values()))
             if not troubles:
-                self._look_after(max(0.1, min(1.0, deadline - time.monotonic())))
+                self._look_after(_asking_s(deadline))
             if time.monotonic() >= deadline:
                 return records
 
@@ -209,13 +216,22 @@ class KafkaReader:
 
     def _look_after(self, timeout_s: float) -> None:
         """Find out why partitions are silent; nothing came just now."""
-        now = time.monotonic()
-        silence = {p: now - self._heard[p] for p in self._next if p not in self._paused}
+        silence = self._silence()
         if self._errors.down is not None or any(silence.get(p, 0) > _STRANGE_S for p in self._silent):
             self._check(timeout_s)
             self._silent.clear()
+        self._look_for_stalls(timeout_s)
+
+    def _look_for_stalls(self, timeout_s: float) -> None:
+        """Look into the partition that has been silent longest, if that is long; nothing of it is at hand."""
+        silence = self._silence()
         if silence and max(silence.values()) > self.stall_s:
             self._look_into(max(silence, key=silence.__getitem__), timeout_s)
+
+    def _silence(self) -> dict[int, float]:
+        """For how long nothing came of each partition that is read, s."""
+        now = time.monotonic()
+        return {p: now - self._heard[p] for p in self._next if p not in self._paused}
 
     def _look_into(self, partition: int, timeout_s: float) -> None:
         """Ask the broker what a silent partition holds: librdkafka has been seen to stall, and where a partition ends
@@ -230,3 +246,8 @@ class KafkaReader:
             where, there = f"{self._topic}/{partition}", self._next[partition]
             logger.warning("%s: nothing since %d though it ends at %d; fetching anew", where, there, high)
             self._start()
+
+
+def _asking_s(deadline: float) -> float:
+    """How long a broker may take to answer within a poll that ends then."""
+    return max(0.1, min(1.0, deadline - time.monotonic()))
