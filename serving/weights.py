@@ -33,9 +33,9 @@ class Served(NamedTuple):
 class WeightsFollower:
     """`served` is what to answer with now; a thread of its own keeps it up to date.
 
-    A version that is damaged or gives non-finite values is refused, once, and the one in use stays. A store that
-    cannot be read changes nothing either, and is tried again. Whoever answers reads `served` once, and so answers from
-    one version.
+    A version that is damaged or gives non-finite values is refused, once for each time that the label comes to name it,
+    and the one in use stays. A store that cannot be read changes nothing either, and is tried again. Whoever answers
+    reads `served` once, and so answers from one version.
     """
 
     def __init__(
@@ -78,8 +78,10 @@ class WeightsFollower:
         version = None
         try:
             version = self._store.latest(self.label)
+            if version != self._refused:
+                self._refused = None  # whoever labels it again wants it tried again
             if version is None:  # a store that was emptied begins anew, with numbers that were given before
-                self._taken = self._refused = None
+                self._taken = None
             # not only upwards: whoever moves the label back wants the older version served
             elif version not in (self._taken, self._refused):
                 self._take(version)

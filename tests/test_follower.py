@@ -117,6 +117,28 @@ def test_a_damaged_label_is_said_once_asked_for_seldomer_and_followed_again_once
         follower.stop()
 
 
+def test_a_version_that_was_refused_is_tried_again_once_the_label_comes_back_to_it(tmp_path):
+    store = WeightStore(tmp_path)
+    publish = publisher(store)
+    before = refusals("damaged")
+    publish()
+    follower = WeightsFollower(str(tmp_path), "stable", "target", poll_s=1.0)
+    follower.look()
+    publish()
+    manifest = tmp_path / store._manifests()[-1][2]
+    good = manifest.read_bytes()
+    manifest.write_bytes(good[:-1])
+    for _ in range(2):  # and not refused again while the label stays
+        follower.look()
+        assert (follower.served.manifest.version, refusals("damaged") - before) == (1, 1)
+    store.set_label("stable", 1)
+    follower.look()
+    manifest.write_bytes(good)
+    store.set_label("stable", 2)
+    follower.look()
+    assert (follower.served.manifest.version, refusals("damaged") - before) == (2, 1)
+
+
 class Flaky(MemoryFileSystem):
     """Its driver's own error, which is no OSError, for so many reads of names that end like this."""
 
