@@ -137,8 +137,9 @@ class View:
 
     def absorb_catalog(self, batch: RecordBatch) -> int:
         """Take in records of `catalog`; returns how many of them could not be read."""
+        records, rejects = self._catalog.read(batch)  # which takes long, and nobody has to wait for
         with self._catalog_lock:
-            rejects = self._catalog.apply(batch)
+            self._catalog.put(records)
         self._name_items()
         return len(rejects.row)
 

@@ -8,7 +8,7 @@ knew, and what does not come again is gone.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,13 @@ from streaming.transitions import Rejects
 
 MAX_ID_BYTES: Final = 1024
 MAX_PRICE: Final = 1e9
+
+
+class Record(NamedTuple):
+    """What one record of the topic says."""
+
+    item_id: str
+    item: Mapping[str, Any] | None  # None: it was taken out
 
 
 class Catalog:
@@ -49,19 +56,39 @@ class Catalog:
 
         Raises: RegistryUnavailable where a record's schema cannot be asked for now; then nothing was taken in.
         """
+        records, rejects = self.read(batch)
+        self.put(records)
+        return rejects
+
+    def read(self, batch: RecordBatch) -> tuple[list[Record], Rejects]:
+        """What `apply` is to take in, and what cannot be used; nothing is taken in yet. Raises: as `apply`."""
         keys = batch.keys
         if keys is None:
             raise ValueError("the catalog's reader must return keys: a tombstone is nothing but a key")
         items = [self._read(batch.value(i), keys[i]) for i in range(len(batch))]
         bad = [(i, item) for i, item in enumerate(items) if isinstance(item, Reason)]
         good = [
-            ((key or b"").decode(), item)
+            Record((key or b"").decode(), item)
             for key, item in zip(keys, items, strict=True)
             if not isinstance(item, Reason)
         ]
-        if good:
-            self._put_all([item_id for item_id, _ in good], [item for _, item in good])
-        return Rejects(np.array([i for i, _ in bad], np.int64), np.array([r for _, r in bad], np.uint8))
+        rejects = Rejects(np.array([i for i, _ in bad], np.int64), np.array([r for _, r in bad], np.uint8))
+        return good, rejects
+
+    def put(self, records: Sequence[Record]) -> None:
+        """Take in what was read. In order, so that the newest record of an item is the one that stays."""
+        if not records:
+            return
+        ids = self._vocabulary.intern_all([record.item_id for record in records])
+        widest = max(len(record.item["vector"]) if record.item else 1 for record in records)
+        self._reserve(int(ids.max()) + 1, widest)
+        for i, (_, item) in zip(ids.tolist(), records, strict=True):
+            if i:  # 0: the vocabulary is full, and counts what it refuses
+                self.known[i] = item is not None
+                self.gone[i] = item is None
+                if item is not None:
+                    self._describe(i, item)
+        self.version += 1
 
     def described(
         self, item_ids: Sequence[str], items: Sequence[Mapping[str, Any]]
@@ -109,18 +136,6 @@ class Catalog:
         if name != ITEM:
             return Reason.UNKNOWN_SCHEMA
         return _trouble(item, key) or item
-
-    def _put_all(self, item_ids: Sequence[str], items: Sequence[Mapping[str, Any] | None]) -> None:
-        """In order, so that the newest record of an item is the one that stays."""
-        ids = self._vocabulary.intern_all(item_ids)
-        self._reserve(int(ids.max()) + 1, max(len(item["vector"]) if item else 1 for item in items))
-        for i, item in zip(ids.tolist(), items, strict=True):
-            if i:  # 0: the vocabulary is full, and counts what it refuses
-                self.known[i] = item is not None
-                self.gone[i] = item is None
-                if item is not None:
-                    self._describe(i, item)
-        self.version += 1
 
     def _describe(self, i: int, item: Mapping[str, Any]) -> None:
         self.recorded[i] = True

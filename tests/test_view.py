@@ -70,6 +70,28 @@ def test_what_a_history_says_was_returned_long_ago_and_bought_again_since_is_bou
     assert bought(("purchase", 9), ("refund", 7)) == bought(("purchase", 60)) == set()
 
 
+class Asking(Codec):
+    """Whoever asks what may be recommended while it decodes must be answered."""
+
+    view: View
+    answered = 0
+
+    def decode(self, data: bytes) -> tuple[str, dict[str, Any]]:
+        asker = threading.Thread(target=self.view.availability, args=(1,), daemon=True)
+        asker.start()
+        asker.join(5)
+        self.answered += not asker.is_alive()
+        return super().decode(data)
+
+
+def test_nobody_has_to_wait_until_records_of_the_catalog_are_decoded() -> None:
+    codec = Asking()
+    codec.view = View(ViewConfig(max_users=1), codec)
+    assert codec.view.absorb_catalog(batch_of([CODEC.encode_item({"item_id": "a"})], keys=[b"a"])) == 0
+    assert codec.answered == 1
+    assert codec.view.availability(1)[0].tolist() == [False, True]
+
+
 class Stumbling(View):
     """Cannot take in the first records that it is given."""
 
