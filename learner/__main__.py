@@ -334,7 +334,7 @@ def _prepared(
     letters = DeadLetters(producer, codec, config.topic)
     misplaced = Misplaced(log, config.topic, codec, lambda: len(watch.bounds), time.monotonic)
     closing.callback(misplaced.close)
-    catalog = CatalogFeed(log, config.catalog_topic, learner.take_catalog)
+    catalog = CatalogFeed(log, config.catalog_topic, learner.catalog)
     closing.callback(catalog.close)
     catalog.catch_up(stop.is_set)
     until = {p: bound.high for p, bound in watch.bounds.items()} if config.until_caught_up else None

@@ -11,10 +11,10 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Final
 
+from streaming.catalog import Catalog
 from streaming.columns import Reason
 from streaming.log import Bounds, Log, OffsetOutOfRange, Reader, RecordBatch, TopicReplaced, UnknownTopic
 from streaming.schemas import RegistryUnavailable
-from streaming.transitions import Rejects
 
 logger = logging.getLogger(__name__)
 
@@ -25,9 +25,10 @@ SHOWN: Final = 5  # of a batch's bad records named one by one
 class CatalogFeed:
     """Reads one topic from its beginning; a topic that is not there yet is an empty catalog."""
 
-    def __init__(self, log: Log, topic: str, apply: Callable[[RecordBatch], Rejects]) -> None:
-        self._log, self._topic, self._apply = log, topic, apply
+    def __init__(self, log: Log, topic: str, catalog: Catalog) -> None:
+        self._log, self._topic, self._catalog = log, topic, catalog
         self._reader: Reader | None = None
+        self._anew = False  # the topic was replaced by another, which was not read to its end yet
         self._parked: RecordBatch | None = None  # read, not applied yet
         self.refused = 0
 
@@ -49,16 +50,20 @@ class CatalogFeed:
         """Take in what came since, without waiting. bounds: of the topic; empty where it is not there.
 
         A catalog that was deleted and made anew, or of which retention took what was not read yet, is read from its
-        beginning; what is known of it stays until then.
+        beginning. What the new one holds nothing of is gone once it was read; while it is empty, all stays as it was.
         """
         waited = self._parked is not None
         try:
             self._follow(bounds)
+            self._end_anew(bounds)
         except RegistryUnavailable as error:
             if not waited:
                 logger.warning("the catalog waits: %s", error)
-        except (OffsetOutOfRange, TopicReplaced, UnknownTopic):
+        except (OffsetOutOfRange, TopicReplaced, UnknownTopic) as error:
             self.close()  # the next look begins with the oldest record that there is
+            if not isinstance(error, OffsetOutOfRange):
+                self._anew = True
+                self._catalog.begin_anew()
             raise
         else:
             if waited:
@@ -74,6 +79,15 @@ class CatalogFeed:
             self._reader.assign({p: position.get(p, b.low) for p, b in bounds.items()})
         self._take(self._reader, 0.0)
 
+    def _end_anew(self, bounds: Mapping[int, Bounds]) -> None:
+        if not self._anew or self._reader is None:
+            return
+        position = self._reader.position()
+        some = any(b.low < b.high for b in bounds.values())
+        if some and all(position.get(p, b.low) >= b.high for p, b in bounds.items()):
+            self._anew = False
+            self._catalog.end_anew()
+
     def close(self) -> None:
         """Let go; harmless twice."""
         self._parked = None
@@ -85,7 +99,7 @@ class CatalogFeed:
         batch = self._parked or reader.poll(MOST, timeout_s)
         if len(batch):
             self._parked = batch  # a registry that cannot be asked now loses nothing
-            rejects = self._apply(batch)
+            rejects = self._catalog.apply(batch)
             self._parked = None
             self.refused += len(rejects.row)
             for row, reason in zip(

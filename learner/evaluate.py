@@ -112,7 +112,7 @@ def read(log: Log, topic: str, bounds: Mapping[int, Bounds], identity: str) -> I
 def read_catalog(log: Log, codec: Codec, topic: str, vocabulary: Vocabulary) -> Catalog:
     """The catalog as it stands; empty where there is no such topic. Its items get ids."""
     catalog = Catalog(codec, vocabulary)
-    feed = CatalogFeed(log, topic, catalog.apply)
+    feed = CatalogFeed(log, topic, catalog)
     try:
         feed.catch_up()
     finally:

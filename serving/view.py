@@ -143,6 +143,16 @@ class View:
         self._name_items()
         return len(rejects.row)
 
+    def begin_catalog(self) -> None:
+        """The catalog's topic was made anew: see `Catalog.begin_anew`."""
+        with self._catalog_lock:
+            self._catalog.begin_anew()
+
+    def end_catalog(self) -> None:
+        """The new one was read: see `Catalog.end_anew`."""
+        with self._catalog_lock:
+            self._catalog.end_anew()
+
     def history(self, user_id: str) -> list[Entry]:
         """The user's newest entries, oldest first; those that it cannot name, or had no room for, are left out."""
         history = self.users.history(hash_string(user_id))
@@ -226,7 +236,14 @@ class Follower:
         self._tails = [
             _Tail(log, config.topic, config.backlog, view.absorb),
             # compacted: all of it is the catalog
-            _Tail(log, config.catalog_topic, None, view.absorb_catalog),
+            _Tail(
+                log,
+                config.catalog_topic,
+                None,
+                view.absorb_catalog,
+                begin_anew=view.begin_catalog,
+                end_anew=view.end_catalog,
+            ),
         ]
         self._stop = threading.Event()
         self._caught_up = threading.Event()
@@ -326,16 +343,28 @@ class Follower:
             self._unavailable(error)  # the log does hold it, so it is asked again
 
 
+def _nothing() -> None: ...
+
+
 class _Tail:
     """One topic, all its partitions, from the newest `backlog` records on (None: from the beginning)."""
 
     def __init__(
-        self, log: Log, topic: str, backlog: int | None, absorb: Callable[[RecordBatch], int]
+        self,
+        log: Log,
+        topic: str,
+        backlog: int | None,
+        absorb: Callable[[RecordBatch], int],
+        *,
+        begin_anew: Callable[[], None] = _nothing,
+        end_anew: Callable[[], None] = _nothing,
     ) -> None:
+        """begin_anew: the topic is another one than before. end_anew: that was read, and it holds something."""
         self._log = log
         self._topic = topic
         self._backlog = backlog
-        self._absorb = absorb
+        self._absorb, self._begin_anew, self._end_anew = absorb, begin_anew, end_anew
+        self._anew = False  # between the two
         self._reader: Reader | None = None
         self._parked: RecordBatch | None = None  # read, not absorbed yet
         self._start: dict[int, int] = {}  # where reading of each partition began,
@@ -360,8 +389,12 @@ class _Tail:
         position = self._reader.position()
         if bounds.keys() - position.keys():
             self._reader.assign({p: position.get(p, b.low) for p, b in bounds.items()})
+        lag = sum(max(0, b.high - position.get(p, b.low)) for p, b in bounds.items())
         if self._backlog is not None:
-            metrics.VIEW_LAG.set(sum(max(0, b.high - position.get(p, b.low)) for p, b in bounds.items()))
+            metrics.VIEW_LAG.set(lag)
+        if self._anew and not (lag or self._parked) and any(b.low < b.high for b in bounds.values()):
+            self._anew = False
+            self._end_anew()
         return False
 
     def poll(self) -> int:
@@ -372,6 +405,8 @@ class _Tail:
             batch = self._parked or self._reader.poll(_POLL_RECORDS, 0.0)
         except (TopicReplaced, UnknownTopic):
             self.close()  # read like one not met before, once it is there again
+            self._anew = True
+            self._begin_anew()
             raise
         if len(batch):
             self._parked = batch  # a registry that cannot be asked now loses nothing

@@ -2,7 +2,7 @@
 
 Its topic is compacted, so reading it from the beginning gives the catalog as it stands. An item whose tombstone
 was compacted away with it is not in the topic any more: whoever goes on from a checkpoint says by `expect` what it
-knew, and what does not come again is gone.
+knew, and what does not come again is gone. Likewise where the topic was made anew meanwhile: `begin_anew`.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class Catalog:
         self.brand = np.zeros(1, np.uint64)  # [N] hash, 0 unknown
         self.price = np.full(1, np.nan, np.float32)  # [N] NaN unknown
         self.vector = np.zeros((1, 1), np.float32)  # [N, longest vector met]
+        self._doubted = np.zeros(0, np.bool_)  # [<= N] see `begin_anew`
 
     def apply(self, batch: RecordBatch) -> Rejects:
         """Take in records of the catalog's topic, read with their keys; returns those that cannot be used.
@@ -86,6 +87,8 @@ class Catalog:
             if i:  # 0: the vocabulary is full, and counts what it refuses
                 self.known[i] = item is not None
                 self.gone[i] = item is None
+                if i < len(self._doubted):
+                    self._doubted[i] = False
                 if item is not None:
                     self._describe(i, item)
         self.version += 1
@@ -112,6 +115,18 @@ class Catalog:
         if len(known):
             self._reserve(int(known.max()) + 1, 1)
             self.gone[known] = ~self.known[known]
+            self.version += 1
+
+    def begin_anew(self) -> None:
+        """The topic was made anew, and is read from its beginning: see `end_anew`."""
+        self._doubted = self.known.copy()
+
+    def end_anew(self) -> None:
+        """It was read: what it did not say anything of since `begin_anew`, and is still known, is gone."""
+        absent = np.flatnonzero(self._doubted)
+        self._doubted = np.zeros(0, np.bool_)
+        if len(absent):
+            self.known[absent], self.gone[absent] = False, True
             self.version += 1
 
     def met(self) -> npt.NDArray[np.int64]:

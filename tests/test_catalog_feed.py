@@ -23,7 +23,7 @@ class Stock:
         self.producer = self.log.producer()
         self.vocabulary = Vocabulary()
         self.catalog = Catalog(Codec(registry=self.registry), self.vocabulary)
-        self.feed = CatalogFeed(self.log, "catalog", self.catalog.apply)
+        self.feed = CatalogFeed(self.log, "catalog", self.catalog)
 
     def create(self):
         self.log.create_topic("catalog", 1, compacted=True)
@@ -89,7 +89,7 @@ class Stalled:
 
 def test_a_catalog_that_does_not_come_is_not_waited_for_once_the_learner_is_told_to_end():
     log = Stalled()
-    feed = CatalogFeed(log, "catalog", lambda batch: pytest.fail("there is none"))
+    feed = CatalogFeed(log, "catalog", Catalog(Codec(), Vocabulary()))
     feed.catch_up(lambda: log.polls >= 3)
     assert log.polls == 3
 
@@ -134,9 +134,13 @@ def test_a_catalog_made_anew_is_read_from_its_beginning(stock):
     with pytest.raises(UnknownTopic):
         stock.feed.follow({})
     stock.create()
-    stock.write("a", in_stock=False)
     stock.follow()
-    assert stock.on_offer() == ["b"]
+    assert stock.on_offer() == ["a", "b"]  # an empty catalog says nothing
+    stock.write("a")
+    stock.write("c")
+    stock.follow()
+    assert stock.on_offer() == ["a", "c"]
+    assert stock.catalog.gone.nonzero()[0].tolist() == stock.vocabulary.ids(["b"]).tolist()
 
 
 def test_what_waited_is_let_go_with_a_catalog_that_is_deleted(stock):
@@ -162,10 +166,11 @@ def test_a_catalog_made_anew_between_two_looks_is_read_from_its_beginning(stock)
     delete_topic(stock.log, "catalog")
     stock.create()
     stock.write("a", in_stock=False)
+    stock.write("c")
     with pytest.raises(TopicReplaced):
         stock.follow()
     stock.follow()
-    assert stock.on_offer() == ["b"]
+    assert stock.on_offer() == ["c"]
 
 
 def test_a_catalog_of_which_retention_took_what_was_not_read_yet_is_read_from_what_is_left(stock):

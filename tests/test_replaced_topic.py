@@ -12,11 +12,11 @@ from learner.checkpoint import Checkpoints
 from learner.learner import CannotContinue
 from learner.train import TrainConfig, offsets_to_start
 from serving.view import Follower, View, ViewConfig
-from streaming.log import Bounds
+from streaming.log import Bounds, open_log
 from streaming.schemas import Codec
 from tests.learner_process import finish, start
 from tests.serving_process import eventually
-from tests.small_shop import Shop, await_offset, learn, newest_meta
+from tests.small_shop import Shop, await_offset, delete_topic, learn, newest_meta
 
 SAVED = {"topic": "events", "positions": {"0": 100}}
 
@@ -134,3 +134,31 @@ def test_a_server_reads_a_topic_made_anew_from_its_beginning(tmp_path):
     finally:
         follower.stop()
     shop.log.close()
+
+
+def test_a_server_recommends_nothing_that_a_catalog_made_anew_lacks(tmp_path):
+    log, codec = open_log(f"sqlite:///{tmp_path / 'log.db'}"), Codec()
+    producer = log.producer()
+
+    def stock(*item_ids):
+        log.create_topic("catalog", 1, compacted=True)
+        for item_id in item_ids:
+            producer.send("catalog", item_id.encode(), codec.encode_item({"item_id": item_id}))
+        producer.flush()
+
+    stock("cup", "hat")
+    config = ViewConfig()
+    view = View(config, codec)
+    clock = iter(range(10**9))
+    follower = Follower(log, view, config, lambda: float(next(clock)))
+    assert follower.start(30)
+    try:
+        delete_topic(log, "catalog")
+        stock("hat", "pen")
+        assert eventually(lambda: view.items() == ["", "cup", "hat", "pen"] and view.availability(3)[1][1])
+        known, off = view.availability(3)
+        assert (known[1:].all(), off[1:].tolist()) == (True, [True, False, False])
+    finally:
+        follower.stop()
+        producer.close()
+        log.close()

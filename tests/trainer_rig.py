@@ -62,7 +62,7 @@ class Rig:
         self.learner.assign(begin)
         self.watch = LogWatch(self.log, "events", "catalog", "rig", 3600.0, self.clock)
         self.letters = DeadLetters(self.producer, Codec(), "events")
-        self.catalog = CatalogFeed(self.log, "catalog", self.learner.take_catalog)
+        self.catalog = CatalogFeed(self.log, "catalog", self.learner.catalog)
         self.reader = self.log.reader("events", begin)
         self.store = WeightStore(str(folder / "weights"))
         self.checkpoints = CheckpointWriter(Checkpoints(folder / "data" / "learner", disk=disk))
