@@ -273,6 +273,7 @@ class Traffic:
         turn = self.shop.next_turn(self._turn_size(), self._spread_s())
         event_ms = int(turn.timestamp_ms.max())
         if not self._keep_pace(stop, event_ms):
+            self._held = in_order(self._held, turn.events)  # what of it came before the end does happen
             return None
         self._event_ms = event_ms
         if self._publisher is not None:

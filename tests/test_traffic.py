@@ -323,6 +323,25 @@ def test_with_speed_all_comes_when_the_clock_has_reached_it_and_soon_after(speed
     assert max(asked.max(), done.max()) <= 0.26
 
 
+def test_what_the_clock_has_reached_at_the_end_has_happened():
+    """Also what shoppers looked at, a moment before, ahead of a page that was yet to come."""
+    start_ms = ShopSettings().start_ms
+
+    def happened(seconds):
+        shop = Shop(ShopSettings(items=60, shoppers=30, mind=Mind(base=0.0)), 1)
+        server = Instant(takes_s=0.0, slate=shop.item_ids[:6])
+        publisher = Publisher(shop, server, Codec())
+        server.traffic(shop, publisher, rate=0, speed=60.0, duration_s=seconds).run(threading.Event())
+        return sorted((e["timestamp"], e["user_id"], e["name"]) for _, e in server.published)
+
+    in_the_end = happened(30)
+    looked_ms = [when for when, _, name in in_the_end if name == "view_item"]
+    assert len(looked_ms) > 5
+    for end_ms in looked_ms[:5]:
+        found = happened((end_ms - start_ms + 1) / 60_000)
+        assert found == [event for event in in_the_end if event[0] <= end_ms]
+
+
 def test_an_unknown_item_in_a_slate_is_shown_to_nobody(world):
     world.servicer._items = ["something-else"] * 60
     report = world.traffic(decisions=50).run(threading.Event())
