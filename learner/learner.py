@@ -358,7 +358,7 @@ class Learner:
         updates = self.agent.updates
         if state["limits"] == self._limits:
             self.band.restore(state["band"], self.worth, updates)
-        else:
+        elif updates:  # before the first there is no pace to change: it counts as a new learner does
             self.band.adjust(self.band.low, self.band.high, self.worth, updates)
         return token
 

@@ -276,6 +276,17 @@ def test_another_band_counts_from_the_restart_on(records):
     )
 
 
+def test_a_lower_min_replay_counts_what_there_is_where_nothing_was_learnt_yet(records):
+    # a small shop is told to lower --min-replay, and starts the learner again
+    before = new_learner(replace(SETTINGS, min_replay=100_000))
+    feed(before, records[0])
+    assert before.agent.updates == 0
+    after = restored(before, settings=SETTINGS)
+    new = new_learner()
+    new.take(records[0])
+    assert after.updates_left == new.updates_left > 0
+
+
 def test_choices_that_a_smaller_replay_does_not_keep_hold_up_nothing(records):
     before = new_learner()
     feed(before, records[0], stop=1000)
