@@ -483,6 +483,18 @@ class Trainer:
         if not self._collect(600.0):
             raise CheckpointFailed(f"it could not be written: {_NO_LAST}")
         self._show()
+        if self._finished() and not self._learner.agent.updates:
+            self._own_up()
+
+    def _own_up(self) -> None:
+        """Say that all was read and nothing learnt, and from how many transitions on something is."""
+        band = self._learner.band
+        logger.warning(
+            "nothing was learnt, and there are no weights: the log gave %d transitions, and the first update comes "
+            "after about %d (--min-replay %d, and one for each %g by --updates-high)",
+            *(self._learner.replay.inserted, band.min_replay + math.ceil(1 / band.high)),
+            *(band.min_replay, 1 / band.high),
+        )
 
     def _settle_publishing(self) -> None:
         try:

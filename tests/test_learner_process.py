@@ -262,6 +262,13 @@ def test_a_topic_that_is_not_there_is_one_line_and_status_1(tmp_path):
     assert "Traceback" not in said
 
 
+def test_a_log_that_is_too_small_to_learn_from_is_no_silent_success(shop_url, tmp_path):
+    status, said = finish(start(tmp_path, shop_url, "--until-caught-up", "--min-replay", "50000"))
+    assert status == 0
+    assert "nothing was learnt, and there are no weights: the log gave" in said
+    assert "comes after about 50010 (--min-replay 50000, and one for each 10 by --updates-high)" in said
+
+
 def test_a_checkpoint_of_another_log_is_refused(shop_url, tmp_path):
     train(tmp_path, shop_url)
     other = f"sqlite:///{tmp_path / 'other.db'}"
