@@ -27,6 +27,7 @@ import shutil
 import sys
 import types
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from streaming.kafka_settings import REGISTRY_URL, SHOWN, is_secret, read_settings
@@ -187,7 +188,7 @@ def log_from(namespace: argparse.Namespace) -> Log:
     except LogError as error:
         parser = namespace._parser
         if isinstance(parser, argparse.ArgumentParser) and not namespace.log.startswith(
-            ("kafka:", "sqlite:")
+            ("kafka://", "sqlite://")
         ):
             parser.error(str(error))
         raise
@@ -234,8 +235,21 @@ def run(command: Callable[[], int | None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (LogError, OSError) as error:
-        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+        print(f"{_program()}: {_in_words(error)}", file=sys.stderr)
         return 1
+
+
+def _program() -> str:
+    """The command's name, also where it was started as `python -m NAME`."""
+    path = Path(sys.argv[0])
+    return path.parent.name if path.name == "__main__.py" else path.stem
+
+
+def _in_words(error: Exception) -> str:
+    """What is wrong, without the number that the system has for it."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 class _Formatter(argparse.HelpFormatter):

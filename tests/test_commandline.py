@@ -114,11 +114,14 @@ def test_help_names_unit_range_and_default(capsys: pytest.CaptureFixture[str]) -
     assert "metres, > 0, 100 % at most [3.0]" in " ".join(said.split())
 
 
-def test_a_url_that_names_no_log_is_a_wrong_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("url", ["redis://here", "kafka:/here:9092", "sqlite:log.db"])
+def test_a_url_that_names_no_log_is_a_wrong_command_line(
+    url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     made = Parser(prog="fish")
     add_log(made)
     with pytest.raises(SystemExit) as exit:
-        log_from(made.parse_args(["--log", "redis://here"]))
+        log_from(made.parse_args(["--log", url]))
     assert exit.value.code == 2
     assert "sqlite:///path.db" in capsys.readouterr().err
 
@@ -144,3 +147,12 @@ def test_a_log_that_cannot_be_reached_is_one_line_with_status_1(capsys: pytest.C
 
     assert run(body) == 1
     assert capsys.readouterr().err.endswith(": no broker at nowhere:9092\n")
+
+
+@pytest.mark.parametrize("started_as", ["/opt/bin/fish", "/opt/fish/__main__.py"])
+def test_a_file_that_is_not_there_is_told_by_the_command_in_words(
+    started_as: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", [started_as])
+    assert run(lambda: open("/nowhere/lake.txt").close()) == 1
+    assert capsys.readouterr().err == "fish: /nowhere/lake.txt: No such file or directory\n"
