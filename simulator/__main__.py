@@ -113,10 +113,14 @@ def describe(before: Status, now: Status, start_ms: int) -> str:
         f"day {(now.event_ms - start_ms) / DAY_MS:.1f}",
         f"{now.decisions:,} recommendations ({(now.decisions - before.decisions) / seconds:.0f}/s)",
         f"click-through {100 * (now.clicks - before.clicks) / shown:.1f} %",
-        f"{now.strategy or 'no answer yet'} version {now.policy_version}",
+        f"{now.strategy} version {now.policy_version}" if now.strategy else "no answer yet",
         f"{now.published:,} published",
     ]
-    return " · ".join(parts + ([f"{now.errors:,} unanswered"] if now.errors else []))
+    return " · ".join(parts + ([f"{now.errors:,} unanswered{_why(now)}"] if now.errors else []))
+
+
+def _why(status: Status) -> str:
+    return f" (the last one: {status.trouble})" if status.trouble else ""
 
 
 def _tell(report: Report, file: Path | None) -> None:
@@ -127,7 +131,7 @@ def _tell(report: Report, file: Path | None) -> None:
         f"{s.decisions:,} recommendations in {s.wall_s:.1f} s, {s.clicks:,} clicks: "
         f"click-through {100 * report.ctr:.2f} %\n"
         f"{_visits(report)}\n"
-        f"{s.published:,} records published, {s.errors:,} requests unanswered; "
+        f"{s.published:,} records published, {s.errors:,} requests unanswered{_why(s)}; "
         f"own cost {report.cpu_us_per_event:.0f} µs of CPU for an event"
     )
     if file is not None:

@@ -106,6 +106,7 @@ class Status(NamedTuple):
     strategy: str
     cpu_s: float  # of this process: shoppers, requests and publishing
     empty: int = 0  # answers without an item, of which no decision is recorded
+    trouble: str = ""  # gRPC's code of the newest request that got no answer
 
 
 class Report(NamedTuple):
@@ -247,7 +248,7 @@ class Traffic:
         self._held = NO_EVENTS  # what came of slates and is not published yet, by event time
         self._strategies: Counter[str] = Counter()
         self._decisions = self._impressions = self._clicks = self._errors = self._empty = self._version = 0
-        self._strategy = ""
+        self._strategy = self._trouble = ""
         self._paced_s = self._began  # when the rate allowed the newest turn
         self._paced = 0  # decisions before it
 
@@ -305,6 +306,7 @@ class Traffic:
             strategy=self._strategy,
             cpu_s=self._cpu() - self._cpu_began,
             empty=self._empty,
+            trouble=self._trouble,
         )
 
     def report(self) -> Report:
@@ -350,7 +352,7 @@ class Traffic:
             try:
                 return list(self._client.batch(requests))
             except CallError as error:
-                _refuse_refusals(error)
+                self._fail(error)
                 return [None] * len(requests)
         calls: list[Any] = []
         for i, request in enumerate(requests):
@@ -359,8 +361,13 @@ class Traffic:
             calls.append(self._client.recommend_future(request))
         for call in calls:
             if call.exception() is not None:
-                _refuse_refusals(call.exception())
+                self._fail(call.exception())
         return [None if call.exception() is not None else call.result() for call in calls]
+
+    def _fail(self, error: Any) -> None:
+        """Note why there is no answer. Raises: TrafficError where asking again would not help."""
+        _refuse_refusals(error)
+        self._trouble = error.code().name
 
     def _slates(self, answers: Sequence[pb.RecommendResponse | None]) -> Rows:
         """[B, slate_size] rows of the catalog; -1: no answer, fewer slots, or an item that is none of this shop's."""

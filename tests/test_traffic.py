@@ -224,6 +224,7 @@ def test_a_server_that_is_away_is_counted_and_not_rushed_past(world, call):
     report = world.traffic(decisions=20, call=call).run(threading.Event())
 
     assert report.status.errors == 20
+    assert report.status.trouble == "UNAVAILABLE"
     assert report.status.impressions == 0
     assert 0.5 in world.paused
 
@@ -466,3 +467,9 @@ def test_the_live_line_is_written_now_and_then(capsys):
     assert len(lines) == 2
     assert "LEARNED version 4" in lines[0]
     assert "2 unanswered" in lines[1]
+
+
+def test_the_live_line_says_why_there_is_no_answer():
+    start = Status(0.0, 0, 0, 0, 0, 0, 0, 0, "", 0.0)
+    line = command.describe(start, Status(1.0, 0, 7, 0, 0, 5, 7, 0, "", 0.1, trouble="UNAVAILABLE"), 0)
+    assert line.endswith(" · no answer yet · 5 published · 7 unanswered (the last one: UNAVAILABLE)")
