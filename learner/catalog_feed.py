@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from streaming.catalog import Catalog
+from streaming.catalog import Catalog, Renewal
 from streaming.columns import Reason
 from streaming.log import Bounds, Log, OffsetOutOfRange, Reader, RecordBatch, TopicReplaced, UnknownTopic
 from streaming.schemas import RegistryUnavailable
@@ -28,7 +28,7 @@ class CatalogFeed:
     def __init__(self, log: Log, topic: str, catalog: Catalog) -> None:
         self._log, self._topic, self._catalog = log, topic, catalog
         self._reader: Reader | None = None
-        self._anew = False  # the topic was replaced by another, which was not read to its end yet
+        self._renewal = Renewal(catalog.begin_anew, catalog.end_anew)
         self._parked: RecordBatch | None = None  # read, not applied yet
         self.refused = 0
 
@@ -46,24 +46,25 @@ class CatalogFeed:
         ):
             self._take(self._reader, 1.0)
 
-    def follow(self, bounds: Mapping[int, Bounds]) -> None:
-        """Take in what came since, without waiting. bounds: of the topic; empty where it is not there.
+    def follow(self, bounds: Mapping[int, Bounds], now_s: float) -> None:
+        """Take in what came since, without waiting. bounds: of the topic; empty where it is not there. now_s: by a
+        clock that only goes on.
 
         A catalog that was deleted and made anew, or of which retention took what was not read yet, is read from its
-        beginning. What the new one holds nothing of is gone once it was read; while it is empty, all stays as it was.
+        beginning. What a new one holds nothing of is gone once it has been written: see `Renewal`.
         """
         waited = self._parked is not None
         try:
             self._follow(bounds)
-            self._end_anew(bounds)
+            if self._reader is not None:
+                self._renewal.look(bounds, self._reader.position(), now_s)
         except RegistryUnavailable as error:
             if not waited:
                 logger.warning("the catalog waits: %s", error)
         except (OffsetOutOfRange, TopicReplaced, UnknownTopic) as error:
             self.close()  # the next look begins with the oldest record that there is
             if not isinstance(error, OffsetOutOfRange):
-                self._anew = True
-                self._catalog.begin_anew()
+                self._renewal.begin()
             raise
         else:
             if waited:
@@ -78,15 +79,6 @@ class CatalogFeed:
         if bounds.keys() - position.keys():
             self._reader.assign({p: position.get(p, b.low) for p, b in bounds.items()})
         self._take(self._reader, 0.0)
-
-    def _end_anew(self, bounds: Mapping[int, Bounds]) -> None:
-        if not self._anew or self._reader is None:
-            return
-        position = self._reader.position()
-        some = any(b.low < b.high for b in bounds.values())
-        if some and all(position.get(p, b.low) >= b.high for p, b in bounds.items()):
-            self._anew = False
-            self._catalog.end_anew()
 
     def close(self) -> None:
         """Let go; harmless twice."""

@@ -417,7 +417,7 @@ class Trainer:
         self._due["look"] = now + 1.0
         if not self._config.deterministic:
             try:
-                self._catalog.follow(self._watch.bounds_beside)
+                self._catalog.follow(self._watch.bounds_beside, now)
             except LogError as error:
                 logger.warning("catalog: %s; trying again", error)
             self._take_up_partitions()

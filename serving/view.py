@@ -20,7 +20,7 @@ from learner.policy import Entry, described_in
 from serving import metrics
 from serving.described import Described
 from serving.user_state import LEAST_HALF_LIFE, UserState
-from streaming.catalog import Catalog
+from streaming.catalog import Catalog, Renewal
 from streaming.chunks import batch_of
 from streaming.columns import Kind
 from streaming.decoder import Decoder
@@ -241,8 +241,7 @@ class Follower:
                 config.catalog_topic,
                 None,
                 view.absorb_catalog,
-                begin_anew=view.begin_catalog,
-                end_anew=view.end_catalog,
+                Renewal(view.begin_catalog, view.end_catalog),
             ),
         ]
         self._stop = threading.Event()
@@ -343,9 +342,6 @@ class Follower:
             self._unavailable(error)  # the log does hold it, so it is asked again
 
 
-def _nothing() -> None: ...
-
-
 class _Tail:
     """One topic, all its partitions, from the newest `backlog` records on (None: from the beginning)."""
 
@@ -355,16 +351,12 @@ class _Tail:
         topic: str,
         backlog: int | None,
         absorb: Callable[[RecordBatch], int],
-        *,
-        begin_anew: Callable[[], None] = _nothing,
-        end_anew: Callable[[], None] = _nothing,
+        renewal: Renewal | None = None,
     ) -> None:
-        """begin_anew: the topic is another one than before. end_anew: that was read, and it holds something."""
         self._log = log
         self._topic = topic
         self._backlog = backlog
-        self._absorb, self._begin_anew, self._end_anew = absorb, begin_anew, end_anew
-        self._anew = False  # between the two
+        self._absorb, self._renewal = absorb, renewal
         self._reader: Reader | None = None
         self._parked: RecordBatch | None = None  # read, not absorbed yet
         self._start: dict[int, int] = {}  # where reading of each partition began,
@@ -389,12 +381,10 @@ class _Tail:
         position = self._reader.position()
         if bounds.keys() - position.keys():
             self._reader.assign({p: position.get(p, b.low) for p, b in bounds.items()})
-        lag = sum(max(0, b.high - position.get(p, b.low)) for p, b in bounds.items())
         if self._backlog is not None:
-            metrics.VIEW_LAG.set(lag)
-        if self._anew and not (lag or self._parked) and any(b.low < b.high for b in bounds.values()):
-            self._anew = False
-            self._end_anew()
+            metrics.VIEW_LAG.set(sum(max(0, b.high - position.get(p, b.low)) for p, b in bounds.items()))
+        if self._renewal is not None and self._parked is None:
+            self._renewal.look(bounds, position, now_s)
         return False
 
     def poll(self) -> int:
@@ -405,8 +395,8 @@ class _Tail:
             batch = self._parked or self._reader.poll(_POLL_RECORDS, 0.0)
         except (TopicReplaced, UnknownTopic):
             self.close()  # read like one not met before, once it is there again
-            self._anew = True
-            self._begin_anew()
+            if self._renewal is not None:
+                self._renewal.begin()
             raise
         if len(batch):
             self._parked = batch  # a registry that cannot be asked now loses nothing

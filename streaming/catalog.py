@@ -2,12 +2,12 @@
 
 Its topic is compacted, so reading it from the beginning gives the catalog as it stands. An item whose tombstone
 was compacted away with it is not in the topic any more: whoever goes on from a checkpoint says by `expect` what it
-knew, and what does not come again is gone. Likewise where the topic was made anew meanwhile: `begin_anew`.
+knew, and what does not come again is gone. Likewise where the topic was made anew meanwhile: `Renewal`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -15,12 +15,43 @@ import numpy.typing as npt
 
 from streaming.columns import Reason
 from streaming.interning import Vocabulary, hash_string
-from streaming.log import RecordBatch
+from streaming.log import Bounds, RecordBatch
 from streaming.schemas import ITEM, MAX_VECTOR, Codec, SchemaError, prefix_of
 from streaming.transitions import Rejects
 
 MAX_ID_BYTES: Final = 1024
 MAX_PRICE: Final = 1e9
+QUIET_S: Final = 30.0  # after which a catalog that was made anew counts as written
+
+
+class Renewal:
+    """Notices when a catalog's topic that was made anew has been written, so that what it does not name is gone: once
+    it holds something, all of that was read, and nothing came for QUIET_S. A shop writes its items one by one."""
+
+    def __init__(self, begin: Callable[[], None], end: Callable[[], None]) -> None:
+        """See `Catalog.begin_anew` and `end_anew`."""
+        self._begin, self._end = begin, end
+        self._on = False
+        self._high: dict[int, int] = {}  # where it ended at the last look,
+        self._since_s = 0.0  # and since when
+
+    def begin(self) -> None:
+        """The topic is another one than before."""
+        self._on, self._high = True, {}
+        self._begin()
+
+    def look(self, bounds: Mapping[int, Bounds], position: Mapping[int, int], now_s: float) -> None:
+        """bounds: of the topic; position: the next offset to be read, of each partition."""
+        if not self._on:
+            return
+        high = {p: b.high for p, b in bounds.items()}
+        if high != self._high:
+            self._high, self._since_s = high, now_s
+        some = any(b.low < b.high for b in bounds.values())
+        read = all(position.get(p, b.low) >= b.high for p, b in bounds.items())
+        if some and read and now_s - self._since_s >= QUIET_S:
+            self._on = False
+            self._end()
 
 
 class Record(NamedTuple):
@@ -118,11 +149,11 @@ class Catalog:
             self.version += 1
 
     def begin_anew(self) -> None:
-        """The topic was made anew, and is read from its beginning: see `end_anew`."""
+        """The topic was made anew, and is read from its beginning: see `Renewal`."""
         self._doubted = self.known.copy()
 
     def end_anew(self) -> None:
-        """It was read: what it did not say anything of since `begin_anew`, and is still known, is gone."""
+        """What it did not say anything of since `begin_anew`, and is still known, is gone."""
         absent = np.flatnonzero(self._doubted)
         self._doubted = np.zeros(0, np.bool_)
         if len(absent):

@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from learner.catalog_feed import CatalogFeed
-from streaming.catalog import Catalog
+from streaming.catalog import QUIET_S, Catalog
 from streaming.chunks import batch_of
 from streaming.interning import Vocabulary
 from streaming.log import Bounds, OffsetOutOfRange, TopicReplaced, UnknownTopic, open_log
@@ -24,6 +24,7 @@ class Stock:
         self.vocabulary = Vocabulary()
         self.catalog = Catalog(Codec(registry=self.registry), self.vocabulary)
         self.feed = CatalogFeed(self.log, "catalog", self.catalog)
+        self.now_s = 0.0
 
     def create(self):
         self.log.create_topic("catalog", 1, compacted=True)
@@ -37,7 +38,13 @@ class Stock:
         assert self.producer.flush() == 0
 
     def follow(self):
-        self.feed.follow(self.log.bounds("catalog"))
+        self.feed.follow(self.log.bounds("catalog"), self.now_s)
+
+    def follow_for(self, seconds):
+        """Two looks, so far apart."""
+        self.follow()
+        self.now_s += seconds
+        self.follow()
 
     def on_offer(self):
         """Items that the catalog has in stock."""
@@ -96,7 +103,7 @@ def test_a_catalog_that_does_not_come_is_not_waited_for_once_the_learner_is_told
 
 def test_a_topic_that_is_not_there_yet_is_an_empty_catalog_and_read_once_it_is(stock):
     stock.feed.catch_up()
-    stock.feed.follow({})
+    stock.feed.follow({}, 0.0)
     assert stock.on_offer() == []
     stock.create()
     stock.write("a")
@@ -132,13 +139,17 @@ def test_a_catalog_made_anew_is_read_from_its_beginning(stock):
     stock.feed.catch_up()
     delete_topic(stock.log, "catalog")
     with pytest.raises(UnknownTopic):
-        stock.feed.follow({})
+        stock.feed.follow({}, 0.0)
     stock.create()
-    stock.follow()
+    stock.follow_for(2 * QUIET_S)
     assert stock.on_offer() == ["a", "b"]  # an empty catalog says nothing
-    stock.write("a")
     stock.write("c")
-    stock.follow()
+    stock.follow_for(0.9 * QUIET_S)
+    assert stock.on_offer() == ["a", "b", "c"]  # nor one that is still being written
+    stock.write("a")
+    stock.follow_for(0.9 * QUIET_S)
+    assert stock.on_offer() == ["a", "b", "c"]
+    stock.follow_for(0.1 * QUIET_S)
     assert stock.on_offer() == ["a", "c"]
     assert stock.catalog.gone.nonzero()[0].tolist() == stock.vocabulary.ids(["b"]).tolist()
 
@@ -169,7 +180,7 @@ def test_a_catalog_made_anew_between_two_looks_is_read_from_its_beginning(stock)
     stock.write("c")
     with pytest.raises(TopicReplaced):
         stock.follow()
-    stock.follow()
+    stock.follow_for(QUIET_S)
     assert stock.on_offer() == ["c"]
 
 
