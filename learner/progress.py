@@ -22,6 +22,8 @@ class Totals(NamedTuple):
     version: int  # of the weights published last; 0: none yet
     stepped_over: int  # offsets that were gone before they were read, since the learner was new
     waiting: str  # why one side stands still, empty where none does
+    late: int = 0  # records that came too late to be used, since this process began
+    unreadable: int = 0  # records that could not be read, likewise
 
 
 def describe(before: Totals, now: Totals) -> str:
@@ -30,6 +32,8 @@ def describe(before: Totals, now: Totals) -> str:
     >>> a = Totals(0.0, 0, 0, 0, 900, math.nan, math.nan, 0, 0, "")
     >>> describe(a, Totals(2.0, 6000, 1500, 30, 12, 0.25, 1.5, 3, 0, ""))
     '3,000 events/s · lag 12 · 1,500 transitions · 15.0 updates/s · loss 0.25 · mean Q 1.5 · version 3'
+    >>> describe(a, Totals(1.0, 600, 0, 0, 0, math.nan, math.nan, 3, 0, "", late=598, unreadable=2))
+    '600 events/s · lag 0 · 0 transitions · 0.0 updates/s · version 3 · 598 came too late · 2 could not be read'
     """
     seconds = max(now.now_s - before.now_s, 1e-9)
     parts = [
@@ -43,6 +47,10 @@ def describe(before: Totals, now: Totals) -> str:
     parts.append(f"version {now.version}" if now.version else "nothing published yet")
     if now.stepped_over:
         parts.append(f"{now.stepped_over:,} offsets were gone")
+    if now.late:
+        parts.append(f"{now.late:,} came too late")
+    if now.unreadable:
+        parts.append(f"{now.unreadable:,} could not be read")
     if now.waiting:
         parts.append(now.waiting)
     return " · ".join(parts)

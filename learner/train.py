@@ -173,7 +173,7 @@ class Trainer:
         self._idle = IdleClock(config.idle_s, live)
         self._arena = Arena()
         self._intake = Intake(learner, source, letters, self._note)
-        self._records = 0
+        self._records = self._late = self._bad = 0
         self._learnt = dict(source.position())  # the weights have seen all before these offsets
         self._published: tuple[object, ...] = ()
         self._safe = since  # token of the newest snapshot on disk
@@ -218,6 +218,8 @@ class Trainer:
             self._publisher.version,
             sum(learner.journal.stepped_over.values()),
             self._waiting(),
+            late=self._late,
+            unreadable=self._bad,
         )
 
     def _finished(self) -> bool:
@@ -290,6 +292,8 @@ class Trainer:
         self._idle.heard(batch, taken.columns, self._clock())
         self._misplaced.look(batch, taken.columns)
         self._records += len(batch)
+        self._late += len(taken.joined.late.reason)
+        self._bad += len(taken.bad.reason)
         self._metrics.records.inc(len(batch))
         self._metrics.transitions.inc(taken.inserted)
         self._metrics.amendments.inc(len(taken.joined.amendments.reward))

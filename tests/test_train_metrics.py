@@ -2,6 +2,7 @@
 
 import pytest
 
+from learner.progress import describe
 from learner.replay import Replay
 from tests.trainer_rig import AGENT, Rig
 
@@ -25,3 +26,13 @@ def test_a_reward_that_comes_after_replay_has_let_its_transition_go_is_counted(r
     rig.write(1)
     rig.turns(2)
     assert rig.metrics.amendments_missed._value.get() == 1
+
+
+def test_the_progress_line_says_how_many_records_were_of_no_use(rig):
+    rig.write(60)
+    rig.write(3, timestamp_ms=rig.wall_ms - 10 * 86_400_000)  # say a history imported after live events
+    rig.producer.send("events", b"ann", b"no Avro", rig.wall_ms)
+    rig.producer.flush()
+    before = rig.trainer.totals()
+    rig.turns(2)
+    assert describe(before, rig.trainer.totals()).endswith(" · 3 came too late · 1 could not be read")
