@@ -15,9 +15,10 @@ import pytest
 from learner.checkpoint import Checkpoints
 from learner.weights import Meta, WeightStore
 from streaming.interning import Vocabulary
-from streaming.log import open_log
+from streaming.log import open_log, partition_of
 from streaming.schemas import Codec
 from streaming.sqlite_log import SqliteLog
+from streaming.topics import TopicSettings, create_topics
 from tests.serving_process import ServerProcess, publish
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +44,20 @@ def test_the_readmes_client_gets_a_slate(tmp_path, capsys):
     shown = re.findall(r"'(\w+)'", capsys.readouterr().out)
     assert len(shown) == 3
     assert set(shown) < {"tea", "milk", "salt", "soap"}
+
+
+def test_the_readmes_shop_writes_its_catalog_and_an_event_by_our_code(tmp_path):
+    url = f"sqlite:///{tmp_path / 'log.db'}"
+    log = open_log(url)
+    list(create_topics(log, TopicSettings(partitions=4)))
+    exec(replaced(example("README.md", "encode_item"), "sqlite:///.bellwether/log.db", url), {})
+    catalog = log.reader("catalog", {0: 0}, keys=True).poll(10, 1.0)
+    at = partition_of(b"anna", 4)
+    events = log.reader("events", {at: 0}).poll(10, 1.0)
+    assert Codec().decode(catalog.value(0))[1]["brand"] == "Acme"
+    assert (catalog.keys, catalog.value(1)) == ([b"case-7", b"phone-0"], None)
+    assert Codec().decode(events.value(0))[1]["items"][0]["item_id"] == "case-7"
+    log.close()
 
 
 def test_the_example_of_labels_points_canary_at_the_newest_version(tmp_path, capsys):
