@@ -14,6 +14,7 @@ import pytest
 
 from learner.checkpoint import Checkpoints
 from learner.weights import Meta, WeightStore
+from streaming.importers import ImportSettings, import_file
 from streaming.interning import Vocabulary
 from streaming.log import open_log, partition_of
 from streaming.schemas import Codec
@@ -57,6 +58,15 @@ def test_the_readmes_shop_writes_its_catalog_and_an_event_by_our_code(tmp_path):
     assert Codec().decode(catalog.value(0))[1]["brand"] == "Acme"
     assert (catalog.keys, catalog.value(1)) == ([b"case-7", b"phone-0"], None)
     assert Codec().decode(events.value(0))[1]["items"][0]["item_id"] == "case-7"
+    log.close()
+
+
+def test_the_log_of_your_own_that_is_shown_can_be_imported(tmp_path):
+    (lines,) = re.findall(r"^```json\n(.*?)^```", (ROOT / "docs/import.md").read_text(), re.M | re.S)
+    (tmp_path / "events.jsonl").write_text(lines)
+    log = open_log(f"sqlite:///{tmp_path / 'log.db'}")
+    said = str(import_file("ga4", tmp_path / "events.jsonl", log, Codec(), ImportSettings()))
+    assert said == "3 events and 1 catalog records written, 2026-01-31 18:30 to 2026-01-31 18:32"
     log.close()
 
 
