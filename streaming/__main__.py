@@ -95,8 +95,9 @@ def _add_import(commands: argparse._SubParsersAction[Parser]) -> None:
         help="load an event log, public or your own",
         description="Reads FILE, plain, .gz or .parquet, and writes its events in order of time to the topic of "
         "events, and what it tells of items to the catalog. Rows that cannot be used are counted by reason. "
-        "Importing the same rows twice adds nothing: an event's id is made of what happened, and the catalog keeps "
-        f"what it says. Topics that are missing are created. FORMAT: {layouts}.",
+        "Rows that are imported twice are written twice and learnt from once: an event's id is made of what happened; "
+        "the catalog keeps what it says. Several files: the oldest first, and before anything live, since what is "
+        f"a day older than the newest events is late. Topics that are missing are created. FORMAT: {layouts}.",
     )
     parser.add_argument("layout", metavar="FORMAT", choices=list(LAYOUTS), help=", ".join(LAYOUTS))
     parser.add_argument("file", metavar="FILE", type=Path, help="the log to read")
