@@ -227,36 +227,47 @@ def ids_of(value: bytes, codec: Codec) -> str:
     return name
 
 
-def subject(value: bytes | None, codec: Codec, topic: str) -> tuple[int, int]:
-    """Which record of the topic a letter is about; (-1, -1): none."""
+class Subject(NamedTuple):
+    """Which record a letter is about. A topic that was deleted and made anew has offsets of before once more."""
+
+    partition: int
+    offset: int
+    logged_ms: int  # the log's own time stamp
+
+
+def subject(value: bytes | None, codec: Codec, topic: str) -> Subject | None:
+    """Which record of the topic a letter is about; None: none."""
     try:
         name, letter = codec.decode(value or b"")
     except SchemaError:
-        return -1, -1
+        return None
     if name != DEAD_LETTER or letter["topic"] != topic:
-        return -1, -1
-    return letter["partition"], letter["offset"]
+        return None
+    return Subject(letter["partition"], letter["offset"], letter["timestamp"])
 
 
 class Places:
-    """Offsets of one partition, in order, each with a Reason: ten bytes each, since there may be many."""
+    """Offsets of one partition, in order, each with the log's time and a Reason: 18 bytes each, since there may be
+    many."""
 
     def __init__(self) -> None:
-        self._offset, self._reason, self._seen = array("q"), bytearray(), bytearray()
+        self._offset, self._logged_ms = array("q"), array("q")
+        self._reason, self._seen = bytearray(), bytearray()
 
     def __len__(self) -> int:
         return len(self._offset)
 
-    def add(self, offset: int, reason: Reason) -> None:
+    def add(self, offset: int, logged_ms: int, reason: Reason) -> None:
         """The next one."""
         self._offset.append(offset)
+        self._logged_ms.append(logged_ms)
         self._reason.append(reason)
         self._seen.append(0)
 
-    def find(self, offset: int) -> None:
+    def find(self, offset: int, logged_ms: int) -> None:
         """This one, if it is among them, was found."""
         at = bisect_left(self._offset, offset)
-        if at < len(self._offset) and self._offset[at] == offset:
+        if at < len(self._offset) and (self._offset[at], self._logged_ms[at]) == (offset, logged_ms):
             self._seen[at] = 1
 
     def found(self) -> int:
@@ -283,10 +294,10 @@ class Wanted:
     def __len__(self) -> int:
         return sum(map(len, self.of.values()))
 
-    def find(self, partition: int, offset: int) -> None:
+    def find(self, record: Subject) -> None:
         """There is a letter of this one."""
-        if partition in self.of:
-            self.of[partition].find(offset)
+        if record.partition in self.of:
+            self.of[record.partition].find(record.offset, record.logged_ms)
 
 
 class Audit:
@@ -380,9 +391,6 @@ class Audit:
                     report.decided += not t.organic
             report.transitions += len(out.transitions)
             report.amendments += len(out.amendments)
-            for _, offset in out.late:
-                if offset >= report.verified_from:
-                    late.add(offset, Reason.LATE)
             for t in held.expect(out.transitions) if out.transitions else ():
                 if t.offset >= report.verified_from:
                     told.add("lost", partition, t.offset, t.slot, _LOST)
@@ -394,10 +402,11 @@ class Audit:
             report.records += len(batch)
             for row in rows_of(batch, decoder, unknown, rooms):
                 if row.kind == Kind.BAD:
-                    bad.add(row.offset, row.reason)
+                    bad.add(row.offset, row.logged_ms, row.reason)
                 if blind and joined.sees():
                     blind, report.verified_from = False, row.offset
-                joined.take(row)
+                if joined.take(row) and row.offset >= report.verified_from:
+                    late.add(row.offset, row.logged_ms, Reason.LATE)
             drain()
         joined.end()
         drain()
@@ -514,7 +523,8 @@ class Audit:
         for partition, bound in bounds.items():
             for batch in read_partition(self._log, topic, partition, bound.low, bound.high):
                 for i in range(len(batch)):
-                    wanted.find(*subject(batch.value(i), self._codec, self._topic))
+                    if (record := subject(batch.value(i), self._codec, self._topic)) is not None:
+                        wanted.find(record)
         return all(bound.low == 0 for bound in bounds.values())
 
     def _look_at_weights(self, report: Report) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from learner.audit import AuditConfig, NothingToAudit, checkpoint_of, ids_of, subject, tolerance
+from learner.audit import AuditConfig, NothingToAudit, Subject, checkpoint_of, ids_of, subject, tolerance
 from learner.retelling import Retelling, first_offset, open_steps, read_partition, rows_of
 from streaming.columns import Kind
 from streaming.dead_letters import dlq_topic, late_topic
@@ -175,12 +175,13 @@ class Explainer:
         decoder, unknown = Decoder(self._codec, memory.vocabulary), memory.journal.unknown(told.partition)
         rooms = memory.journal.rooms.get(told.partition, [])
         told.fate = "before" if told.offset < start else told.fate
+        logged_ms = 0  # of the record
         for batch in read_partition(self._log, self._topic, told.partition, start, end):
             for row in rows_of(batch, decoder, unknown, rooms):
                 if row.offset != told.offset:
                     story.take(row)
                     continue
-                before = dict(story.join.counters)
+                before, logged_ms = dict(story.join.counters), row.logged_ms
                 story.take(row)
                 after = story.join.counters
                 told.counted = {
@@ -202,7 +203,7 @@ class Explainer:
                 told.slots += [self._slot(told, k, slot.item) for k, slot in enumerate(step.slots)]
         self._add_up(told)
         if told.fate not in FATES:
-            told.letter = self._has_letter(told)
+            told.letter = self._has_letter(told, logged_ms)
 
     def _listen(self, told: Explanation, story: Retelling) -> None:
         out = story.out
@@ -240,14 +241,14 @@ class Explainer:
             except OffsetOutOfRange:
                 continue
 
-    def _has_letter(self, told: Explanation) -> bool:
+    def _has_letter(self, told: Explanation, logged_ms: int) -> bool:
+        wanted = Subject(told.partition, told.offset, logged_ms)
         topic = late_topic(self._topic) if told.fate == "LATE" else dlq_topic(self._topic)
         if not self._log.partitions(topic):
             return False
         for partition, bound in self._log.bounds(topic).items():
             for batch in read_partition(self._log, topic, partition, bound.low, bound.high):
                 for i in range(len(batch)):
-                    where = subject(batch.value(i), self._codec, self._topic)
-                    if where == (told.partition, told.offset):
+                    if subject(batch.value(i), self._codec, self._topic) == wanted:
                         return True
         return False

@@ -127,11 +127,13 @@ class Retelling:
         self._first_ms: int | None = None
         self._blind_ms = blind_ms(settings)
 
-    def take(self, row: Row) -> None:
-        """The next record, after what was told before it."""
+    def take(self, row: Row) -> bool:
+        """The next record, after what was told before it; whether it came too late."""
         while self._told and self._told[0].offset <= row.offset:
             self._hear(self._told.pop(0))
+        before = len(self.out.late)
         self.join.take(row)
+        return len(self.out.late) > before
 
     def end(self) -> None:
         """What was told after the last record."""

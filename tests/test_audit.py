@@ -18,18 +18,18 @@ import pytest
 
 from learner.__main__ import main
 from learner.agent_settings import AgentSettings
-from learner.audit import Audit, AuditConfig, NothingToAudit
+from learner.audit import Audit, AuditConfig, NothingToAudit, Places, Wanted, subject
 from learner.audit_report import as_json, as_text
 from learner.checkpoint import Checkpoints, decode, encode
 from learner.learner import Learner, LearnerSettings
 from learner.retelling import blind_ms
 from streaming.chunks import rows
-from streaming.columns import Kind
+from streaming.columns import Kind, Reason
 from streaming.dead_letters import dlq_topic, late_topic
 from streaming.join_settings import JoinSettings
 from streaming.log import LogUnavailable, RecordBatch, open_log
 from streaming.rewards import Reward, RewardTable
-from streaming.schemas import Codec
+from streaming.schemas import DEAD_LETTER, Codec
 from tests.intakes import JOIN as AUDITED
 from tests.intakes import Way
 from tests.shop_log import write_shop
@@ -631,6 +631,24 @@ def trained(shop, tmp_path_factory) -> tuple[str, Path]:
         timeout=120,
     )
     return url, folder
+
+
+def test_a_letter_of_an_older_topic_by_this_name_is_none():
+    """Its record had the same offset, at another time."""
+    codec, wanted, places = Codec(), Wanted(), Places()
+    places.add(7, 2_000, Reason.BAD_FRAME)
+    wanted.of[0] = places
+
+    def letter(**told):
+        record = {"topic": "events", "partition": 0, "offset": 7, "timestamp": 2_000, "reason": "BAD_FRAME"}
+        return subject(codec.encode(DEAD_LETTER, record | told), codec, "events")
+
+    assert letter(topic="others") is None
+    for other in (letter(timestamp=1_000), letter(partition=1), letter(offset=8)):
+        wanted.find(other)
+    assert [offset for offset, _ in places.missing()] == [7]
+    wanted.find(letter())
+    assert places.found() == 1
 
 
 def test_a_letter_that_was_never_written_is_a_difference(trained, tmp_path):
