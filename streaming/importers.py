@@ -27,7 +27,7 @@ from enum import StrEnum
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Protocol, TextIO
+from typing import Any, Final, Literal, NamedTuple, Protocol, TextIO
 
 import numpy as np
 import numpy.typing as npt
@@ -869,12 +869,15 @@ def _merged(runs: Sequence[Iterator[pa.RecordBatch]]) -> Iterator[pa.Table]:
     while heads:
         cutoff = min(head["timestamp"][-1].as_py() for head, _ in heads)
         ready, rest = [], []
+        side: Literal["left", "right"] = "right"  # of rows of that very time
         for head, run in heads:
-            taken = int(np.searchsorted(np.asarray(head["timestamp"]), cutoff, side="right"))
+            taken = int(np.searchsorted(np.asarray(head["timestamp"]), cutoff, side=side))
             ready.append(head.slice(0, taken))
             left = head.slice(taken) if taken < head.num_rows else next(run, None)
             if left is not None:
                 rest.append((left, run))
+                if left["timestamp"][0].as_py() == cutoff:
+                    side = "left"  # those of later runs come after these
         yield _by_time([pa.Table.from_batches(ready)])
         heads = rest
 

@@ -24,6 +24,7 @@ from streaming.importers import (
     ImportFailed,
     ImportSettings,
     Refusal,
+    _sorted_by_time,
     import_file,
     read_events,
 )
@@ -197,6 +198,17 @@ def test_two_identical_rows_are_two_events_with_ids_of_their_own(log: Log, tmp_p
     assert len(set(ids)) == 3
     again = [event["event_id"] for event in imported_events("taobao", tmp_path / "file", tmp_path / "again")]
     assert again == ids
+
+
+def test_rows_of_one_time_keep_their_order_through_sorted_runs(tmp_path: Path) -> None:
+    """Of the first run there are two blocks of such rows; those of the second come after both."""
+    rows = 40_000
+    path = tmp_path / "UserBehavior.csv"
+    path.write_text("".join(f"7,{item},1,pv,1511544070\n" for item in range(rows)))
+    tables = read_events("taobao", path, Imported())
+    count, in_order = _sorted_by_time(tables, tmp_path, 20_000)
+    found = [items[0]["item_id"] for block in in_order for items in block.column("items").to_pylist()]
+    assert (count, found) == (rows, [str(item) for item in range(rows)])
 
 
 def test_a_file_larger_than_memory_comes_out_in_order_of_time(tmp_path: Path) -> None:
