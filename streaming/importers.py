@@ -719,7 +719,7 @@ def _ga4_event(record: Mapping[str, Any]) -> dict[str, Any]:
         "name": _identifier(first("event_name", "name"), Refusal.NAME, 64),
         "user_id": _identifier(first("user_id", "user_pseudo_id", "client_id"), Refusal.USER),
         "session_id": _scalar(first("session_id", "ga_session_id")),
-        "items": [_ga4_item(item) for item in items if item.get("item_id") != "(not set)"],
+        "items": [_ga4_item(item) for item in items if item.get("item_id") != _NOT_SET],
         "value": _number(first("value", "purchase_revenue"), 1e12),
         "currency": _scalar(first("currency")),
         "recommendation_id": _scalar(first("recommendation_id")),
@@ -732,6 +732,9 @@ _GA4_OWN: Final = {
     *("items", "value", "purchase_revenue", "currency", "recommendation_id", "event_id"),
     *("session_id", "ga_session_id"),
 }
+
+
+_NOT_SET: Final = "(not set)"  # what an export has in place of what GA4 was not told
 
 
 def _ga4_params(params: Any) -> dict[str, Any]:
@@ -763,9 +766,15 @@ def _ga4_item(item: Mapping[str, Any]) -> dict[str, Any]:
         "quantity": 1 if quantity is None else int(quantity),
         "price": _number(item.get("price"), 1e9),
         "index": None if index is None else int(index),
-        "category": _scalar(item.get("item_category", item.get("category"))),
-        "brand": _scalar(item.get("item_brand", item.get("brand"))),
+        "category": _description(item, "item_category", "category"),
+        "brand": _description(item, "item_brand", "brand"),
     }
+
+
+def _description(item: Mapping[str, Any], *names: str) -> str | None:
+    """The first of these that says something. All items of which GA4 was told nothing are not of one kind."""
+    texts = (_scalar(item.get(name)) for name in names)
+    return next((text for text in texts if text not in (None, _NOT_SET)), None)
 
 
 def _ga4_time(value: Any) -> int:

@@ -339,6 +339,15 @@ GA4_EXPORT = {
 }
 
 
+@pytest.mark.parametrize("nothing", [{}, {"item_brand": None}, {"item_brand": "(not set)"}])
+def test_what_ga4_was_not_told_of_an_item_is_no_brand(tmp_path: Path, nothing: dict[str, Any]) -> None:
+    """Nor hides it what the item says by our own name."""
+    items = [{"item_id": "a", **nothing}, {"item_id": "b", **nothing, "brand": "Acme"}]
+    path = written(tmp_path, json.dumps(GA4_EXPORT | {"items": items}))
+    (table,) = read_events("ga4", path, Imported())
+    assert [item["brand"] for item in table.column("items").to_pylist()[0]] == [None, "Acme"]
+
+
 def test_a_ga4_export_becomes_our_event(log: Log, tmp_path: Path) -> None:
     import_file("ga4", written(tmp_path, json.dumps(GA4_EXPORT) + "\n"), log, CODEC)
     (event,) = by_time(log)
