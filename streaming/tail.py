@@ -14,8 +14,7 @@ from streaming.schemas import DEAD_LETTER, DECISION, EVENT, ITEM, Codec, Registr
 
 _BATCH: Final = 1000
 _POLL_S: Final = 0.5
-# a Kafka partition that ends in a transaction marker never lets a reader's position reach its end
-_QUIET_S: Final = 3.0
+_QUIET_S: Final = 30.0  # of silence, before the end: then what is there does not come
 _LOOK_S: Final = 5.0  # for partitions added since
 _SHOWN: Final = 10  # items of one record, and bytes of what cannot be read
 
@@ -57,7 +56,10 @@ def records_between(
     ends: Mapping[int, int],
     clock: Clock = time.monotonic,
 ) -> Iterator[RecordBatch]:
-    """Batches, with keys, of the records from `starts` up to `ends` or a little beyond, for each partition."""
+    """Batches, with keys, of the records from `starts` up to `ends` or a little beyond, for each partition.
+
+    Raises: LogUnavailable, also where what is there does not come: it must not seem to be all.
+    """
     todo = {p: start for p, start in starts.items() if start < ends[p]}
     if not todo:
         return
@@ -70,7 +72,9 @@ def records_between(
                 heard = clock()
                 yield batch
             elif clock() - heard > _QUIET_S:
-                return
+                raise LogUnavailable(
+                    f"{topic} could not be read to its end: nothing came in {_QUIET_S:.0f} s; is the log up?"
+                )
     finally:
         reader.close()
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -17,12 +17,13 @@ import numpy as np
 import pytest
 
 from streaming.__main__ import main
+from streaming.chunks import batch_of, empty_batch
 from streaming.columns import Reason
 from streaming.dead_letters import DeadLetters
 from streaming.decoder import Decoder
 from streaming.interning import Vocabulary
 from streaming.joiner import Joiner
-from streaming.log import Log, LogUnavailable, open_log
+from streaming.log import Log, LogUnavailable, RecordBatch, open_log
 from streaming.schemas import DEAD_LETTER, EVENT, Codec
 from streaming.tail import Line, as_text, between, follow, records_between
 from streaming.topics import wait_for
@@ -400,6 +401,41 @@ def test_following_gives_what_comes_and_finds_new_partitions(
     put(log, topic, [(f"user {i}".encode(), b"%d" % i) for i in range(40)])
     assert len({line.partition for line in islice(lines, 40)}) > 8
     lines.close()  # type: ignore[attr-defined]
+
+
+class SlowLog:
+    """Its only record comes after so many seconds; a poll takes one."""
+
+    def __init__(self, after_s: float) -> None:
+        self.now_s, self._after_s, self._given = 0.0, after_s, 0
+
+    def reader(self, topic: str, offsets: Mapping[int, int], *, keys: bool) -> SlowLog:
+        return self
+
+    def position(self) -> dict[int, int]:
+        return {0: self._given}
+
+    def poll(self, most: int, timeout_s: float) -> RecordBatch:
+        self.now_s += 1.0
+        if self.now_s < self._after_s:
+            return empty_batch()
+        self._given = 1
+        return batch_of([b"at last"], keys=[b"k"])
+
+    def close(self) -> None: ...
+
+
+def test_what_is_slow_to_come_is_waited_for_and_what_does_not_come_is_no_end() -> None:
+    def found(after_s: float) -> list[bytes | None]:
+        log = SlowLog(after_s)
+        batches = records_between(log, "events.dlq", {0: 0}, {0: 1}, lambda: log.now_s)  # type: ignore[arg-type]
+        return [batch.value(0) for batch in batches]
+
+    assert found(after_s=20.0) == [b"at last"]
+    with pytest.raises(
+        LogUnavailable, match=r"events\.dlq could not be read to its end: nothing came in 30 s"
+    ):
+        found(after_s=60.0)
 
 
 # --- redrive
