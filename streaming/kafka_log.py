@@ -323,6 +323,7 @@ class KafkaProducer:
         self._renewing = threading.Lock()
         self._log = log
         self._topics: set[str] = set()
+        self._counting = threading.Lock()  # whichever thread polls the client is told what failed
         self._failed = self._failed_told = 0
         self._refusals = 0  # since `flush` told; the others failed because nobody answered
         self._losses = Losses(time.monotonic)
@@ -363,8 +364,10 @@ class KafkaProducer:
                 raise translated(error.args[0]) from error
             self._renew(producer, error)
             left = int(self._producer.flush(timeout_s))
-        lost, self._failed_told = self._failed - self._failed_told, self._failed
-        refusals, self._refusals = self._refusals, 0
+        with self._counting:
+            failed, refusals = self._failed, self._refusals
+            lost = failed - self._failed_told
+            self._failed_told, self._refusals = failed, 0
         if lost:
             raise (LogError if refusals else LogUnavailable)(
                 f"{lost} records could not be written to {self._log.url}; see the log"
@@ -413,8 +416,9 @@ class KafkaProducer:
 
     def _refused(self, error: KafkaError | None, message: Message) -> None:
         if error is not None:
-            self._failed += 1
-            self._refusals += not isinstance(translated(error), LogUnavailable)
+            with self._counting:
+                self._failed += 1
+                self._refusals += not isinstance(translated(error), LogUnavailable)
             self._losses.note(message.topic() or "", error.str())
 
 

@@ -6,12 +6,13 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
+from types import SimpleNamespace
 
 import pytest
 from confluent_kafka import KafkaError, Producer
 
 from streaming.kafka_errors import Losses
-from streaming.kafka_log import KafkaLog
+from streaming.kafka_log import KafkaLog, KafkaProducer
 from streaming.kafka_reader import KafkaReader
 from streaming.log import Bounds, Log, LogError, LogUnavailable, NotAllowed, open_log
 from tests.kafka_broker import KafkaBroker
@@ -148,6 +149,34 @@ def test_records_that_are_lost_are_counted_until_the_next_line_is_due(caplog):
     assert lose(2, "closed", at_last=True) == ["2 records were lost, the newest for events: closed"]
     now += 10
     assert lose(0, "") == []
+
+
+class Idle:
+    """A client that has nothing to send."""
+
+    def poll(self, timeout_s: float) -> int:
+        time.sleep(0.01)
+        return 0
+
+    def flush(self, timeout_s: float) -> int:
+        return 0
+
+
+def test_a_record_that_is_lost_while_flush_counts_is_told_by_the_next() -> None:
+    log = SimpleNamespace(url="kafka://shop")
+    producer = KafkaProducer(lambda failed: Idle(), log)  # type: ignore[arg-type, return-value]
+
+    class Counted(int):
+        """Another thread counts one more as soon as this is looked at."""
+
+        def __sub__(self, told: int) -> int:
+            producer._failed = 1
+            return int(self) - told
+
+    producer._failed = Counted()
+    assert producer.flush() == 0
+    with pytest.raises(LogUnavailable, match="1 records could not be written"):
+        producer.close()
 
 
 def test_an_error_that_will_not_pass_is_raised(cluster, mock_log, topic):
