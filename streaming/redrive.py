@@ -17,7 +17,7 @@ import numpy as np
 from streaming.columns import Kind, Reason
 from streaming.decoder import Decoder
 from streaming.interning import Vocabulary
-from streaming.log import Log, LogFull, LogUnavailable, Producer, RecordBatch
+from streaming.log import Bounds, Log, LogFull, LogUnavailable, Producer, RecordBatch
 from streaming.schemas import DEAD_LETTER, DECISION, EVENT, Codec, SchemaError
 from streaming.tail import records_between
 
@@ -58,11 +58,7 @@ def redrive(
     """
     done = Redriven()
     bounds = log.bounds(letters)
-    before = {} if again else log.committed(GROUP, letters)
-    starts = {p: before.get(p, b.low) for p, b in bounds.items()}
-    starts = {
-        p: start if bounds[p].low <= start <= bounds[p].high else bounds[p].low for p, start in starts.items()
-    }
+    starts = {p: b.low for p, b in bounds.items()} if again else _starts(log, letters, bounds)
     done.earlier = sum(start - bounds[p].low for p, start in starts.items())
     ends = {p: b.high for p, b in bounds.items()}
     producer = log.producer()
@@ -80,8 +76,17 @@ def redrive(
 
 def waiting(log: Log, letters: str) -> int:
     """How many offsets `redrive` has not been through yet."""
+    bounds = log.bounds(letters)
+    return sum(bounds[p].high - start for p, start in _starts(log, letters, bounds).items())
+
+
+def _starts(log: Log, letters: str, bounds: Mapping[int, Bounds]) -> dict[int, int]:
+    """Where to go on; from the first letter that is there where that offset is none of the topic's (any more)."""
     before = log.committed(GROUP, letters)
-    return sum(b.high - min(max(before.get(p, b.low), b.low), b.high) for p, b in log.bounds(letters).items())
+    starts = {p: before.get(p, b.low) for p, b in bounds.items()}
+    return {
+        p: start if bounds[p].low <= start <= bounds[p].high else bounds[p].low for p, start in starts.items()
+    }
 
 
 def _letters(batch: RecordBatch, codec: Codec, topic: str, done: Redriven) -> Iterator[_Letter]:

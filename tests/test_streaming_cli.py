@@ -24,6 +24,7 @@ from streaming.decoder import Decoder
 from streaming.interning import Vocabulary
 from streaming.joiner import Joiner
 from streaming.log import Log, LogUnavailable, RecordBatch, open_log
+from streaming.redrive import GROUP, redrive, waiting
 from streaming.schemas import DEAD_LETTER, EVENT, Codec
 from streaming.tail import Line, as_text, between, follow, records_between
 from streaming.topics import wait_for
@@ -496,6 +497,15 @@ def test_redrive_puts_back_what_can_be_read_by_now_and_only_once(
     assert ran(*command, "--late") == 0
     assert capsys.readouterr().out.splitlines()[1] == f"{topic}.late: 1 letters read, 1 put back"
     assert sorted(line.key or b"" for line in everything(log, topic)) == [b"a key of its own", b"cat"]
+
+
+def test_letters_of_a_topic_that_begins_anew_wait_like_those_of_any_other(url: str, sqlite: Log) -> None:
+    """How far the letters before them were dealt with says nothing of these."""
+    dead(sqlite, "events", [(b"ann", GOOD, Reason.LATE)])
+    sqlite.commit(GROUP, "events.late", {0: 40})
+    assert waiting(sqlite, "events.late") == 1
+    assert redrive(sqlite, CODEC, "events", "events.late").put_back == 1
+    assert waiting(sqlite, "events.late") == 0
 
 
 def test_a_letter_that_stayed_is_looked_at_again_when_asked_and_what_went_back_counts_once(
