@@ -337,7 +337,8 @@ def _prepared(
     catalog = CatalogFeed(log, config.catalog_topic, learner.catalog)
     closing.callback(catalog.close)
     catalog.catch_up(stop.is_set)
-    until = {p: bound.high for p, bound in watch.bounds.items()} if config.until_caught_up else None
+    # of the partitions that it reads: there may be more by now
+    until = {p: watch.bounds[p].high for p in offsets} if config.until_caught_up else None
     reader = log.reader(config.topic, offsets, identity=topic_id)
     closing.callback(reader.close)
     source = _source(config, reader, until, 0 if saved is None else int(saved["turn"]))

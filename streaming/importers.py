@@ -36,7 +36,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from streaming.import_catalog import Decoder, ImportCatalog
-from streaming.log import Log, LogError, LogFull, Producer
+from streaming.log import Log, LogError, LogFull, Producer, RecordTooLarge
 from streaming.topics import TopicSettings, create_topics
 
 Mask = npt.NDArray[np.bool_]
@@ -58,6 +58,7 @@ class Refusal(StrEnum):
     TIMESTAMP = "no time within 2000..2100"
     NUMBER = "price, quantity or value out of range"
     TOO_MANY = "more than 1000 items"
+    TOO_LARGE = "more bytes than the log takes"
 
 
 @dataclass(frozen=True)
@@ -915,7 +916,11 @@ def _publish(
                     _send(producer, topics.catalog, item["item_id"], codec.encode_item(record))
                     imported.items += 1
             event["event_id"] = event["event_id"] or _event_id(event, seen)
-            _send(producer, topics.topic, event["user_id"], codec.encode_event(event))
+            try:
+                _send(producer, topics.topic, event["user_id"], codec.encode_event(event))
+            except RecordTooLarge as error:
+                imported.refuse(Refusal.TOO_LARGE, f"event {event['event_id']}", str(error))
+                continue
             imported.first_ms = imported.first_ms or now_ms
             imported.last_ms = now_ms
             imported.events += 1

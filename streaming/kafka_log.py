@@ -37,6 +37,7 @@ from streaming.log import (
     LogError,
     LogFull,
     LogUnavailable,
+    RecordTooLarge,
     UnknownTopic,
     no_topic,
 )
@@ -352,7 +353,9 @@ class KafkaProducer:
                 raise LogUnavailable("the Kafka client was made anew; try again") from error
             if error.args[0].code() == KafkaError.MSG_SIZE_TOO_LARGE:
                 size = len(key) + len(value or b"")
-                raise LogError(f"record of {size:,} bytes for {topic!r} is over message.max.bytes") from error
+                raise RecordTooLarge(
+                    f"record of {size:,} bytes for {topic!r} is over message.max.bytes"
+                ) from error
             raise translated(error.args[0], topic) from error
 
     def flush(self, timeout_s: float = 30.0) -> int:

@@ -34,6 +34,10 @@ class LogFull(LogError):
     """The producer's queue is full: nothing was queued; flush or wait, then send again."""
 
 
+class RecordTooLarge(LogError):
+    """One record is more than the log ever takes; nothing was queued."""
+
+
 class UnknownTopic(LogError):
     """The topic does not exist; create it with `streaming topics`."""
 
@@ -79,9 +83,8 @@ class Producer(Protocol):
         """Queue one record for the partition murmur2(key) names; returns at once.
 
         timestamp_ms: the log's own time stamp; None: now.
-        Raises: LogFull when the queue is full (nothing was queued); UnknownTopic; LogError on a record that
-        the log can never take (too large). A record that fails after it was queued is counted in `failed`
-        and logged, and the next `flush` raises.
+        Raises: LogFull when the queue is full (nothing was queued); UnknownTopic; RecordTooLarge. A record that fails
+        after it was queued is counted in `failed` and logged, and the next `flush` raises.
         """
 
     def flush(self, timeout_s: float = 30.0) -> int:

@@ -34,6 +34,7 @@ from streaming.log import (
     LogUnavailable,
     OffsetOutOfRange,
     RecordBatch,
+    RecordTooLarge,
     TopicReplaced,
     UnknownTopic,
     no_topic,
@@ -198,7 +199,7 @@ class SqliteProducer:
     def send(self, topic: str, key: bytes, value: bytes | None, timestamp_ms: int | None = None) -> None:
         size = len(key) + len(value or b"")
         if size > MAX_RECORD_BYTES:
-            raise LogError(
+            raise RecordTooLarge(
                 f"record of {size:,} bytes for {topic!r}; the log takes {MAX_RECORD_BYTES:,} at most"
             )
         with self._lock:

@@ -41,6 +41,8 @@ class TopicSettings:
         for name in ("topic", "catalog"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must not be empty")
+        if self.catalog in (self.topic, dlq_topic(self.topic), late_topic(self.topic)):
+            raise ValueError(f"the catalog needs a topic of its own: {self.catalog!r} has another use")
 
 
 class _Topic(NamedTuple):

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from streaming.columns import Reason
-from streaming.log import LogError
+from streaming.log import RecordTooLarge
 from streaming.schemas import EVENT, Codec, Registry, single_object_prefix
 from streaming.sqlite_log import MAX_RECORD_BYTES
 from tests.intakes import Letter, Way, learnt_from
@@ -229,7 +229,7 @@ def test_a_message_over_the_limit_is_refused_at_the_producer_and_never_reaches_t
     over = an_event(params=array(text("k") + text("v" * MAX_RECORD_BYTES)))
     with Way(url) as way:
         with pytest.raises(
-            LogError, match=r"record of 1,000,\d+ bytes for 'events'; the log takes 1,000,000 at most"
+            RecordTooLarge, match=r"record of 1,000,\d+ bytes for 'events'; the log takes 1,000,000 at most"
         ):
             way.send([("ann", over)])
         assert way.take().dead() == []

@@ -191,6 +191,18 @@ def test_a_second_import_of_the_same_rows_in_another_order_has_the_same_ids(tmp_
     assert imported_events("rees46", turned, tmp_path / "turned-log") == plain
 
 
+def test_an_event_that_is_more_than_the_log_takes_is_refused_and_the_others_are_imported(
+    log: Log, tmp_path: Path
+) -> None:
+    params = [{"key": "k", "value": {"string_value": "v" * 10**6}}]
+    large = json.dumps(GA4_EXPORT | {"event_name": "page_view", "event_id": "e2", "event_params": params})
+    lines = [json.dumps(GA4_EXPORT), large, json.dumps(GA4_EXPORT | {"event_name": "scroll"})]
+    imported = import_file("ga4", written(tmp_path, "\n".join(lines)), log, CODEC)
+    assert [event["name"] for event in by_time(log)] == [GA4_EXPORT["event_name"], "scroll"]
+    assert (imported.events, imported.refused) == (2, {Refusal.TOO_LARGE: 1})
+    assert imported.examples[Refusal.TOO_LARGE].startswith("event e2: record of 1,000,")
+
+
 def test_two_identical_rows_are_two_events_with_ids_of_their_own(log: Log, tmp_path: Path) -> None:
     row = "1,2268318,2520377,pv,1511544070\n"
     import_file("taobao", written(tmp_path, row + row + row.replace("70", "71")), log, CODEC)

@@ -104,6 +104,8 @@ def test_each_command_explains_itself(command: str, capsys: pytest.CaptureFixtur
         (["topics", "--partitions", "0"], "partitions must be within 1..10000, not 0"),
         (["topics", "--retention-days", "-1"], "retention_days must be > 0"),
         (["topics", "--wait-s", "-1"], "--wait-s must be >= 0"),
+        (["topics", "--catalog", "events"], "the catalog needs a topic of its own: 'events' has another use"),
+        (["topics", "--catalog", "events.dlq"], "'events.dlq' has another use"),
         (["tail", "--last", "-1"], "--last must be >= 0"),
         (["tail", "--folow"], "did you mean '--follow'?"),
         (["redrive", "--log", "redis://x"], "'redis://x' is no log"),
