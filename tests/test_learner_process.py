@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -144,11 +145,13 @@ def test_a_last_checkpoint_that_fails_does_not_lose_the_report(shop_url, tmp_pat
     assert json.loads(report.read_text())["steps"] > 100
 
 
-def test_a_report_says_that_it_goes_on_from_a_checkpoint_and_where_it_is_empty(shop_url, tmp_path):
-    report = tmp_path / "report.json"
+def test_a_report_says_that_it_goes_on_from_a_checkpoint_and_where_it_is_empty(tmp_path):
+    url, report = f"sqlite:///{tmp_path / 'log.db'}", tmp_path / "report.json"
+    with closing(open_log(url)) as log:
+        write_shop(log, 50, partitions=1)
     said = []
     for _ in range(2):
-        process = start(tmp_path, shop_url, "--until-caught-up", "--prequential", str(report))
+        process = start(tmp_path, url, "--until-caught-up", "--prequential", str(report))
         said.append(finish(process)[1])
     from_now_on, empty = (f"{report} will cover what comes from now on", f"{report} covers 0 steps")
     assert [(from_now_on in lines, empty in lines) for lines in said] == [(False, False), (True, True)]
@@ -269,8 +272,8 @@ def test_a_log_that_is_too_small_to_learn_from_is_no_silent_success(shop_url, tm
     assert "comes after about 50010 (--min-replay 50000, and one for each 10 by --updates-high)" in said
 
 
-def test_a_checkpoint_of_another_log_is_refused(shop_url, tmp_path):
-    train(tmp_path, shop_url)
+def test_a_checkpoint_of_another_log_is_refused(unbroken, tmp_path):
+    shutil.copytree(unbroken, tmp_path, dirs_exist_ok=True)
     other = f"sqlite:///{tmp_path / 'other.db'}"
     log = open_log(other)
     log.create_topic("events", 4)
