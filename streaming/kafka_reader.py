@@ -86,7 +86,7 @@ class KafkaReader:
         self._topic, self._keys = topic, keys
         self._next = dict(offsets)
         self._paused: set[int] = set()
-        self._broken: dict[int, LogError] = {}  # raised until somebody seeks
+        self._broken: dict[int, LogError] = {}  # raised until somebody seeks, or it passes: see `_hear`
         self._heard: dict[int, float] = {}  # when a partition last gave something, or was started
         self._silent: set[int] = set()  # gave nothing since it was started
         self._gave = False  # records, since an error was raised
@@ -203,6 +203,8 @@ class KafkaReader:
     def _hear(self, partition: int) -> None:
         self._heard[partition] = time.monotonic()
         self._silent.discard(partition)
+        if not isinstance(self._broken.get(partition), OffsetOutOfRange):  # what is gone does not come back
+            self._broken.pop(partition, None)
 
     def _check(self, timeout_s: float) -> None:
         """A reader must not seem idle where there is no broker, no topic or no partition."""

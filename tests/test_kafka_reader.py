@@ -14,7 +14,7 @@ from streaming.chunks import batch_of, empty_batch
 from streaming.kafka_errors import ClientLines, Refusals
 from streaming.kafka_reader import KafkaReader, TopicIds
 from streaming.kafka_settings import Mask
-from streaming.log import Bounds, OffsetOutOfRange, RecordBatch
+from streaming.log import Bounds, LogError, RecordBatch
 from streaming.rdkafka import Trouble
 
 BUSY, OTHER = 0, 1
@@ -66,7 +66,7 @@ def polls(reader: KafkaReader, count: int) -> Iterator[int | str]:
     for _ in range(count):
         try:
             yield len(reader.poll(100, 0.0))
-        except OffsetOutOfRange as error:
+        except LogError as error:
             yield str(error)
 
 
@@ -79,6 +79,17 @@ def test_an_offset_that_is_gone_is_told_though_other_partitions_always_give_some
     reader.seek({OTHER: 9})
     assert list(polls(reader, 3)) == [1, 1, 1]
     assert consumer.assigned[-1] == {BUSY: 3, OTHER: 9}
+
+
+def test_what_kept_a_partition_back_is_told_once_where_it_passes_by_itself() -> None:
+    """As a right to read that was taken away and is given back: nobody seeks for it."""
+    consumer = Consumer()
+    reader = reader_of(consumer)
+    consumer.troubles = [Trouble(KafkaError(KafkaError.TOPIC_AUTHORIZATION_FAILED), BUSY, 0)]
+    first, turned_away, *later = polls(reader, 5)
+    assert str(turned_away).startswith("Kafka keeps our user from topic 'events'")
+    assert [first, *later] == [1, 1, 1, 1]
+    assert len(consumer.assigned) == 1
 
 
 @pytest.mark.parametrize(("at_once", "found_out"), [(1, True), (100, False)])
