@@ -234,20 +234,20 @@ class Follower:
         self._view = view
         self._clock = clock
         self._tails = [
-            _Tail(log, config.topic, config.backlog, view.absorb),
-            # compacted: all of it is the catalog
+            # first: an item out of stock must not be recommended because its events were read before
             _Tail(
                 log,
                 config.catalog_topic,
-                None,
+                None,  # compacted: all of it is the catalog
                 view.absorb_catalog,
                 Renewal(view.begin_catalog, view.end_catalog),
             ),
+            _Tail(log, config.topic, config.backlog, view.absorb),
         ]
         self._stop = threading.Event()
         self._caught_up = threading.Event()
         self._busy_s = clock()
-        self._said = "", float("-inf")  # the trouble last complained of, and when
+        self._said: dict[str, float] = {}  # troubles complained of lately, and when
         self._thread = threading.Thread(target=self._run, name="view", daemon=True)
 
     def start(self, warm_up_s: float, stop: threading.Event | None = None) -> bool:
@@ -274,53 +274,54 @@ class Follower:
 
     def _run(self) -> None:
         while not self._stop.is_set():
-            try:
-                self._try_turn()
-            except Exception as error:  # whatever a driver or a record may raise: this thread must go on
-                metrics.VIEW_FAILURES.labels("fault").inc()
-                self._complain(repr(error), error)
-                for tail in self._tails:
-                    tail.give_up()
-                self._stop.wait(_RETRY_S)
-
-    def _try_turn(self) -> None:
-        """One turn; what a log may say is taken as it comes."""
-        try:
             self._turn()
-        except OffsetOutOfRange as error:
-            self._skip_gaps(error)
-        except LogError as error:
-            self._unavailable(error)
-
-    def _unavailable(self, error: LogError) -> None:
-        metrics.VIEW_FAILURES.labels("unavailable").inc()
-        self._complain(str(error))
-        self._stop.wait(_RETRY_S)
-        self._busy_s = self._clock()
-
-    def _complain(self, trouble: str, fault: Exception | None = None) -> None:
-        """Once, and now and then while it lasts: it is tried every second. fault: one that nobody foresaw."""
-        now, (said, said_s) = self._clock(), self._said
-        if trouble != said or now - said_s >= _COMPLAIN_S:
-            logger.warning("own view: %s; retrying", trouble, exc_info=fault)
-            self._said = trouble, now
 
     def _turn(self) -> None:
         now = self._clock()
-        opened = [tail.look(now) for tail in self._tails]
-        events, catalog = self._tails
-        # catalog first: an item out of stock must not be recommended because its events were read before
-        read = catalog.poll() + events.poll()
-        if read or any(opened):
+        came = [self._records_of(tail, now) for tail in self._tails]
+        read = sum(count or 0 for count in came)
+        if read:
             self._busy_s = self._clock()
         metrics.USERS.set(self._view.users.known)
         metrics.USERS_FORGOTTEN.set(self._view.users.forgotten)
         metrics.ITEMS_REFUSED.set(self._view.vocabulary.refused)
+        if None in came:
+            self._stop.wait(_RETRY_S)
+            self._busy_s = self._clock()
+            return
         if not self._caught_up.is_set() and self._has_read_the_log():
             self._caught_up.set()
         if read < _POLL_RECORDS:
             # record by record, as they come, the reading would cost more than the answers do
             self._stop.wait(_REST_S)
+
+    def _records_of(self, tail: _Tail, now: float) -> int | None:
+        """How many of them were absorbed; None where it is in trouble, which holds up no other."""
+        try:
+            if tail.look(now):
+                self._busy_s = self._clock()
+            return tail.poll()
+        except OffsetOutOfRange as error:
+            return self._skip_gap(tail, error)
+        except LogError as error:
+            self._unavailable(error)
+        except Exception as error:  # whatever a driver or a record may raise: this thread must go on
+            metrics.VIEW_FAILURES.labels("fault").inc()
+            self._complain(repr(error), error)
+            tail.give_up()
+        return None
+
+    def _unavailable(self, error: LogError) -> None:
+        metrics.VIEW_FAILURES.labels("unavailable").inc()
+        self._complain(str(error))
+
+    def _complain(self, trouble: str, fault: Exception | None = None) -> None:
+        """Once, and now and then while it lasts: it is tried every second. fault: one that nobody foresaw."""
+        now = self._clock()
+        lately = {said: when for said, when in self._said.items() if now - when < _COMPLAIN_S}
+        if trouble not in lately:
+            logger.warning("own view: %s; retrying", trouble, exc_info=fault)
+        self._said = {trouble: now} | lately
 
     def _has_read_the_log(self) -> bool:
         """Whether all that was there at the start is absorbed, or what is left does not come, as where a registry is
@@ -329,17 +330,18 @@ class Follower:
             return True
         return self._clock() - self._busy_s >= _QUIET_S and all(tail.has_begun() for tail in self._tails)
 
-    def _skip_gaps(self, error: OffsetOutOfRange) -> None:
+    def _skip_gap(self, tail: _Tail, error: OffsetOutOfRange) -> int | None:
         try:
-            skipped = [tail.skip_gap() for tail in self._tails]
+            skipped = tail.skip_gap()
         except LogError as unavailable:  # just now: the next poll says so again
             self._unavailable(unavailable)
-            return
-        if any(skipped):
-            metrics.VIEW_FAILURES.labels("gap").inc()
-            logger.warning("own view: %s; going on at what the log still holds", error)
-        else:
+            return None
+        if not skipped:
             self._unavailable(error)  # the log does hold it, so it is asked again
+            return None
+        metrics.VIEW_FAILURES.labels("gap").inc()
+        logger.warning("own view: %s; going on at what the log still holds", error)
+        return 0
 
 
 class _Tail:

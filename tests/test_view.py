@@ -220,3 +220,33 @@ def test_an_offset_that_is_out_of_range_and_is_there_all_the_same_is_asked_for_a
         finally:
             follower.stop()
         assert VIEW_FAILURES.labels("gap")._value.get() == gaps  # nothing was passed over
+
+
+class Refused(SlowReader):
+    """Never gives anything but trouble."""
+
+    def poll(self, max_records: int, timeout_s: float) -> RecordBatch:
+        raise LogUnavailable("Kafka keeps our user from topic 'catalog'")
+
+
+def test_a_catalog_that_cannot_be_read_holds_up_no_events(tmp_path, caplog) -> None:
+    with closing(open_log(f"sqlite:///{tmp_path}/log.db")) as log, closing(log.producer()) as producer:
+        log.create_topic("events", 1)
+        log.create_topic("catalog", 1)
+        producer.send("events", b"u", event(1))
+        producer.flush()
+        slow, view = Slow(log, 0), View(ViewConfig(max_users=10), CODEC)
+
+        def reader(topic: str, offsets: Mapping[int, int], *, keys: bool = False) -> SlowReader:
+            return (Refused if topic == "catalog" else SlowReader)(log.reader(topic, offsets, keys=keys), 0)
+
+        slow.reader = reader
+        follower = Follower(slow, view, ViewConfig(max_users=10), time.monotonic)
+        try:
+            assert not follower.start(0.1)  # what the log holds was not read
+            assert eventually(lambda: [entry.item_id for entry in view.history("u")]) == ["item-1"]
+            producer.send("events", b"u", event(2))
+            assert eventually(lambda: len(view.history("u")) == 2)
+        finally:
+            follower.stop()
+    assert caplog.text.count("own view: Kafka keeps our user from topic 'catalog'; retrying") == 1
