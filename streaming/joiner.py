@@ -100,16 +100,24 @@ def room(t: Tables, slots: int, lines: int) -> int:
     c.need = 1
     if 2 * (newer_ids(t).size[0] + 1) > len(newer_ids(t).keys):
         return IDS
-    c.need = 2 * (slots + lines + 4 * MOST_STEPS)
+    c.need = 2 * (slots + lines + 4 * MOST_STEPS) + 2 * over(t, c.steps_tail - c.steps_head)
     if len(out.states) - out.counts[0] < c.need:
         return OUT_STATES
-    c.need = slots + lines + MOST_TRANSITIONS
+    c.need = slots + lines + MOST_TRANSITIONS + over(t, c.slots_tail - c.slots_head)
     if len(out.transitions) - out.counts[1] < c.need:
         return OUT_TRANSITIONS
     c.need = 2 * (STEPS_PER_USER * slots + lines + WAITS_PER_USER + 1)
     if len(out.amendments) - out.counts[2] < c.need:
         return OUT_AMENDMENTS
     return DONE
+
+
+@part
+def over(t: Tables, kept: int) -> int:
+    """All that is kept, where that is more than may be since a restart with lower bounds: it goes at once."""
+    c, rules = t.clock[0], t.rules
+    fits = c.steps_tail - c.steps_head <= rules.max_steps and c.slots_tail - c.slots_head <= rules.max_slots
+    return 0 if fits else kept
 
 
 @part

@@ -766,6 +766,20 @@ def test_a_visit_that_is_open_ends_by_the_gap_as_it_is_now(before, now):
     assert learner.discount(10) == 0
 
 
+@pytest.mark.parametrize("now", [JoinSettings(max_steps=128), JoinSettings(max_slots=4096)])
+def test_bounds_that_were_lowered_let_go_of_any_number_of_open_steps_at_once(now):
+    before, users, slots = Joiner(JoinSettings(), [0]), 4500, 60
+    rows = logged(decision(f"r{n}", *range(1, slots + 1), at=n / 100, user=f"u{n}") for n in range(users + 1))
+    before.push(columns(rows[:-1]))
+    joiner = Joiner(now)
+    joiner.restore(0, before.state(0))
+    joined = joiner.push(columns(rows[-1:]))
+    gone = joiner.counters()["steps_closed_early"]
+    assert gone == users + 1 - min(now.max_steps, now.max_slots // slots)
+    assert joined.transitions.offset.tolist() == [n for n in range(gone) for _ in range(slots)]
+    assert joined.states.offset.tolist() == list(range(gone))
+
+
 def test_too_many_ids_cut_the_window_short_and_say_so():
     learner = Learner(JoinSettings(max_ids=10))
     learner.push(*[event("search", at=n, id=f"e{n}") for n in range(11)])
