@@ -16,6 +16,7 @@ CLOCK_JUMPS: Final = COUNTERS.index("clock_jumps")
 CLOCK_RESETS: Final = COUNTERS.index("clock_resets")
 CLOCK_GAPS: Final = COUNTERS.index("clock_gaps")
 DEDUP_CUT_SHORT: Final = COUNTERS.index("dedup_cut_short")
+SCREEN, DUE, TAKE = range(3)  # what a record goes through; the loop may stop, and go on, between them
 BY_MANY: Final = 1  # the clock jumped by a run of records of several users, or was advanced from outside
 LEAD: Final = 2  # one user alone took it further than others bear out
 
@@ -30,6 +31,7 @@ def set_high(t: Tables, high_ms: int) -> None:
     c.started = 1
     c.high_ms = high_ms
     c.target_ms = max(c.watermark_ms, high_ms - t.rules.delay_ms)
+    c.stage = DUE
     epoch = high_ms // t.rules.dedup_ms
     if epoch > c.epoch and not jumped_lately(t):  # else it may be put back, and copies of before come yet
         swap_ids(t)

@@ -18,7 +18,17 @@ from streaming.arena import Empty
 from streaming.columns import Columns, Kind, Reason
 from streaming.interning import combine
 from streaming.jit import jit, part
-from streaming.join_clock import advance, follow, is_known, is_late, newer_ids, remember
+from streaming.join_clock import (
+    DUE,
+    SCREEN,
+    TAKE,
+    advance,
+    follow,
+    is_known,
+    is_late,
+    newer_ids,
+    remember,
+)
 from streaming.join_deeds import do_due, due_s, take_decision, take_event
 from streaming.join_settings import (
     COUNTERS,
@@ -65,8 +75,6 @@ BAD_ROWS: Final = COUNTERS.index("bad")
 LATE_ROWS: Final = COUNTERS.index("late")
 DUPLICATES: Final = COUNTERS.index("duplicates")
 MISPLACED: Final = COUNTERS.index("misplaced")
-
-SCREEN, DUE, TAKE = range(3)  # what a record goes through; the loop may stop, and go on, between them
 
 MOST_SLOTS: Final = 1000  # of a slate, or items of an event
 # Most that one record, or one thing due, can do; the loop stops for more room before it might run out.
@@ -185,8 +193,8 @@ def _run(
         if c.stage == SCREEN:
             if not is_welcome(t, columns, i):
                 continue
+            c.stage = TAKE  # unless the clock moves
             follow(t, columns.user[i], columns.timestamp_ms[i], columns.logged_ms[i])
-            c.stage = DUE
         if c.stage == DUE:
             short = all_due(t)
             if short != DONE:
@@ -200,8 +208,13 @@ def _run(
         take(t, columns, i)
         c.stage = SCREEN
     if watermark_ms != NONE:
-        advance(t, watermark_ms)
-        return len(rows), all_due(t)
+        if c.stage == SCREEN:
+            advance(t, watermark_ms)
+        if c.stage == DUE:
+            short = all_due(t)
+            if short != DONE:
+                return len(rows), short
+            c.stage = SCREEN
     return len(rows), DONE
 
 

@@ -505,7 +505,7 @@ class PlainPartition:
         if epoch > self.epoch and self.jumped_lately() is None:  # else it may be put back
             self.older_ids, self.ids = self.ids, set()
             self.epoch = epoch
-        target_ms = high_ms - self.delay_ms
+        target_ms = max(self.watermark_ms, high_ms - self.delay_ms)
         while True:
             first = next(iter(self.waits), None)
             due_s = NEVER if first is None else first.due_s
@@ -517,7 +517,7 @@ class PlainPartition:
                 self.expire_wait(first)
             elif user is not None:
                 self.user_is_due(user)
-        self.watermark_ms = max(self.watermark_ms, target_ms)
+        self.watermark_ms = target_ms
 
     def next_timer(self) -> tuple[int, User | None]:
         """(whole second, user) of who is due first; of several, the one in the lowest slot."""

@@ -780,6 +780,24 @@ def test_bounds_that_were_lowered_let_go_of_any_number_of_open_steps_at_once(now
     assert joined.states.offset.tolist() == list(range(gone))
 
 
+@pytest.mark.parametrize(
+    ("now", "at"), [(JoinSettings(session_gap_s=60), 1000), (JoinSettings(user_ttl_s=1800), 1900)]
+)
+def test_what_shorter_settings_make_due_is_done_once_the_clock_moves_as_the_reference_does(now, at):
+    searches = [event("search", at=at + ahead, user="bob") for ahead in (0, -1, 10)]
+    rows = logged([decision("r1", 7, at=0), *searches])
+    before, reference = Joiner(JoinSettings(), [0]), PlainJoiner(JoinSettings(), [0])
+    before.push(columns(rows[:2]))
+    reference.push(rows[:2])
+    joiner = Joiner(now)
+    joiner.restore(0, before.state(0))
+    reference.partitions[0].adopt(now)
+    for row in rows[2:]:
+        joiner.push(columns([row]))
+        reference.push([row])
+        assert joiner.counters() == reference.counters()
+
+
 def test_too_many_ids_cut_the_window_short_and_say_so():
     learner = Learner(JoinSettings(max_ids=10))
     learner.push(*[event("search", at=n, id=f"e{n}") for n in range(11)])
