@@ -435,7 +435,7 @@ class Policy:
             _buckets([c.brand for c in candidates], settings.brand_buckets),
             np.full(count, np.nan, np.float32),
             np.zeros((count, settings.vector_dim), np.float32),
-            np.array([len(c.vector) > 0 for c in candidates]),
+            np.array([len(c.vector) > 0 for c in candidates], np.bool_),
         )
         priced = [m for m, c in enumerate(candidates) if c.price is not None]
         if priced:
