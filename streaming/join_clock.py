@@ -87,7 +87,8 @@ def refutes(t: Tables, user: np.uint64, timestamp_ms: int) -> bool:
     stamps told, and that few records bear out."""
     c = t.clock[0]
     return bool(
-        0 < c.trial < JUMP
+        c.jumped
+        and 0 < c.trial < JUMP
         and user != c.lead_user
         and timestamp_ms < c.high_ms - t.rules.jump_ms
         and timestamp_ms >= c.jumped_from_ms - t.rules.late_ms

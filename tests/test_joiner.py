@@ -798,6 +798,23 @@ def test_what_shorter_settings_make_due_is_done_once_the_clock_moves_as_the_refe
         assert joiner.counters() == reference.counters()
 
 
+def test_a_clock_that_another_user_bore_out_is_not_put_back_by_one_record():
+    learner = Learner(JoinSettings(max_jump_s=50, late_after_s=40))
+    seen = [
+        ("ann", 0),
+        ("ann", 1000),
+        ("ann", 1045),
+        ("ann", 1095),
+        ("ann", 1140),
+        ("bob", 1135),
+        ("cat", 1080),
+    ]
+    rows = [replace(event("search", at=at, user=user), logged_ms=ms(at)) for user, at in seen]
+    learner.push(*rows)
+    assert (learner.count("clock_gaps"), learner.count("clock_resets")) == (1, 0)
+    assert learner.late == [(0, 6)]
+
+
 def test_too_many_ids_cut_the_window_short_and_say_so():
     learner = Learner(JoinSettings(max_ids=10))
     learner.push(*[event("search", at=n, id=f"e{n}") for n in range(11)])
