@@ -140,9 +140,10 @@ class CompiledQ:
         log_odds += views.alike.index_select(1, shelf.category)
         order = np.argsort(ids.numpy(), kind="stable")
         ascending, into = ids.numpy()[order], log_odds.numpy()
-        _pull(into, ascending, order, states.item.astype(np.int64), views.copy.numpy())
-        for to, pull in self._pulls(states):
-            _pull(into, ascending, order, to.numpy(), pull.numpy())
+        own = torch.from_numpy(states.item.astype(np.int64)), views.copy
+        for to, pull in (own, *self._pulls(states)):
+            first = np.searchsorted(ascending, to.numpy())
+            _pull(into, ascending, order, to.numpy(), first, pull.numpy())
         return log_odds, gain, views.value, views.own[:, :-1]
 
     def _known(self, states: Histories) -> npt.NDArray[np.int64]:
@@ -329,22 +330,18 @@ def _pull(
     ascending: npt.NDArray[np.int64],
     order: npt.NDArray[np.int64],
     to: npt.NDArray[np.int64],
+    first: npt.NDArray[np.int64],
     pull: Floats,
 ) -> None:
     """Add to what B states say of M items, [B, M], where one is pulled on: the items with vocabulary ids `to`, [B, E],
-    0 for none. ascending: [M] ids of the M; order: [M] which item each is."""
+    0 for none. ascending: [M] ids of the M; order: [M] which item each is;
+    first: [B, E] where `to` would stand among these."""
     for b in range(len(to)):
         for e in range(to.shape[1]):
-            low, high = 0, len(ascending)
-            while low < high:
-                middle = (low + high) // 2
-                if ascending[middle] < to[b, e]:
-                    low = middle + 1
-                else:
-                    high = middle
-            while to[b, e] > 0 and low < len(ascending) and ascending[low] == to[b, e]:
-                log_odds[b, order[low]] += pull[b, e]
-                low += 1
+            at = first[b, e]
+            while to[b, e] > 0 and at < len(ascending) and ascending[at] == to[b, e]:
+                log_odds[b, order[at]] += pull[b, e]
+                at += 1
 
 
 @jit

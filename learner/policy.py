@@ -418,9 +418,10 @@ class Policy:
 
     def _agree(self, compiled: npt.NDArray[Any], network: npt.NDArray[Any]) -> None:
         apart = np.abs(compiled - network).max()
-        if not apart <= 1e-3 * max(
+        fits = apart <= 1e-3 * max(
             1.0, np.abs(network).max()
-        ):  # rounding is a hundredth of that; NaN is more
+        )  # rounding is a hundredth of that; NaN does not
+        if not fits:
             raise PolicyDamaged(
                 f"version {self.version}: compiled probe values differ from the network's by {apart:g}"
             )
